@@ -1,0 +1,201 @@
+"""
+The GPT. It reads entries (a vector, a position, a rule of who sees whom), so that anything which lives in the space of token
+embeddings can stand in the place of tokens. Plain text is the case where every entry is a token.
+
+    ids -> embed -> entries -> trunk -> hidden -> head -> logits
+
+The recipe is nanochat's: rotary positions, RMS norm without parameters (also after the embedding), QK-norm with a gain of 1.2,
+ReLU^2, untied head, logit soft-cap 15, learned residual and x0 scales, value embeddings on alternate layers. Left out: smear
+and backout, which look at neighbours in the row and so depend on how the row was cut.
+
+B = batch, N = entries, D = width, H = heads, V = vocabulary
+"""
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from nanochat.attention import attend, norm, rope_angles, rotate
+
+QK_GAIN = 1.2         # sharper attention than unit-norm q and k allow
+SOFTCAP = 15.0
+GATE_CHANNELS = 12    # the value gate reads the first channels of the residual stream
+IGNORE = -1           # a target that has no loss
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    vocab_size: int
+    seq_len: int = 2048   # longest row it is trained on: no position beyond it
+    layers: int = 4
+    heads: int = 2
+    kv_heads: int = 2
+    width: int = 256
+
+    @classmethod
+    def from_depth(cls, depth, vocab_size, seq_len=2048, head_width=128):
+        """The one dial: width is 64 a layer, rounded up to whole heads."""
+        heads = -(-depth * 64 // head_width)
+        return cls(vocab_size, seq_len, depth, heads, heads, heads * head_width)
+
+    @property
+    def head_width(self):
+        return self.width // self.heads
+
+    @property
+    def value_width(self):
+        return self.kv_heads * self.head_width
+
+    @property
+    def value_layers(self):
+        """Layers with value embeddings: every other one, and always the last."""
+        return [i for i in range(self.layers) if i % 2 == (self.layers - 1) % 2]
+
+    def to_dict(self):
+        return asdict(self)
+
+
+@dataclass
+class Entries:
+    """What the trunk reads: x (B, N, D), and for each layer of config.value_layers a value embedding (B, N, value_width)."""
+    x: torch.Tensor
+    values: list
+
+
+class Attention(nn.Module):
+    def __init__(self, config, has_value):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_width = config.heads, config.kv_heads, config.head_width
+        self.q = nn.Linear(config.width, config.heads * config.head_width, bias=False)
+        self.k = nn.Linear(config.width, config.value_width, bias=False)
+        self.v = nn.Linear(config.width, config.value_width, bias=False)
+        self.out = nn.Linear(config.width, config.width, bias=False)
+        self.gate = nn.Linear(GATE_CHANNELS, config.kv_heads, bias=False) if has_value else None
+
+    def forward(self, x, value, rope, see, layer, cache):
+        B, N, D = x.shape
+        q = self.q(x).view(B, N, self.heads, self.head_width)
+        k = self.k(x).view(B, N, self.kv_heads, self.head_width)
+        v = self.v(x).view(B, N, self.kv_heads, self.head_width)
+        if self.gate is not None:
+            gate = 3 * torch.sigmoid(self.gate(x[..., :GATE_CHANNELS])) # (B, N, kv_heads), in (0, 3)
+            v = v + gate.unsqueeze(-1) * value.view_as(v).to(v.dtype)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2) # (B, H, N, d)
+        q, k = rotate(norm(q) * QK_GAIN, *rope), rotate(norm(k) * QK_GAIN, *rope)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)
+        y = attend(q, k, v, see)
+        return self.out(y.transpose(1, 2).reshape(B, N, D))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.up = nn.Linear(config.width, 4 * config.width, bias=False)
+        self.down = nn.Linear(4 * config.width, config.width, bias=False)
+
+    def forward(self, x):
+        return self.down(F.relu(self.up(x)).square())
+
+
+class Block(nn.Module):
+    def __init__(self, config, has_value):
+        super().__init__()
+        self.attn = Attention(config, has_value)
+        self.mlp = MLP(config)
+
+    def forward(self, x, value, rope, see, layer, cache):
+        x = x + self.attn(norm(x), value, rope, see, layer, cache)
+        return x + self.mlp(norm(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        assert config.width % config.heads == 0 and config.head_width % 2 == 0, f"width {config.width} does not split into {config.heads} even heads"
+        self.config = config
+        self.embed_table = nn.Embedding(config.vocab_size, config.width)
+        self.value_tables = nn.ModuleList([nn.Embedding(config.vocab_size, config.value_width) for _ in config.value_layers])
+        self.blocks = nn.ModuleList([Block(config, i in config.value_layers) for i in range(config.layers)])
+        self.resid_scale = nn.Parameter(torch.ones(config.layers))
+        self.x0_scale = nn.Parameter(torch.zeros(config.layers))
+        self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Every number is nanochat's. Output projections start at zero, so at first a block changes nothing."""
+        spread = (3 / self.config.width) ** 0.5 # uniform in +-spread has a standard deviation of 1/sqrt(D)
+        nn.init.normal_(self.embed_table.weight, std=0.8)
+        nn.init.normal_(self.lm_head.weight, std=0.001)
+        for table in self.value_tables:
+            nn.init.uniform_(table.weight, -spread, spread)
+        for block in self.blocks:
+            for linear in (block.attn.q, block.attn.k, block.attn.v):
+                nn.init.uniform_(linear.weight, -spread, spread)
+            nn.init.uniform_(block.mlp.up.weight, -0.4 * spread, 0.4 * spread)
+            nn.init.zeros_(block.attn.out.weight)
+            nn.init.zeros_(block.mlp.down.weight)
+            if block.attn.gate is not None:
+                nn.init.uniform_(block.attn.gate.weight, 0.0, 0.02)
+        self.resid_scale.copy_(torch.linspace(1.15, 1.05, self.config.layers))
+        self.x0_scale.copy_(torch.linspace(0.20, 0.05, self.config.layers))
+
+    @property
+    def device(self):
+        return self.embed_table.weight.device
+
+    @property
+    def dtype(self):
+        return self.blocks[0].attn.q.weight.dtype
+
+    def embed(self, ids):
+        """ids (B, N) -> Entries. The norm puts tokens on the unit-RMS sphere where gists live too."""
+        x = norm(self.embed_table(ids).to(self.dtype))
+        return Entries(x, [table(ids) for table in self.value_tables])
+
+    def trunk(self, entries, positions, see, cache=None):
+        """Entries at positions (B or 1, N) -> hidden states (B, N, D), normed. With a cache, `see` covers cache + new entries."""
+        rope = rope_angles(positions, self.config.head_width)
+        values = dict(zip(self.config.value_layers, entries.values))
+        x = x0 = entries.x
+        for i, block in enumerate(self.blocks):
+            x = self.resid_scale[i] * x + self.x0_scale[i] * x0
+            x = block(x, values.get(i), rope, see, i, cache)
+        if cache is not None:
+            cache.advance(entries.x.size(1))
+        return norm(x)
+
+    def head(self, hidden):
+        """(..., D) -> logits (..., V) in fp32, softly capped at +-15."""
+        return SOFTCAP * torch.tanh(self.lm_head(hidden).float() / SOFTCAP)
+
+    def loss(self, hidden, targets, reduction="mean"):
+        """
+        Next-token loss in nats of hidden (B, N, D) against targets (B, N), where -1 counts nothing.
+        reduction "none" gives (B, N) with zeros where there is no target; "mean" over no target at all is 0, not NaN.
+        """
+        nats = F.cross_entropy(self.head(hidden).flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none")
+        if reduction == "none":
+            return nats.view_as(targets)
+        return nats.sum() if reduction == "sum" else nats.sum() / (targets != IGNORE).sum().clamp(min=1)
+
+    def forward(self, ids, targets=None, reduction="mean"):
+        """Plain text: ids (B, N) -> logits (B, N, V), or the loss against targets."""
+        positions = torch.arange(ids.size(1), device=ids.device)[None]
+        hidden = self.trunk(self.embed(ids), positions, "causal")
+        return self.head(hidden) if targets is None else self.loss(hidden, targets, reduction)
+
+    @torch.no_grad()
+    def extend(self, ids, cache):
+        """Read ids (B, n) after what the cache holds; logits (B, V) of the token that follows. Chunks equal one long read."""
+        n, start = ids.size(1), cache.length
+        positions = torch.arange(start, start + n, device=ids.device)[None]
+        see = "all" if n == 1 else "causal" if start == 0 else causal_after(start, n, ids.device)
+        return self.head(self.trunk(self.embed(ids), positions, see, cache)[:, -1])
+
+
+def causal_after(start, n, device):
+    """Bool mask (1, 1, n, start + n): n new entries see everything before them."""
+    return torch.ones(n, start + n, dtype=torch.bool, device=device).tril(start)[None, None]

@@ -1,0 +1,39 @@
+"""
+The keys and values of what has been read, so that a new token costs one token.
+
+Preallocated for `capacity` entries. Keys are stored as they are read, turned to their positions. Every row of the batch holds
+the same number of entries.
+
+L = layers, B = batch, H = kv heads, d = head width
+"""
+import torch
+
+
+class KVCache:
+    def __init__(self, config, batch, capacity, device="cpu", dtype=torch.float32):
+        shape = (config.layers, batch, config.kv_heads, capacity, config.head_width)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    @property
+    def capacity(self):
+        return self.k.size(3)
+
+    def append(self, layer, k, v):
+        """Write the new entries of one layer, k and v (B, H, n, d), after the old ones; return all of them, (B, H, length+n, d)."""
+        end = self.length + k.size(2)
+        if end > self.capacity:
+            raise ValueError(f"the KV cache holds {self.capacity} entries and {end} are needed: raise its capacity or read less")
+        self.k[layer, :, :, self.length:end] = k
+        self.v[layer, :, :, self.length:end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+    def advance(self, n):
+        """All layers have appended n entries."""
+        self.length += n
+
+    def rewind(self, length):
+        """Forget everything after the first `length` entries."""
+        assert 0 <= length <= self.length, f"cannot rewind a cache of {self.length} entries to {length}"
+        self.length = length
