@@ -136,7 +136,7 @@ def setup(device_type: str = "", seed: int = 0):
             raise UserError(f"{dist.world} processes were started, but mps trains in one. Start with plain python")
         if not td.is_initialized():
             if device_type == "cuda":
-                td.init_process_group("nccl", device_id=device)
+                td.init_process_group("cpu:gloo,cuda:nccl", device_id=device)  # flags travel by gloo
             else:
                 td.init_process_group("gloo")
     return device, dist
