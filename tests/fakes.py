@@ -1,0 +1,65 @@
+"""Small stand-ins that tests share: a tokenizer of bytes, a GPT with random weights, a stream that speaks from a script."""
+
+import torch
+
+from nanochat.gpt import GPT, GPTConfig
+
+SPECIALS = ["<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>", "<|python_start|>", "<|python_end|>",
+            "<|output_start|>", "<|output_end|>"]
+
+
+class ByteTokenizer:
+    """One token per byte of UTF-8, then the nine specials. Speaks as nanochat.tokenizer.Tokenizer does."""
+    vocab_size = 256 + len(SPECIALS)
+    bos = 256
+
+    def special(self, name):
+        return 256 + SPECIALS.index(name)
+
+    def encode(self, text):
+        return list(text.encode("utf-8"))
+
+    def decode_bytes(self, ids):
+        return b"".join(bytes([i]) if i < 256 else SPECIALS[i - 256].encode() for i in ids)
+
+    def decode(self, ids):
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def render_prompt(self, conversation):
+        ids = [self.bos]
+        for message in conversation["messages"]:
+            ids += [self.special(f"<|{message['role']}_start|>"), *self.encode(message["content"]), self.special(f"<|{message['role']}_end|>")]
+        return ids + [self.special("<|assistant_start|>")]
+
+
+def random_gpt(seq_len=64, seed=0, vocab_size=ByteTokenizer.vocab_size, layers=3, width=32):
+    """A tiny GPT where every weight is random: a fresh one has zeros where a bug could hide."""
+    gpt = GPT(GPTConfig(vocab_size, seq_len, layers=layers, heads=2, kv_heads=1, width=width)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in gpt.named_parameters():
+            if p.dim() > 1:
+                scale = 1.0 if "embed_table" in name or "value_tables" in name else 2.0 if "lm_head" in name else 1.5
+                p.copy_(torch.randn(p.shape, generator=generator) * scale / (1.0 if "table" in name else p.size(1) ** 0.5))
+    return gpt
+
+
+class ScriptedStream:
+    """
+    A stream whose model has learned one text by heart: whatever is fed, the next token is the next of `script`.
+    Keeps what it was fed, feed by feed, so that a test can see what each token cost.
+    """
+
+    def __init__(self, script, vocab_size=ByteTokenizer.vocab_size, prompt_length=None):
+        self.script, self.vocab_size = list(script), vocab_size
+        self.prompt_length = prompt_length # None: the first feed is the prompt
+        self.feeds, self.length = [], 0
+
+    def feed(self, ids):
+        self.feeds.append(list(ids))
+        self.length += len(ids)
+        if self.prompt_length is None:
+            self.prompt_length = self.length
+        logits = torch.full((self.vocab_size,), -10.0)
+        logits[self.script[self.length - self.prompt_length]] = 10.0
+        return logits
