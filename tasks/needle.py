@@ -1,0 +1,124 @@
+"""
+Find again what was said far back: the smallest tests of a memory.
+
+Passkey   one fact in filler: "The passkey is 7 3 9 1." (the passkey test of Landmark Attention; RULER calls it niah_single)
+MultiKey  many such facts with a key each, one (or several in turn) asked: "What is the key of amber?" The others are
+          distractors: knowing that a number was said is not enough (RULER's niah_multikey and niah_multiquery)
+KeyValue  a JSON object of random identifiers and the value of one of them (Lost in the Middle, Liu et al. 2023)
+
+Digits are separated by spaces so that a copy goes digit by digit, whatever the tokenizer merges.
+"""
+
+import itertools
+
+from tasks.common import dialogue
+from tasks.haystack import Ask, LongTask, bucket
+from tasks.words import NAMES, VALUES
+
+
+class Passkey(LongTask):
+    name = "passkey"
+
+    def __init__(self, texts, digits=4, **kwargs):
+        super().__init__(texts, **kwargs)
+        self.digits = digits
+
+    def example(self, index):
+        rng = self.rng(index)
+        length, depth = self.draw(rng)
+        key = digits(rng, self.digits)
+        return self.recall(rng, length, [(depth, f"The passkey is {key}.")], [Ask("What is the passkey?", key)])
+
+
+class MultiKey(LongTask):
+    """
+    pairs      facts in the text
+    questions  how many of them are asked, one turn each; the one at the wanted depth is asked last
+    words      values are words ("lotus") instead of digits
+    """
+
+    name = "multikey"
+
+    def __init__(self, texts, pairs=8, questions=1, digits=4, words=False, **kwargs):
+        super().__init__(texts, **kwargs)
+        if not 1 <= questions <= pairs <= len(NAMES) * (len(NAMES) - 1):
+            raise ValueError(f"expected 1 <= questions <= pairs, got {questions} questions on {pairs} pairs")
+        self.pairs, self.questions, self.digits, self.words = pairs, questions, digits, words
+
+    def example(self, index):
+        rng = self.rng(index)
+        length, depth = self.draw(rng)
+        keys = names(rng, self.pairs)
+        values = [rng.choice(VALUES) if self.words else digits(rng, self.digits) for _ in keys]
+        depths = [rng.random() for _ in keys[1:]] + [depth]
+        facts = [(depth, f"The key of {key} is {value}.") for depth, key, value in zip(depths, keys, values)]
+        asked = range(self.pairs - self.questions, self.pairs)
+        return self.recall(rng, length, facts, [Ask(f"What is the key of {keys[n]}?", values[n], n) for n in asked])
+
+
+class KeyValue(LongTask):
+    """short: six hexadecimal digits instead of a uuid's 32, for small models. The text is the object alone, so no texts."""
+
+    name = "keyvalue"
+
+    def __init__(self, short=False, **kwargs):
+        super().__init__(["{}"], **kwargs)
+        self.short = short
+
+    def example(self, index):
+        rng = self.rng(index)
+        length, depth = self.draw(rng)
+        measure = self.filler.measure
+        sample = self.pair(rng)
+        room = length - measure("{\n}\n\n" + self.question(sample[0]) + "\n" + sample[1])
+        count = room // measure(self.line(sample)) # a first guess; exact when characters are counted
+        if count < 1:
+            raise ValueError(f"{self.name}: a length of {length} has no room for one pair. Ask for a longer text")
+        pairs = dict(self.pair(rng) for _ in range(count))
+        while True:
+            target = min(int(depth * len(pairs)), len(pairs) - 1)
+            key, value = next(itertools.islice(pairs.items(), target, None))
+            text = "{\n" + "".join(map(self.line, pairs.items()))[:-2] + "\n}\n\n" + self.question(key)
+            over = measure(text + "\n" + value) - length
+            if over <= 0:
+                break
+            for _ in range(max(1, len(pairs) * over // length)):
+                pairs.popitem()
+            assert pairs, f"no pair fits a length of {length}"
+        place = round(text.index(f'"{key}": ') / len(text), 4)
+        return {"messages": dialogue(text, value), "answer": value, "bucket": bucket(length), "depth": place}
+
+    def pair(self, rng):
+        return self.identifier(rng), self.identifier(rng)
+
+    def identifier(self, rng):
+        if self.short:
+            return f"{rng.getrandbits(24):06x}"
+        text = f"{rng.getrandbits(128):032x}"
+        return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+
+    @staticmethod
+    def line(pair):
+        return f'"{pair[0]}": "{pair[1]}",\n'
+
+    @staticmethod
+    def question(key):
+        return f'What is the value of "{key}"?'
+
+
+def digits(rng, count):
+    return " ".join(rng.choices("0123456789", k=count))
+
+
+def names(rng, count):
+    """Distinct names: single words while they last, else pairs of words."""
+    if count <= len(NAMES):
+        return rng.sample(NAMES, count)
+    pairs = range(len(NAMES) * (len(NAMES) - 1))
+    return [" ".join(two(n)) for n in rng.sample(pairs, count)]
+
+
+def two(n):
+    """Number n of all ordered pairs of different names."""
+    first, second = divmod(n, len(NAMES) - 1)
+    return NAMES[first], NAMES[second + (second >= first)]
