@@ -291,22 +291,25 @@ class MuonAdamW:
         """
         live = self._who_has_gradients()
         active = [bucket for bucket in self.buckets if any(live[name] for name in bucket.names)]
-        for bucket in active:  # phase 1: start every reduction
-            bucket.reduce(live)
+        together = self.dist.world > 1 or check  # overlap with the wires; alone, one bucket at a time saves memory
         squares = []
+        for wave in [active] if together else [[bucket] for bucket in active]:
+            for bucket in wave:  # phase 1: start every reduction
+                bucket.reduce(live)
+            if check:
+                total = self._norm([self._arrived(bucket, grad_scale, True) for bucket in wave])
+                if not torch.isfinite(total):
+                    self.skipped += 1
+                    return total
+            for bucket in wave:  # phase 2: as each arrives, update my shard and send it on
+                if not check:
+                    squares.append(self._arrived(bucket, grad_scale, norm))
+                bucket.update()
+            for bucket in wave:  # phase 3: receive the others' shards
+                bucket.finish()
         if check:
-            squares = [self._arrived(bucket, grad_scale, True) for bucket in active]
-            total = self._norm(squares)
-            if not torch.isfinite(total):
-                self.skipped += 1
-                return total
-        for bucket in active:  # phase 2: as each arrives update my shard and send it on
-            if not check:
-                squares.append(self._arrived(bucket, grad_scale, norm))
-            bucket.update()
-        for bucket in active:  # phase 3: receive the others' shards
-            bucket.finish()
-        return total if check else self._norm(squares) if norm else None
+            return total
+        return self._norm(squares) if norm else None
 
     def _arrived(self, bucket, grad_scale, norm):
         bucket.wait()
