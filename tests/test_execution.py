@@ -1,0 +1,163 @@
+"""The sandbox: what code says and how it ends is told truly, and it gets nowhere. The laws are tried by code that wants out."""
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from nanochat.execution import run_code
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="the kernel guards are Linux's")
+unix = pytest.mark.skipif(os.name != "posix", reason="limits are Unix's")
+# undo the audit hook from inside, as hostile code would, so that a test reaches the kernel's own guards
+PAST_THE_HOOK = "import sys; g = sys._getframe(1).f_globals; g['REFUSED'] = ('none of it',); g['CHANGES'] = {}; g['set'] = lambda x: frozenset(); "
+
+
+def need(*guards):
+    held = run_code("pass", timeout=30).guards
+    missing = [guard for guard in guards if guard not in held]
+    if missing:
+        pytest.skip(f"this machine's kernel does not give us {', '.join(missing)} (it gives {', '.join(held)})")
+
+
+def test_what_it_prints_and_that_it_ended():
+    result = run_code("import sys\nprint('out', 1 + 1)\nprint('Größe', file=sys.stderr)", timeout=30)
+    assert (result.ok, result.stdout, result.stderr, result.error) == (True, "out 2\n", "Größe\n", None)
+
+
+@pytest.mark.parametrize("code, error", [
+    ("1/0", "ZeroDivisionError"), ("def f(:", "SyntaxError"), ("assert 1 == 2, 'no'", "AssertionError: no"), ("f = lambda: f()\nf()", "RecursionError"),
+    ("import sys; sys.exit(0)", "SystemExit"), ("raise SystemExit", "SystemExit"), ("import os; os._exit(0)", "left by itself"),
+    ("raise KeyboardInterrupt", "KeyboardInterrupt"), ("import numpy", "ModuleNotFoundError"), ("\0", "SyntaxError"),
+    ("import os, signal; os._exit(3)", "exit code 3"), ("import sys; sys.stderr.close(); 1/0", "ZeroDivisionError"),
+])
+def test_only_code_that_reaches_its_end_is_ok(code, error):
+    result = run_code(code, timeout=30)
+    assert not result.ok and (error in result.error or (code == "\0" and "null bytes" in result.error)), result
+
+
+def test_a_script_is_main_and_may_use_its_folder():
+    result = run_code("import os\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n    x: 'int' = 3\n"
+                      "os.makedirs('a/b')\nopen('a/b/c.txt', 'w').write('hi')\nos.rename('a/b/c.txt', 'd.txt')\n"
+                      "import tempfile\ntempfile.NamedTemporaryFile('w').write('x')\n"
+                      "if __name__ == '__main__':\n    print(A().x, open('d.txt').read(), sorted(os.listdir()))", timeout=30)
+    assert result.ok and result.stdout == "3 hi ['a', 'd.txt']\n", result
+
+
+def test_time_is_limited_and_nothing_stays_behind():
+    start = time.perf_counter()
+    result = run_code("import time\nprint('before', flush=True)\ntime.sleep(60)", timeout=1.0)
+    assert time.perf_counter() - start < 10
+    assert not result.ok and result.error.startswith("timeout") and result.stdout == "before\n"
+    marker = "one_of_a_kind_" + str(os.getpid())
+    run_code(f"{marker} = 1\nwhile True: pass", timeout=0.5)
+    if sys.platform == "linux":
+        assert marker not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+
+
+@unix
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS does not limit address space")
+def test_memory_is_limited():
+    result = run_code("x = bytearray(10**9)", timeout=30, memory_mb=128)
+    assert not result.ok and result.error.startswith("memory")
+    assert run_code("x = bytearray(10**8)", timeout=30, memory_mb=256).ok
+
+
+@unix
+def test_output_is_limited():
+    result = run_code("while True: print('x' * 100000)", timeout=30)
+    assert not result.ok and "File too large" in result.error and len(result.stdout) <= 20_000
+
+
+@pytest.mark.parametrize("attempt", [
+    "open({path!r}, 'w')", "open({path!r}, 'ab')", "import os; os.open({path!r}, os.O_WRONLY | os.O_CREAT)", "import os; os.mkdir({path!r})",
+    "open('../../escape', 'w')", "import os; os.symlink({folder!r}, 'link'); open('link/escape', 'w')", "import os; os.remove({victim!r})",
+    "import os; os.rename({victim!r}, 'mine')", "import os; os.chmod({victim!r}, 0)", "import os; os.truncate({victim!r}, 0)",
+    "import sqlite3; sqlite3.connect({path!r}).execute('create table t (x)')", "import shutil; shutil.rmtree({folder!r})",
+    "import os; os.utime({victim!r}, (0, 0))", "import os; os.link({victim!r}, 'mine')", "import pathlib; pathlib.Path({path!r}).write_text('x')",
+    "import os; d = os.open({folder!r}, os.O_RDONLY); os.unlink('victim', dir_fd=d)",
+])
+@pytest.mark.parametrize("past", ["", PAST_THE_HOOK], ids=["hook", "kernel"])
+def test_no_writes_outside_the_folder(tmp_path, attempt, past):
+    if past or "dir_fd" in attempt:
+        need("landlock") if "utime" not in attempt and "chmod" not in attempt else need("files")
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    before = os.stat(victim)
+    result = run_code(past + "\n" + attempt.format(path=str(tmp_path / "escape"), folder=str(tmp_path), victim=str(victim)), timeout=30)
+    assert not result.ok and ("Error" in result.error), result
+    assert os.listdir(tmp_path) == ["victim"] and victim.read_text() == "precious"
+    assert (os.stat(victim).st_mode, os.stat(victim).st_mtime, os.stat(victim).st_nlink) == (before.st_mode, before.st_mtime, 1)
+
+
+@pytest.mark.parametrize("past", ["", PAST_THE_HOOK], ids=["hook", "kernel"])
+def test_no_network(past):
+    if past:
+        need("network")
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        server.settimeout(0.2)
+        port = server.getsockname()[1]
+        code = f"{past}\nimport socket\nsocket.create_connection(('127.0.0.1', {port}), 2).send(b'secret')"
+        result = run_code(code, timeout=30)
+        assert not result.ok and "Error" in result.error
+        with pytest.raises(TimeoutError if sys.version_info >= (3, 10) else socket.timeout):
+            server.accept()
+
+
+@pytest.mark.parametrize("attempt", ["import subprocess; subprocess.run(['ls'])", "import os; os.system('ls')", "import os; os.fork()",
+                                     "import ctypes; ctypes.CDLL(None)", "import os; os.execv('/bin/ls', ['ls'])"])
+def test_no_processes_and_no_native_calls(attempt):
+    assert "sandbox" in run_code(attempt, timeout=30).error
+
+
+@linux
+def test_it_cannot_see_or_signal_us_and_leaves_no_orphans(tmp_path):
+    need("processes", "files")
+    victim = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        code = PAST_THE_HOOK + f"\nimport os\nprint(os.getpid(), os.listdir('/proc'))\nos.kill({victim.pid}, 9)"
+        result = run_code(code, timeout=30)
+        assert result.stdout == "1 []\n" and ("ProcessLookupError" in result.error or "PermissionError" in result.error), result
+        assert victim.poll() is None
+    finally:
+        victim.kill()
+        victim.wait()
+    marker = "987654321.25"
+    code = PAST_THE_HOOK + f"\nimport os, time\nif os.fork() == 0:\n    os.setsid()\n    os.execv('/bin/sleep', ['sleep', '{marker}'])\ntime.sleep(0.3)"
+    assert run_code(code, timeout=30).ok
+    assert marker not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+
+
+@linux
+def test_what_the_kernel_shut_cannot_be_opened_again():
+    need("files")
+    code = PAST_THE_HOOK + ("\nimport ctypes\nlibc = ctypes.CDLL(None)\n"
+                            "print(libc.mount(b'none', b'/', None, 32 | 4096, None), libc.umount(b'/proc'), libc.sethostname(b'x', 1))")
+    assert run_code(code, timeout=30).stdout == "-1 -1 -1\n"
+
+
+def test_our_environment_stays_with_us(monkeypatch):
+    monkeypatch.setenv("A_SECRET", "hunter2")
+    assert "hunter2" not in run_code("import os; print(os.environ)", timeout=30).stdout
+
+
+def test_it_runs_in_any_thread():
+    results = [None] * 4
+    def work(i):
+        results[i] = run_code(f"print({i})", timeout=60).stdout
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert results == ["0\n", "1\n", "2\n", "3\n"]
+
+
+@pytest.mark.parametrize("options", [dict(timeout=0), dict(memory_mb=1)])
+def test_limits_that_make_no_sense_are_refused(options):
+    with pytest.raises(ValueError, match="expected"):
+        run_code("pass", **options)
