@@ -1,0 +1,60 @@
+"""
+Text into the tree: tokens appended, and for every block that is complete its gist, its LensNet key, and so on up the levels.
+
+The base model is not asked: ingest costs GistNet alone, which is what makes reading a code base many times faster than
+prefilling it. Ingesting piece by piece gives what ingesting at once gives, because a gist depends on its own block and on the
+tokens just left of it only.
+
+D = model width, K = children a node (32), C = tokens of left context
+"""
+import torch
+
+from megacontext.span import BLOCK
+
+NODES_AT_ONCE = 256 # 8,192 tokens: bounds the memory of a bulk ingest
+
+
+@torch.no_grad()
+def ingest(gpt, gistnet, lensnet, tree, ids, progress=None):
+    """
+    Append ids (a list or 1-D array of token ids) and every node that they complete, then commit. `progress(done)` is called with the
+    tokens summarised so far. Commits every NODES_AT_ONCE blocks, so a kill loses little and never leaves a block without its gist.
+    """
+    step = NODES_AT_ONCE * BLOCK
+    for start in range(0, len(ids), step):
+        tree.append_tokens(ids[start:start + step])
+        complete(gpt, gistnet, lensnet, tree)
+        tree.commit()
+        if progress is not None:
+            progress(min(start + step, len(ids)))
+
+
+@torch.no_grad()
+def complete(gpt, gistnet, lensnet, tree):
+    """Write the gists and keys of all nodes whose children are all there and that have none yet."""
+    level = 1
+    below = tree.length // BLOCK # nodes that level 1 should have
+    while below:
+        for first in range(tree.count(level), below, NODES_AT_ONCE):
+            last = min(first + NODES_AT_ONCE, below)
+            gists = token_gists(gpt, gistnet, tree, first, last) if level == 1 else upper_gists(gpt, gistnet, tree, level, first, last)
+            tree.append_gists(level, gists.float().cpu().numpy(), lensnet.key(gists).float().cpu().numpy())
+        level, below = level + 1, below // BLOCK
+
+
+def token_gists(gpt, gistnet, tree, first, last):
+    """Level-1 gists (n, D) of blocks first..last-1, each with its left context."""
+    C = gistnet.config.left
+    start = max(0, first * BLOCK - C)
+    ids = torch.as_tensor(tree.tokens(start, last * BLOCK), dtype=torch.long, device=gpt.device)
+    x = gpt.embed(ids[None]).x[0] # (tokens, D)
+    blocks = torch.arange(first, last, device=gpt.device)[:, None] * BLOCK
+    children = x[blocks + torch.arange(BLOCK, device=gpt.device) - start]
+    index = blocks + torch.arange(-C, 0, device=gpt.device) # (n, C), negative before the history began
+    return gistnet(children, 1, x[(index - start).clamp(min=0)], index >= 0)
+
+
+def upper_gists(gpt, gistnet, tree, level, first, last):
+    """Gists (n, D) of nodes first..last-1 of level 2 or more, from the gists below them."""
+    below = torch.as_tensor(tree.gists(level - 1, first * BLOCK, last * BLOCK), dtype=gpt.dtype, device=gpt.device)
+    return gistnet(below.view(last - first, BLOCK, -1), level)

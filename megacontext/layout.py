@@ -1,0 +1,127 @@
+"""
+One row, many working contexts: which entry sees which, in training and in evaluation.
+
+A row holds T raw tokens in Q = T / K blocks, then one level-1 gist a block, then one level-2 gist for every 32 blocks, then
+(when counterfactuals are measured) copies of some blocks. Every block q reads the past through a working context of its own,
+a line of a small table:
+
+    table[q, b] = HIDDEN  block b is not visible to block q (another document, or given up)
+                  RAW     its tokens are
+                  GIST    its level-1 gist is
+                  NODE    it is covered by its level-2 gist (all 32 siblings are, or none)
+
+Tokens of a block see each other causally. A gist sees itself only: its keys and values are then a function of the gist alone,
+never of the working context, so they can be computed once and cached for ever. A copy is the same K tokens read through
+another line of the table; nobody sees a copy, so one edit's price is the difference of two losses of one forward.
+
+B = rows, T = tokens, K = block, Q = blocks, G = level-2 gists, M = copies, N = T + Q + G + M*K entries
+"""
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+HIDDEN, RAW, GIST, NODE = 0, 1, 2, 3
+FAN = 32 # children of a level-2 gist
+
+
+@dataclass
+class Copies:
+    """M more readings in a row: block[m] read through the working context table[m]. Row by row, (B, M) and (B, M, Q)."""
+    block: torch.Tensor
+    table: torch.Tensor
+
+
+def entry_positions(T, K, copies=None, device=None):
+    """Positions (1 or B, N) of all entries: a token at its index, a gist at the centre of its span."""
+    Q = T // K
+    tokens = torch.arange(T, device=device, dtype=torch.float32)
+    gists = torch.arange(Q, device=device) * K + (K - 1) / 2
+    nodes = torch.arange(Q // FAN, device=device) * K * FAN + (K * FAN - 1) / 2
+    positions = torch.cat([tokens, gists, nodes])[None]
+    if copies is None:
+        return positions
+    B, M = copies.block.shape
+    inside = torch.arange(K, device=device)
+    copied = (copies.block[:, :, None] * K + inside).view(B, M * K).float()
+    return torch.cat([positions.expand(B, -1), copied], dim=1)
+
+
+def visibility(table, K, copies=None):
+    """table (B, Q, Q) -> bool mask (B, 1, N, N), True where the row's entry may look at the column's."""
+    B, Q, _ = table.shape
+    device, T, G = table.device, Q * K, Q // FAN
+    M = 0 if copies is None else copies.block.size(1)
+    see = torch.zeros(B, T + Q + G + M * K, T + Q + G + M * K, dtype=torch.bool, device=device)
+    inside = torch.ones(K, K, dtype=torch.bool, device=device).tril()
+
+    def read(rows, lines):
+        """Entries `rows` (a slice) read the past through lines (B, n, Q), K entries a line."""
+        wide = lines.repeat_interleave(K, dim=1) # (B, n*K, Q)
+        see[:, rows, :T] = (wide == RAW).repeat_interleave(K, dim=2)
+        see[:, rows, T:T + Q] = wide == GIST
+        see[:, rows, T + Q:T + Q + G] = wide[:, :, :G * FAN:FAN] == NODE
+
+    read(slice(0, T), table)
+    see[:, :T, :T] |= torch.block_diag(*[inside] * Q)
+    lane = torch.arange(T, T + Q + G, device=device)
+    see[:, lane, lane] = True
+    if M:
+        start = T + Q + G
+        read(slice(start, start + M * K), copies.table)
+        see[:, start:, start:] = torch.block_diag(*[inside] * M)
+    return see[:, None]
+
+
+def visibility_rule(table, K):
+    """The same rule, without copies, as a FlexAttention mask function: nothing of size N x N is ever built."""
+    Q = table.size(1)
+    T, G = Q * K, Q // FAN
+
+    def sees(b, h, i, j):
+        is_token = i < T
+        q = torch.where(is_token, i // K, 0)
+        block = torch.where(j < T, j // K, torch.where(j < T + Q, j - T, (j - T - Q) * FAN)).clamp(max=Q - 1)
+        wanted = torch.where(j < T, RAW, torch.where(j < T + Q, GIST, NODE))
+        own = (j < T) & (j // K == q) & (j <= i)
+        return torch.where(is_token, own | (table[b, q, block] == wanted), i == j)
+
+    return sees
+
+
+def full_table(docs):
+    """Every block reads all of its document raw: docs (B, Q) -> (B, Q, Q). This is the plain GPT."""
+    Q = docs.size(1)
+    earlier = torch.ones(Q, Q, dtype=torch.bool, device=docs.device).tril(-1)
+    return torch.where(earlier & (docs[:, :, None] == docs[:, None]), RAW, HIDDEN)
+
+
+def draw_table(docs, K, rng, tail=(0, 256), gists=0.9, opened=2, nodes=0.5):
+    """
+    A random legal working context for every block of one row; docs is a numpy array (Q,). Returns (Q, Q) int64.
+
+    tail    smallest and largest raw tail in tokens, uniform: short, because where raw tokens are within reach gists are ignored
+    gists   share of rows that see gists; the rest see their raw tail alone, so that a plain window stays readable too
+    opened  up to this many older blocks are raw
+    nodes   share of blocks whose far past is read through level-2 gists
+    """
+    Q = len(docs)
+    table = np.zeros((Q, Q), dtype=np.int64)
+    with_gists = rng.random() < gists
+    tails = rng.integers(tail[0] // K, tail[1] // K + 1, size=Q)
+    first = np.zeros(Q, dtype=np.int64) # first block of each block's document
+    for q in range(1, Q):
+        first[q] = first[q - 1] if docs[q] == docs[q - 1] else q
+    for q in range(Q):
+        near = max(first[q], q - tails[q])
+        table[q, near:q] = RAW
+        if not with_gists or near == first[q]:
+            continue
+        table[q, first[q]:near] = GIST
+        for b in rng.integers(first[q], near, size=rng.integers(0, opened + 1)):
+            table[q, b] = RAW
+        if rng.random() < nodes:
+            far = rng.integers(first[q], near + 1) # blocks before this one go to level 2, where a whole node can
+            for node in range(-(-first[q] // FAN), far // FAN):
+                table[q, node * FAN:(node + 1) * FAN] = NODE
+    return table

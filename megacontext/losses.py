@@ -1,0 +1,148 @@
+"""
+The co-training objective: GPT, GistNet and LensNet in one step.
+
+Some rows are read plainly, exactly as without MegaContext. The others are read once with their gists in the row and a random
+working context for every block (layout.py); every raw token has a next-token loss, so every position teaches the gists to be
+read and GistNet to write them. On a few rows the price of edits is measured (labels.py) and LensNet learns to predict it.
+
+Which row is read how, and every random draw, follow from the row's number alone, so the loss does not depend on how rows are
+dealt to processes. The loss is a sum over targets divided by the entries of the batch, which adds up over micro-batches and ranks.
+
+B = rows, T = tokens, K = block, Q = T / K
+"""
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+from megacontext.labels import measure
+from megacontext.layout import FAN, GIST, NODE, RAW, draw_table, entry_positions, visibility
+from megacontext.lensnet import TAIL
+from nanochat.gpt import IGNORE, Entries
+
+
+@dataclass(frozen=True)
+class CoTrainingOptions:
+    seed: int = 0
+    plain_every: int = 4      # one round of rows in so many is read plainly
+    labels_every: int = 4     # one round in so many has edits measured, on half of its rows
+    lanes: int = 8            # rows a round
+    tail: tuple = (0, 256)    # raw tail in tokens
+    readings: int = 4         # P, readings a labelled row
+    edits: int = 6            # V, edits a reading
+    lens_weight: float = 0.1
+
+
+def pool_values(values, fan):
+    """Attention is linear in its values, so a parent's value embedding is the mean of its children's: (B, n*fan, w) -> (B, n, w)."""
+    B, N, w = values.shape
+    return values[:, :N // fan * fan].view(B, N // fan, fan, w).mean(dim=2)
+
+
+def row_entries(gpt, gistnet, ids, docs, K):
+    """ids (B, T), docs (B, Q) -> Entries of T tokens, Q level-1 gists and Q // 32 level-2 gists, in this order."""
+    tokens = gpt.embed(ids)
+    B, T, D = tokens.x.shape
+    gists = gistnet.level_one(tokens.x, docs, K) # (B, Q, D)
+    G = gists.size(1) // FAN
+    nodes = gistnet(gists[:, :G * FAN].reshape(B * G, FAN, D), 2).view(B, G, D) if G else gists[:, :0]
+    values = []
+    for value in tokens.values:
+        pooled = pool_values(value, K)
+        values.append(torch.cat([value, pooled, pool_values(pooled, FAN)], dim=1))
+    return Entries(torch.cat([tokens.x, gists, nodes], dim=1), values)
+
+
+def with_copies(entries, copies, K):
+    """Append the tokens of the copied blocks, (B, M * K), to a row's entries."""
+    inside = torch.arange(K, device=copies.block.device)
+    index = (copies.block[:, :, None] * K + inside).flatten(1) # (B, M * K)
+    append = lambda t: torch.cat([t, t.gather(1, index[:, :, None].expand(-1, -1, t.size(2)))], dim=1)
+    return Entries(append(entries.x), [append(value) for value in entries.values])
+
+
+class CoTraining(nn.Module):
+    """objective(batch) -> (loss, metrics). Holds no parameters of its own: they are those of the three networks."""
+
+    def __init__(self, gpt, gistnet, lensnet, options):
+        super().__init__()
+        self.gpt, self.gistnet, self.lensnet, self.options = gpt, gistnet, lensnet, options
+        self.block = FAN # children a level-1 gist; the curriculum grows it
+
+    def forward(self, batch):
+        """
+        batch: inputs and targets (B, T), docs (B, T // 32), rows (B,) global row numbers, all on the GPT's device.
+        Metrics are sums with their counts, so that callers may add them up over steps and ranks.
+        """
+        o, K = self.options, self.block
+        rounds = batch.rows.cpu().numpy() // o.lanes
+        plain = torch.from_numpy(rounds % o.plain_every == 0)
+        labelled = torch.from_numpy((rounds % o.labels_every == 1) & (batch.rows.cpu().numpy() % 2 == 0))
+        nats, metrics = 0.0, {}
+        for name, chosen, reader in (("plain", plain, self._read_plain), ("gist", ~plain, self._read_gists)):
+            if chosen.any():
+                inputs, targets = batch.inputs[chosen], batch.targets[chosen]
+                total, labels = reader(inputs, targets, batch.docs[chosen], batch.rows[chosen], labelled[chosen])
+                count = (targets != IGNORE).sum()
+                nats = nats + total
+                metrics.update({f"{name}_nats": total.detach(), f"{name}_tokens": count})
+                if labels is not None:
+                    nats = nats + o.lens_weight * labels["lens_squares"] * batch.inputs.size(1) / (o.readings * o.edits)
+                    metrics.update({key: value.detach() for key, value in labels.items()})
+        return nats / batch.inputs.numel(), metrics
+
+    def _read_plain(self, inputs, targets, docs, rows, labelled):
+        return self.gpt(inputs, targets, "sum"), None
+
+    def _read_gists(self, inputs, targets, docs, rows, labelled):
+        o, K, (B, T) = self.options, self.block, inputs.shape
+        docs = docs.repeat_interleave(FAN // K, dim=1) # documents start at multiples of 32, so smaller blocks do too
+        entries = row_entries(self.gpt, self.gistnet, inputs, docs, K)
+        rngs = [np.random.default_rng([o.seed, row]) for row in rows.tolist()]
+        table = torch.from_numpy(np.stack([draw_table(d, K, rng, o.tail) for d, rng in zip(docs.cpu().numpy(), rngs)])).to(inputs.device)
+        hidden = self.gpt.trunk(entries, entry_positions(T, K, device=inputs.device), visibility(table, K))
+        nats = self.gpt.loss(hidden[:, :T], targets, "sum")
+        if not labelled.any():
+            return nats, None
+        some = Entries(entries.x[labelled].detach(), [value[labelled].detach() for value in entries.values])
+        rngs = [rng for rng, wanted in zip(rngs, labelled.tolist()) if wanted]
+        labels = measure(self.gpt, lambda copies: with_copies(some, copies, K), targets[labelled], table[labelled], K, rngs, o.readings, o.edits)
+        return nats, self._lens_loss(some, docs[labelled], table[labelled], labels, K)
+
+    def _lens_loss(self, entries, docs, table, labels, K):
+        """Squared error of LensNet's scores against the labels, both centred over a reading's edits: only differences can be paid for."""
+        scores = lens_scores(self.lensnet, entries, docs, table, labels.block, K).gather(2, labels.entry.clamp(min=0))
+        valid = labels.valid & (labels.valid.sum(-1, keepdim=True) > 1)
+        count = valid.sum(-1, keepdim=True).clamp(min=1)
+        centre = lambda t: (t - (t * valid).sum(-1, keepdim=True) / count) * valid
+        wanted, got = centre(labels.value), centre(scores)
+        return dict(lens_squares=(got - wanted).square().sum(), label_squares=wanted.square().sum(), lens_products=(got * wanted).sum(),
+                    score_squares=got.square().sum(), labels=valid.sum())
+
+
+def lens_scores(lensnet, entries, docs, table, block, K):
+    """
+    LensNet's scores for readings block (B, P) of rows whose working contexts are table (B, Q, Q):
+    (B, P, Q + G), zero where the entry is not in the reading's context. Column b < Q is block b (raw or gist), Q + n level-2 node n.
+    """
+    B, P = block.shape
+    Q, device = docs.size(1), block.device
+    T, G, D = Q * K, Q // FAN, entries.x.size(2)
+    line = table.gather(1, block[:, :, None].expand(-1, -1, Q)) # (B, P, Q)
+    node = line[:, :, :G * FAN:FAN] == NODE
+    seen = torch.cat([(line == RAW) | (line == GIST), node], dim=2) # (B, P, E)
+    levels = torch.cat([(line == GIST).long(), torch.full_like(node, 2, dtype=torch.long)], dim=2)
+    centres = entry_positions(T, K, device=device)[0, T:] # (E,)
+    distances = (block[:, :, None] * K - centres).clamp(min=1)
+    index = block[:, :, None] * K + torch.arange(-TAIL, 0, device=device) # (B, P, n) the tokens just before the block
+    first = index.clamp(min=0)
+    tail = entries.x[:, :T].gather(1, first.flatten(1)[:, :, None].expand(-1, -1, D)).view(B * P, TAIL, D)
+    same = docs.gather(1, (first // K).flatten(1)).view(B, P, TAIL) == docs.gather(1, block)[:, :, None]
+    keys = lensnet.key(entries.x[:, T:T + Q + G])[:, None].expand(-1, P, -1, -1)
+    some = seen.any(-1).flatten() # readings with no entry at all have no scores
+    scores = entries.x.new_zeros(B * P, Q + G)
+    flat = lambda t: t.flatten(0, 1)[some]
+    if some.any():
+        scores[some] = lensnet(tail[some], flat(same & (index >= 0)), flat(keys), flat(levels), flat(distances), flat(seen)).to(scores.dtype)
+    return scores.view(B, P, -1)
