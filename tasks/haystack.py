@@ -113,11 +113,14 @@ def insert(text, facts):
     begins in it, in the order given. Facts that meet at one place keep the order of their depths.
     """
     order = sorted(range(len(facts)), key=lambda n: facts[n][0])
+    total = len(text) + sum(len(fact) for _, fact in facts)
     out, offsets, done, length = [], [0] * len(facts), 0, 0
     for n in order:
         depth, fact = facts[n]
         assert 0 <= depth <= 1, f"depth {depth} of a fact is outside 0..1"
-        at = max(done, break_after(text, round(depth * len(text))))
+        # the share of all text that comes before, less the facts that are already in it
+        at = min(len(text), max(done, round(depth * total) - (length - done)))
+        at = max(done, break_after(text, at))
         before = text[done:at]
         if (before or out) and not (before or out[-1]).endswith("\n"):
             before += "\n"
