@@ -126,6 +126,11 @@ class PlainStream:
     def dropped(self):
         return self.length - len(self.kept)
 
+    def view(self):
+        """What a person wants to see: the stretch of history that the model reads now."""
+        spans = [dict(level=0, start=self.dropped, stop=self.length, score=0.0)] if self.length else []
+        return dict(spans=spans, tokens=self.length, budget=self.capacity, used=len(self.kept))
+
     @torch.no_grad()
     def feed(self, ids):
         """ids, at least one -> logits (V,) of the token that follows."""
