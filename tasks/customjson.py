@@ -1,0 +1,59 @@
+"""
+A user's own conversations: one JSON object (or list of messages) per line, the file plain or gzipped.
+
+    {"messages": [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "A small model."}]}
+    [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+
+Roles alternate, user first; one system message may stand before. A last message of the user's has no answer to learn from:
+it is left out, and counted in `unanswered`. An assistant's content may be a list of parts, as in
+nanochat/tokenizer.py. Other fields are kept. The whole file is checked when it is opened: a training run should not find a
+broken line in its third hour. Every error names the file and the line.
+"""
+
+from pathlib import Path
+
+from nanochat.common import UserError
+from tasks.common import Task, check_conversation, final_text, same_words
+from tasks.rows import parse_json, read_text
+
+
+class CustomJSON(Task):
+    name = "customjson"
+
+    def __init__(self, path, **kwargs):
+        super().__init__(**kwargs)
+        self.path = Path(path).expanduser()
+        if not self.path.is_file():
+            raise UserError(f"{self.path}: expected a file with one conversation per line, there is none")
+        self.conversations, self.unanswered = [], 0
+        for number, line in enumerate(read_text(self.path).split("\n"), 1):
+            if line.strip():
+                conversation = read_line(line, f"{self.path}, line {number}")
+                messages = conversation["messages"]
+                if messages[-1]["role"] == "user":
+                    conversation = {**conversation, "messages": messages[:-1]}
+                    self.unanswered += 1
+                self.conversations.append(conversation)
+        if not self.conversations:
+            raise UserError(f"{self.path}: expected at least one conversation, the file is empty")
+
+    def count(self):
+        return len(self.conversations)
+
+    def example(self, index):
+        return dict(self.conversations[index])
+
+    def evaluate(self, conversation, answer_text):
+        """Right is what the last assistant's message says, unless the line has an "answer" of its own."""
+        wanted = conversation.get("answer", conversation["messages"][-1]["content"])
+        if not isinstance(wanted, str):
+            wanted = "".join(part["text"] for part in wanted if part["type"] == "text")
+        return same_words(final_text(answer_text), wanted)
+
+
+def read_line(line, where):
+    value = parse_json(line, where)
+    conversation = {"messages": value} if isinstance(value, list) else value
+    if problem := check_conversation(conversation):
+        raise UserError(f"{where}: {problem}")
+    return conversation

@@ -1,0 +1,285 @@
+"""Public sets from local copies in every format, from the hub, or one clear error; then each task's reading of its rows."""
+
+import csv
+import gzip
+import json
+import os
+import random
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from nanochat.calculator import calculate
+from nanochat.common import UserError
+from tasks.arc import ARC
+from tasks.common import check_conversation, dialogue
+from tasks.customjson import CustomJSON
+from tasks.gsm8k import GSM8K, final_number, with_tools
+from tasks.humaneval import HumanEval, program
+from tasks.mmlu import MMLU
+from tasks.rows import load_rows
+from tasks.smoltalk import SmolTalk
+
+SHARED = Path(os.environ.get("NANOCHAT_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
+shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no folder of real data at {SHARED} (NANOCHAT_SHARED_DATA)")
+
+
+@pytest.fixture(autouse=True)
+def data(tmp_path, monkeypatch):
+    """An empty folder of local copies, and a hub that nobody can reach."""
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("the hub is not there")
+    monkeypatch.setenv("NANOCHAT_DATA_DIR", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=unreachable))
+    return tmp_path
+
+
+def write(path, rows):
+    """Rows to a file of the kind that its name says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        return
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "wt", encoding="utf-8", newline="") as file:
+        if "csv" in path.name:
+            out = csv.DictWriter(file, rows[0])
+            out.writeheader()
+            out.writerows({key: json.dumps(value) if isinstance(value, (list, dict)) else value for key, value in row.items()} for row in rows)
+        else:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+FORMATS = [".parquet", ".jsonl", ".jsonl.gz", ".csv", ".csv.gz"]
+QUESTIONS = [{"question": f"Which is {n}, \"as is\"?\nSay.", "subject": "counting", "choices": [str((n + k) % 9) for k in range(4)], "answer": n % 4}
+             for n in range(7)]
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_format_gives_the_same_conversations(data, kind):
+    write(data / "mmlu" / f"test{kind}", QUESTIONS)
+    task = MMLU("test")
+    assert len(task) == 7
+    for n, conversation in enumerate(task):
+        assert check_conversation(conversation) is None
+        assert conversation["letters"] == ["A", "B", "C", "D"] and conversation["answer"] == "ABCD"[n % 4]
+        question = conversation["messages"][0]["content"]
+        assert question.startswith(f'Which is {n}, "as is"?\nSay.\nA: {n}\nB: ') and conversation["messages"][1]["content"] == "ABCD"[n % 4]
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_parts_of_a_split_are_one_list_in_order(data, kind):
+    rows = [{"question": f"q{n}", "answer": f"#### {n}"} for n in range(10)]
+    for part, (start, end) in enumerate([(0, 3), (3, 4), (4, 10)]):
+        write(data / "gsm8k" / "main" / f"train-{part:05}-of-00003{kind}", rows[start:end])
+    task = GSM8K("train")
+    assert [c["messages"][0]["content"] for c in task] == [f"q{n}" for n in range(10)]
+    order = random.Random(0).sample(range(10), 10)
+    assert [task[n]["answer"] for n in order] == [str(n) for n in order]
+
+
+def test_the_hub_is_asked_when_there_is_no_local_copy(monkeypatch):
+    asked = []
+    def load_dataset(*args, **kwargs):
+        asked.append((args, kwargs))
+        return [{"question": "q", "answer": "#### 5"}]
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    assert GSM8K("test")[0]["answer"] == "5"
+    assert asked == [(("openai/gsm8k", "main"), {"split": "test"})]
+
+
+def test_without_both_the_error_says_both_ways_out(data, monkeypatch):
+    with pytest.raises(UserError, match=r"put mmlu/all/dev.jsonl .* into .*, or give this machine network .*cais/mmlu, all.*hub is not there"):
+        MMLU("dev")
+    monkeypatch.delenv("NANOCHAT_DATA_DIR")
+    with pytest.raises(UserError, match="mmlu/dev.jsonl .* set NANOCHAT_DATA_DIR"):
+        MMLU("dev")
+    monkeypatch.setitem(sys.modules, "datasets", None) # not installed
+    with pytest.raises(UserError, match="datasets"):
+        MMLU("dev")
+    monkeypatch.setenv("NANOCHAT_DATA_DIR", str(data / "nowhere"))
+    with pytest.raises(UserError, match="expected a folder of data sets"):
+        MMLU("dev")
+
+
+def test_damaged_copies_are_named(data):
+    folder = data / "gsm8k"
+    write(folder / "train.jsonl", [{"question": "q", "answer": "#### 1"}])
+    with open(folder / "train.jsonl", "a") as file:
+        file.write("\n{broken\n[1]\n" + json.dumps({"question": "only"}) + "\n")
+    rows = load_rows("openai/gsm8k", "main", "train", fields=("question", "answer"))
+    assert len(rows) == 4 and rows[0]["question"] == "q"
+    for i, wrong in ((1, r"line 3: expected one JSON object, got '\{broken'"), (2, r"line 4: expected the fields question, answer, got \[1\]"),
+                     (3, "line 5: expected the fields question, answer, got only question")):
+        with pytest.raises(UserError, match=f"train.jsonl, {wrong}"):
+            rows[i]
+    write(folder / "train.csv", [{"question": "q", "answer": "#### 1"}])
+    with pytest.raises(UserError, match="expected one copy of gsm8k/train, got train.jsonl, train.csv"):
+        GSM8K("train")
+    for name, match in (("test.parquet", "expected a parquet file"), ("test.jsonl.gz", "expected gzipped UTF-8"), ("test.jsonl", "expected UTF-8")):
+        (folder / name).write_bytes(b"\xff\xfe\xfa")
+        with pytest.raises(UserError, match=match):
+            GSM8K("test")
+        (folder / name).unlink()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Each task
+
+def test_arc_reads_letters_and_numbers_as_labels(data):
+    rows = [{"question": "Hot?", "choices": {"text": ["ice", "sun", "rain"], "label": ["1", "2", "3"]}, "answerKey": "2"},
+            {"question": "Wet?", "choices": {"text": ["sand", "fire", "wind", "sun", "sea"], "label": list("ABCDE")}, "answerKey": "E"},
+            {"question": "Odd?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "C"}]
+    write(data / "arc" / "ARC-Easy" / "train.parquet", rows)
+    task = ARC("easy", "train")
+    assert task[0]["task"] == "arc_easy" and task.kind == "choice"
+    assert task[0]["messages"][0]["content"] == "Hot?\nA: ice\nB: sun\nC: rain\nAnswer with the letter only."
+    assert (task[0]["answer"], task[0]["letters"]) == ("B", ["A", "B", "C"]) and task[1]["answer"] == "E"
+    assert all(task.evaluate(task[0], said) for said in ("B", "b", "B.", "B: sun", "B<|assistant_end|>"))
+    assert not any(task.evaluate(task[0], said) for said in ("A", "", "Because", "2", "sun"))
+    with pytest.raises(UserError, match="arc_easy, row 2: expected an answerKey among"):
+        task[2]
+    with pytest.raises(ValueError, match="expected easy or challenge"):
+        ARC("hard")
+
+
+def test_mmlu_refuses_an_answer_that_is_no_choice(data):
+    write(data / "mmlu" / "dev.jsonl", [{**QUESTIONS[0], "answer": answer} for answer in (4, -1, "B")])
+    for i in range(3):
+        with pytest.raises(UserError, match=f"mmlu, row {i}: expected"):
+            MMLU("dev")[i]
+
+
+def test_gsm8k_by_hand():
+    parts = with_tools("It takes 2/2=<<2/2=1>>1 bolt.\nSo 2+1=<<2+1=3>>3\n#### 3")
+    assert [(part["type"], part["text"]) for part in parts] == [
+        ("text", "It takes 2/2="), ("python", "2/2"), ("python_output", "1"), ("text", "1 bolt.\nSo 2+1="),
+        ("python", "2+1"), ("python_output", "3"), ("text", "3\n#### 3")]
+
+
+@pytest.mark.parametrize("text, number", [("#### 18", "18"), ("#### 1,000", "1000"), ("x #### $-3.50.", "-3.5"), ("#### 1\n#### 2", "2"), ("18", None),
+                                          ("####", None), ("#### 1.2.3", None), ("####7", "7")])
+def test_gsm8k_grades_by_value(text, number):
+    assert (None if number is None else float(number)) == (None if (got := final_number(text)) is None else float(got))
+    assert GSM8K.evaluate(None, {"answer": "18"}, text) is (number == "18")
+
+
+def test_smoltalk_checks_what_it_hands_on(data):
+    good = {"messages": [{"role": "system", "content": "be kind"}, *dialogue("hi", "hello")], "source": "x"}
+    write(data / "smoltalk" / "train.jsonl", [good, {"messages": dialogue("hi", "hello")[::-1]}])
+    task = SmolTalk()
+    assert task[0]["messages"] == good["messages"] and check_conversation(task[0]) is None
+    with pytest.raises(UserError, match="smoltalk, row 1: message 0: expected the user to speak"):
+        task[1]
+
+
+ADD = {"task_id": "0", "prompt": 'import math\n\ndef add(a, b):\n    """Sum."""\n', "entry_point": "add",
+       "canonical_solution": "    return a + b\n", "test": "def check(candidate):\n    assert candidate(2, 3) == 5\n"}
+
+
+def test_humaneval_finds_the_code_in_what_was_said(data):
+    write(data / "humaneval" / "HumanEval.jsonl.gz", [ADD])
+    task = HumanEval()
+    whole = "def add(a, b):\n    return math.floor(a + b)\n"
+    for said in (ADD["canonical_solution"], ADD["prompt"] + ADD["canonical_solution"], whole, f"Here it is:\n```python\n{whole}```\nDone.",
+                 f"```\n{whole}", whole + "<|assistant_end|>junk("):
+        scope = {}
+        exec(program(task[0], said), scope)
+        assert scope["add"](1, 1) == 2
+    with pytest.raises(AssertionError):
+        exec(program(task[0], "    return a - b\n"), {})
+
+
+def test_humaneval_is_graded_in_the_sandbox(data):
+    pytest.importorskip("nanochat.execution")
+    write(data / "humaneval" / "test.jsonl", [ADD])
+    task = HumanEval(timeout=20)
+    assert task.evaluate(task[0], ADD["canonical_solution"])
+    assert not task.evaluate(task[0], "    return a - b\n") and not task.evaluate(task[0], "    return (\n")
+
+
+def test_customjson_reads_both_shapes_and_keeps_other_fields(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(json.dumps({"messages": dialogue("hi", "Hello."), "who": "me"}) + "\n\n" + json.dumps(dialogue("a", "b", "c")) + "\n")
+    task = CustomJSON(path)
+    assert len(task) == 2 and task[0]["who"] == "me" and task[0]["task"] == "customjson"
+    assert task[1]["messages"] == dialogue("a", "b") and task.unanswered == 1
+    assert task.evaluate(task[0], "hello") and not task.evaluate(task[0], "bye")
+
+
+@pytest.mark.parametrize("line, problem", [
+    ("{", "expected one JSON object"), ('"text"', "expected {\"messages\""), ('{"messages": "hi"}', "expected {\"messages\""),
+    (json.dumps(dialogue("hi")), "one message only"), (json.dumps(dialogue("hi", "")), "message 1: expected some text"),
+    (json.dumps([{"role": "bot", "content": "hi"}]), "message 0: expected a role"), ("[]", "at least two messages"),
+    (json.dumps(dialogue("a", "b") * 2 + dialogue("a", "b")[::-1]), "message 4: expected the user to speak, got the assistant"),
+])
+def test_customjson_names_file_and_line(tmp_path, line, problem):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(json.dumps(dialogue("hi", "Hello.")) + "\n\n" + line + "\n")
+    with pytest.raises(UserError) as error:
+        CustomJSON(path)
+    assert f"{path}, line 3: " in str(error.value) and problem in str(error.value)
+
+
+def test_customjson_without_a_file_or_text(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    for name, match in (("empty.jsonl", "the file is empty"), ("none.jsonl", "there is none")):
+        with pytest.raises(UserError, match=match):
+            CustomJSON(tmp_path / name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Real data, where it is
+
+@shared
+def test_real_gsm8k(monkeypatch):
+    monkeypatch.setenv("NANOCHAT_DATA_DIR", str(SHARED))
+    task = GSM8K("test")
+    assert len(task) == 1319
+    agree = calls = 0
+    for conversation in task:
+        assert check_conversation(conversation) is None
+        parts = conversation["messages"][1]["content"]
+        text = "".join(part["text"] for part in parts if part["type"] == "text")
+        assert task.evaluate(conversation, text) and "<<" not in text
+        for call, output in zip(parts, parts[1:]):
+            if call["type"] == "python":
+                ours, theirs = calculate(call["text"]), calculate(output["text"])
+                agree += ours is not None and theirs is not None and abs(float(ours) - float(theirs)) < 0.02
+                calls += 1
+    assert agree > 0.97 * calls # the authors round, and slip now and then
+
+
+@shared
+@pytest.mark.parametrize("task, size", [(lambda: MMLU("dev"), 285), (lambda: ARC("easy", "test"), 2376), (lambda: ARC("challenge", "test"), 1172)])
+def test_real_choices(monkeypatch, task, size):
+    monkeypatch.setenv("NANOCHAT_DATA_DIR", str(SHARED))
+    task = task()
+    assert len(task) == size
+    for conversation in task:
+        assert check_conversation(conversation) is None
+        assert task.evaluate(conversation, conversation["answer"])
+    assert len({conversation["answer"] for conversation in task}) >= 4
+
+
+@shared
+def test_real_humaneval(monkeypatch):
+    pytest.importorskip("nanochat.execution")
+    monkeypatch.setenv("NANOCHAT_DATA_DIR", str(SHARED))
+    task = HumanEval(timeout=20)
+    assert len(task) == 164
+    for i in (0, 32, 38, 50): # 32, 38 and 50 have helper functions in the prompt
+        assert task.evaluate(task[i], task[i]["answer"])
+        assert task.evaluate(task[i], f"```python\n{task[i]['prompt']}{task[i]['answer']}\n```")
+        assert not task.evaluate(task[i], "    return None\n")
+
+
+@shared
+@pytest.mark.parametrize("name", ["seed_tasks.jsonl", "dolly_hhrlhf_small.jsonl.gz", "persona_chat_valid.jsonl.gz"])
+def test_real_conversations(name):
+    task = CustomJSON(SHARED / "instruct" / name)
+    assert len(task) >= 175 and all(conversation["messages"][-1]["role"] == "assistant" for conversation in task)
