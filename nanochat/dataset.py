@@ -1,0 +1,275 @@
+"""
+Text to learn from: a spec such as "dir:books:0.7,stdlib:0.3" becomes documents in a fixed order, with a train and a val split.
+
+In:  stdlib      the .py files of the Python that runs us: real text, on every machine, without a network
+     dir:PATH    a folder of .txt .md .py (a document each), .jsonl and .parquet (a document per row, in the field `text`)
+     climbmix    the reference shards (see nanochat/download.py): python -m nanochat.dataset -n 8
+     a mix       several of these with weights, "dir:books:0.7,stdlib:0.3"; the weights are shares of the text
+Out: a `Source`: len(source), source[i] -> a document, source.documents() -> every document once, as str.
+The idea: any document can be fetched by its number, so that a reader's place in a terabyte is one integer, and eight
+readers can share a source by taking every eighth number.
+The splits are by file: shards named shard_*.parquet have their last one by name as val (after nanochat); other folders
+send the ~5% of files to val whose name hashes lowest; a folder of one file gives its last 5% of documents, and a
+folder of one document gives its last 5%, cut at a line end.
+"""
+
+import hashlib
+import mmap
+import os
+import sysconfig
+from bisect import bisect_right
+from itertools import accumulate
+from pathlib import Path
+
+from nanochat.common import UserError, base_dir
+from nanochat.documents import TABLES, BigText, Part, TextFile, open_file
+
+SPLITS = ("train", "val")
+VAL_SHARE = 0.05
+SUFFIXES = (".txt", ".md", ".py") + TABLES
+
+
+def data_dir(folder=None) -> Path:
+    """Where data lives: the flag, else NANOCHAT_DATA_DIR, else base_dir()/data."""
+    folder = folder or os.environ.get("NANOCHAT_DATA_DIR")
+    return Path(folder).expanduser() if folder else base_dir() / "data"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sources
+
+class Source:
+    """
+    Documents by number, in an order that never changes.
+
+    name         the spec it was opened with
+    files        objects with len() and [i], see above
+    fingerprint  changes when the set of documents changes; where the folder lies does not matter
+    """
+
+    def __init__(self, name, files, fingerprint):
+        self.name, self.files, self.fingerprint = name, files, fingerprint
+        self.starts = [0, *accumulate(len(file) for file in files)]
+        self.parts = [(self, 1.0)]
+
+    def __len__(self):
+        return self.starts[-1]
+
+    def __getitem__(self, i):
+        """Document i: a str, or a BigText where that would be larger than BIG."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"document {i} of {self.name}, which has {len(self)}")
+        f = bisect_right(self.starts, i) - 1
+        return self.files[f][i - self.starts[f]]
+
+    def documents(self):
+        """Every document once, as str, in order. (A BigText comes as its slices, one str each.)"""
+        for i in range(len(self)):
+            document = self[i]
+            if isinstance(document, BigText):
+                yield from (text for _, _, text in document.slices())
+            else:
+                yield document
+
+
+class Mix:
+    """Several sources with weights. The loader mixes `parts` by tokens; here they are mixed by characters."""
+
+    def __init__(self, name, parts):
+        self.name, self.parts = name, parts
+        self.fingerprint = "+".join(f"{source.fingerprint}*{weight:g}" for source, weight in parts)
+
+    def documents(self):
+        """
+        Every document of every part once. The next one comes from the part that is furthest behind its share of the
+        characters so far; parts that have ended no longer take part, so the end of a pass may be off the weights.
+        """
+        streams = [(source.documents(), weight) for source, weight in self.parts]
+        given = [0] * len(streams)
+        alive = list(range(len(streams)))
+        while alive:
+            i = min(alive, key=lambda i: given[i] / streams[i][1])
+            text = next(streams[i][0], None)
+            if text is None:
+                alive.remove(i)
+            else:
+                given[i] += len(text)
+                yield text
+
+
+def name_hash(name):
+    """A file's name as a number in [0, 1): decides its split and its place in the order."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+
+
+def split_names(names, split):
+    """
+    Names of one split, in the order of their hashes (a shuffle that is the same everywhere).
+    val is every name that hashes below VAL_SHARE; with few names at least one, and train keeps at least one.
+    """
+    assert len(names) >= 2, "one file is split inside"
+    order = sorted(names, key=name_hash)
+    val = sum(name_hash(name) < VAL_SHARE for name in order)
+    val = min(max(val, 1), len(order) - 1)
+    return order[:val] if split == "val" else order[val:]
+
+
+class Lines:
+    """The one document of a file of rows, up to (train) or from (val) the line end that split_file would choose."""
+
+    def __init__(self, file, split):
+        self.file, self.split = file, split
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, i):
+        text = self.file[0]
+        border = last_lines(self.file.path, text, "\n")
+        return text[:border] if self.split == "train" else text[border:]
+
+
+def last_lines(path, text, end):
+    """Where the last 5% of a str, or of the bytes of a file, begin: after the line end that follows, else precedes, 95%."""
+    size, goal = len(text), int((1 - VAL_SHARE) * len(text))
+    border = text.find(end, goal) + 1
+    if border in (0, size):
+        border = text.rfind(end, 0, goal) + 1
+    if border == 0:
+        raise UserError(f"{path} is a single document of a single line, so it cannot be split into train and val: "
+                        f"add a second document, or line ends")
+    return border
+
+
+def split_file(path, split):
+    """The only file of a folder: its last 5% of documents are val; a single document gives its last 5%, from a line end."""
+    file = open_file(path)
+    if path.suffix in TABLES:
+        if len(file) < 2:
+            return Lines(file, split)
+        border = len(file) - max(1, round(VAL_SHARE * len(file)))
+        return Part(file, 0, border) if split == "train" else Part(file, border, len(file))
+    with open(path, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        border, size = last_lines(path, text, b"\n"), len(text)
+    return TextFile(path, 0, border) if split == "train" else TextFile(path, border, size)
+
+
+def make_source(name, root, names, split):
+    """A Source of the named files under root, each a document or a table of them."""
+    files = [open_file(root / file) for file in names]
+    return finish(name, split, files, [f"{file}:{os.path.getsize(root / file)}" for file in names])
+
+
+def finish(name, split, files, facts):
+    digest = hashlib.sha256("\n".join([split, *facts]).encode()).hexdigest()[:16]
+    source = Source(name, files, digest)
+    if not len(source):
+        raise UserError(f"{name} has no documents in its {split} split: add text, or choose another source")
+    return source
+
+
+def open_stdlib(split):
+    """The standard library of the running interpreter: its .py files that hold UTF-8 text."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skip = {"site-packages", "dist-packages", "__pycache__"}
+    names = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(set(folders) - skip)
+        for file in files:
+            path = Path(folder) / file
+            if path.suffix == ".py" and is_text(path):
+                names.append(path.relative_to(root).as_posix())
+    if len(names) < 2:
+        raise UserError(f"this Python keeps no .py files in {root}: use another source, such as dir:PATH")
+    return make_source("stdlib", root, split_names(names, split), split)
+
+
+def is_text(path):
+    """Not empty, and UTF-8: the library's own tests hold files in other encodings on purpose."""
+    data = path.read_bytes()
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return bool(data)
+
+
+def open_dir(path, split, data):
+    """A folder of one's own text. A relative path is looked up here first, then in the data folder."""
+    root = Path(path).expanduser()
+    if not root.is_absolute() and not root.is_dir():
+        root = data / path
+    if not root.is_dir():
+        places = f"{path}" if Path(path).is_absolute() else f"{Path(path).absolute()} nor at {data / path}"
+        raise UserError(f"no folder at {places}: expected one with .txt, .md, .py, .jsonl or .parquet files")
+    shards = sorted(shard.name for shard in root.glob("shard_*.parquet"))
+    if shards: # then nothing else in the folder is training text
+        names = shards
+    else:
+        names = sorted(file.relative_to(root).as_posix() for file in root.rglob("*")
+                       if file.suffix in SUFFIXES and file.is_file()
+                       and not any(part.startswith(".") for part in file.relative_to(root).parts))
+    name = f"dir:{path}"
+    if not names:
+        raise UserError(f"{root} holds no text: expected .txt, .md, .py, .jsonl or .parquet files in it or below it")
+    if len(names) == 1:
+        file = root / names[0]
+        return finish(name, split, [split_file(file, split)], [f"{names[0]}:{os.path.getsize(file)}"])
+    if shards:
+        names = names[-1:] if split == "val" else names[:-1]
+    else:
+        names = split_names(names, split)
+    return make_source(name, root, names, split)
+
+
+def open_climbmix(split, data):
+    """The reference shards that were downloaded. The last of all 6,543 is val, whichever others are here."""
+    from nanochat.download import CLIMBMIX
+    root, val = data / "climbmix", CLIMBMIX.shard(CLIMBMIX.shards - 1)
+    here = sorted(shard.name for shard in root.glob("shard_*.parquet"))
+    train = [shard for shard in here if shard != val]
+    if val not in here or not train:
+        raise UserError(f"expected {val} and at least one other shard in {root}, found {len(here)} file(s): "
+                        f"run python -m nanochat.dataset -n 8")
+    return make_source("climbmix", root, [val] if split == "val" else train, split)
+
+
+def parse_spec(spec):
+    """"dir:books:0.7,stdlib:0.3" -> [("dir:books", 0.7), ("stdlib", 0.3)]; a weight not given is 1."""
+    parts = []
+    for item in spec.split(","):
+        name, weight = item.strip(), 1.0
+        head, _, tail = name.rpartition(":")
+        try:
+            if head and head != "dir":
+                name, weight = head, float(tail)
+        except ValueError:
+            pass # the tail is the end of a path
+        if not (name in ("stdlib", "climbmix") or name.startswith("dir:") and len(name) > 4):
+            raise UserError(f"no source called {name!r} in {spec!r}: expected stdlib, dir:PATH, climbmix, "
+                            f"or a mix such as dir:books:0.7,stdlib:0.3")
+        if not 0 < weight < float("inf"):
+            raise UserError(f"weight {weight} of {name} in {spec!r}: expected a number above 0")
+        parts.append((name, weight))
+    return parts
+
+
+def open_source(spec, split="train", data=None):
+    """
+    spec   see the top of this file
+    split  "train" or "val"
+    data   the data folder (default: data_dir())
+    Returns a Source, or a Mix of them.
+    """
+    if split not in SPLITS:
+        raise UserError(f"no split called {split!r}: expected one of {', '.join(SPLITS)}")
+    data, parts = data_dir(data), []
+    for name, weight in parse_spec(spec):
+        if name == "stdlib":
+            source = open_stdlib(split)
+        elif name == "climbmix":
+            source = open_climbmix(split, data)
+        else:
+            source = open_dir(name[len("dir:"):], split, data)
+        parts.append((source, weight))
+    return parts[0][0] if len(parts) == 1 else Mix(spec, parts)
