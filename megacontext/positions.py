@@ -9,7 +9,7 @@ Distance d counts back from the next token, which stands at `length` on the time
 k is chosen so that the oldest token lands on 0. The slope is 1 at d0, so nothing jumps there, and falls off as 1/d: a log-like
 fisheye. A history no longer than `trained` is left alone: there the model is exactly the plain GPT.
 
-Takes a float, a float64 numpy array or a float64 torch tensor, gives the same back. float32 cannot tell neighbours apart
+Takes a number, a float64 numpy array or a float64 torch tensor, gives the same back. float32 cannot tell neighbours apart
 beyond 2**24 tokens: map in float64, narrow the result.
 """
 
@@ -21,7 +21,7 @@ import numpy as np
 
 def compressed(positions, length, trained):
     """True distances near, log-like far; monotone; 0 maps to 0 and `length` to `trained` (to rounding, about 1e-9)."""
-    _check(length, trained)
+    _check(positions, length, trained)
     if length <= trained:
         return positions
     d0 = trained // 2
@@ -34,13 +34,13 @@ def compressed(positions, length, trained):
 
 def absolute(positions, length, trained):
     """The timeline as it is: leaves the trained range as soon as the history does."""
-    _check(length, trained)
+    _check(positions, length, trained)
     return positions
 
 
 def clamped(positions, length, trained):
     """True distances within the trained range; everything older is piled up at 0."""
-    _check(length, trained)
+    _check(positions, length, trained)
     shifted = positions - max(length - trained, 0)
     return (abs(shifted) + shifted) / 2
 
@@ -49,7 +49,10 @@ POLICIES = {"compressed": compressed, "absolute": absolute, "clamped": clamped}
 map_positions = compressed
 
 
-def _check(length, trained):
+def _check(positions, length, trained):
+    dtype = str(getattr(positions, "dtype", "float64"))
+    if not dtype.endswith("float64"):
+        raise ValueError(f"positions must be mapped in float64 and narrowed afterwards, got {dtype}")
     if trained < 2 or length < 0:
         raise ValueError(f"expected trained >= 2 and length >= 0 tokens, got trained={trained}, length={length}")
 
