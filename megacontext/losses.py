@@ -19,6 +19,7 @@ import torch.nn as nn
 from megacontext.labels import measure
 from megacontext.layout import FAN, GIST, NODE, RAW, draw_table, entry_positions, visibility
 from megacontext.lensnet import TAIL
+from nanochat.common import UserError
 from nanochat.gpt import IGNORE, Entries
 
 
@@ -32,6 +33,18 @@ class CoTrainingOptions:
     readings: int = 4         # P, readings a labelled row
     edits: int = 6            # V, edits a reading
     lens_weight: float = 0.1
+    curriculum: tuple = ((8, 0.3), (16, 0.55), (FAN, 1.0)) # (children a gist, up to this share of the steps)
+
+
+def parse_curriculum(text):
+    """ "8:0.3,16:0.55,32:1" -> ((8, 0.3), (16, 0.55), (32, 1.0)): small blocks first, because large ones do not bootstrap."""
+    try:
+        stages = tuple((int(block), float(share)) for block, share in (stage.split(":") for stage in text.split(",")))
+    except ValueError:
+        raise UserError(f"a curriculum is block:share pairs such as 8:0.3,16:0.55,32:1, got {text!r}") from None
+    if any(FAN % block for block, _ in stages) or stages[-1] != (FAN, 1.0):
+        raise UserError(f"the blocks of a curriculum divide {FAN}, and it ends with {FAN}:1; got {text!r}")
+    return stages
 
 
 def pool_values(values, fan):
@@ -63,17 +76,31 @@ def with_copies(entries, copies, K):
 
 
 class CoTraining(nn.Module):
-    """objective(batch) -> (loss, metrics). Holds no parameters of its own: they are those of the three networks."""
+    """objective(batch) -> (loss, sums), as nanochat.train.fit wants it."""
+    SUMS = ("plain_nats", "plain_tokens", "gist_nats", "gist_tokens", "lens_squares", "label_squares", "lens_products", "score_squares", "labels")
 
     def __init__(self, gpt, gistnet, lensnet, options):
         super().__init__()
         self.gpt, self.gistnet, self.lensnet, self.options = gpt, gistnet, lensnet, options
         self.block = FAN # children a level-1 gist; the curriculum grows it
 
+    def start_step(self, step, total):
+        self.block = next(block for block, share in self.options.curriculum if step < share * total)
+
+    def report(self, sums):
+        """What the log shows. LensNet's loss is the share of the labels' variance that it leaves unexplained: 1 = knows nothing."""
+        shown = dict(loss=(sums["plain_nats"] + sums["gist_nats"]) / max(1, sums["plain_tokens"] + sums["gist_tokens"]))
+        shown |= {f"loss_{name}": sums[f"{name}_nats"] / sums[f"{name}_tokens"] for name in ("plain", "gist") if sums[f"{name}_tokens"]}
+        if sums["label_squares"]:
+            shown["lens_loss"] = sums["lens_squares"] / sums["label_squares"]
+        if sums["label_squares"] and sums["score_squares"]:
+            shown["lens_corr"] = sums["lens_products"] / (sums["label_squares"] * sums["score_squares"]) ** 0.5
+        return shown
+
     def forward(self, batch):
         """
         batch: inputs and targets (B, T), docs (B, T // 32), rows (B,) global row numbers, all on the GPT's device.
-        Metrics are sums with their counts, so that callers may add them up over steps and ranks.
+        The sums are by the names of SUMS; what this batch did not measure is left out.
         """
         o, K = self.options, self.block
         rounds = batch.rows.cpu().numpy() // o.lanes

@@ -102,21 +102,22 @@ class Progress:
     def __init__(self, total, tokens_per_step, flops_per_token=0.0, peak_flops=None, start=0, warm=10, clock=time.perf_counter):
         self.total, self.tokens_per_step, self.flops_per_token, self.peak_flops = total, tokens_per_step, flops_per_token, peak_flops
         self.warm, self.clock = min(warm, max(0, (total - start) // 2)), clock
-        self.done, self.first, self.spent, self.timed = 0, start, 0.0, 0.0
+        self.done, self.first, self.spent, self.timed, self.counted = 0, start, 0.0, 0.0, 0
         self.last = clock()
 
-    def pause(self):
-        """Call after an evaluation or a save: their time is not the step's."""
-        self.last = self.clock()
+    def left_out(self, seconds):
+        """Call after an evaluation or a save that took so long: their time is not the steps'."""
+        self.last += seconds
 
-    def tick(self, step, loss, lr=1.0, **more):
-        """After each step, device synchronized. Returns (metrics for the log, the line to print)."""
+    def tick(self, step, loss, lr=1.0, steps=1, **more):
+        """After each step, or each `steps` of them, device synchronized. Returns (metrics for the log, the line to print)."""
         now = self.clock()
-        dt, self.last = now - self.last, now
-        self.done += 1
-        self.spent += dt
-        if self.done > self.warm:
-            self.timed += dt
+        dt, self.last = (now - self.last) / steps, now
+        self.done += steps
+        self.spent += dt * steps
+        if self.done - steps >= self.warm:
+            self.timed += dt * steps
+            self.counted += steps
         rate = self.tokens_per_step / dt
         metrics = dict(loss=loss, lr=lr, dt=dt, tokens_per_s=rate)
         if (mfu := self._mfu(rate)) is not None:
@@ -134,8 +135,8 @@ class Progress:
     @property
     def seconds_per_step(self):
         """Average of the warm steps; before there are any, of all so far."""
-        if self.done > self.warm:
-            return self.timed / (self.done - self.warm)
+        if self.counted:
+            return self.timed / self.counted
         return self.spent / max(1, self.done)
 
     def summary(self):

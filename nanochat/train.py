@@ -1,0 +1,113 @@
+"""
+The training loop that base, mid and SFT share. What differs between them is the objective, the data and the schedule, and
+those come in as values; the loop itself only steps, logs, evaluates and saves.
+
+An objective is called with a batch and returns (loss, sums): the loss to descend, and sums of what is worth knowing with their
+counts, by the names in objective.SUMS, so that they may be added over micro-batches, steps and ranks before
+objective.report(sums) turns them into the numbers of the log.
+"""
+import gc
+import math
+import time
+
+import torch
+import torch.distributed as td
+
+from nanochat import schedule
+from nanochat.common import UserError, print0
+from nanochat.gpt import IGNORE
+
+
+class PlainObjective:
+    """Next-token loss of the GPT alone, summed over targets and divided by the entries of the batch."""
+    SUMS = ("nats", "tokens")
+
+    def __init__(self, gpt):
+        self.gpt = gpt
+
+    def start_step(self, step, total):
+        """Called before each step: a curriculum would look at it."""
+
+    def __call__(self, batch):
+        nats = self.gpt(batch.inputs, batch.targets, "sum")
+        return nats / batch.inputs.numel(), dict(nats=nats.detach(), tokens=(batch.targets != IGNORE).sum())
+
+    def report(self, sums):
+        return dict(loss=sums["nats"] / max(1, sums["tokens"]))
+
+
+class Curves:
+    """The schedule of a run of `total` steps, applied to an optimizer."""
+
+    def __init__(self, total, warmup=40, warmdown_ratio=0.65, final=0.05, momentum_warmup=400):
+        self.total, self.warmup, self.warmdown_ratio, self.final = total, min(warmup, total // 10), warmdown_ratio, final
+        self.momentum_warmup = min(momentum_warmup, total // 4)
+
+    def apply(self, optimizer, step):
+        lr = schedule.lr_multiplier(step, self.total, self.warmup, self.warmdown_ratio, self.final)
+        momentum = schedule.muon_momentum(step, self.total, self.momentum_warmup, self.warmdown_ratio)
+        optimizer.set_schedule(lr, momentum, schedule.weight_decay_multiplier(step, self.total))
+        return lr
+
+
+def to_device(batch, device):
+    """A loader's batch with its tensors on the device, without waiting for them."""
+    return type(batch)(*(getattr(batch, name).to(device, non_blocking=True) for name in ("inputs", "targets", "docs", "rows")))
+
+
+def fit(objective, optimizer, loader, curves, *, log, progress, dist, device, start=0, accumulate=1, amp=None,
+        evaluate=None, eval_every=0, save=None, save_every=0, log_every=10):
+    """
+    Train from step `start` to curves.total.
+
+    loader       endless iterator of batches
+    accumulate   micro-batches a step
+    amp          torch.bfloat16 to run forwards in mixed precision, None for the parameters' own
+    evaluate     step -> metrics for the log; every eval_every steps and at the end, after saving
+    save         step -> None; every save_every steps and at the end, before evaluating, so that an evaluation can lose nothing
+    Raises UserError when the loss stops being a number: what was saved before stays.
+    """
+    sums = dict.fromkeys(objective.SUMS, 0.0)
+    batches = iter(loader)
+    saved = start
+    gc.collect()
+    gc.freeze() # what lives now lives to the end: the collector need not look at it every few hundred steps
+    for step in range(start, curves.total):
+        lr = curves.apply(optimizer, step)
+        objective.start_step(step, curves.total)
+        for _ in range(accumulate):
+            batch = to_device(next(batches), device)
+            with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
+                loss, part = objective(batch)
+            (loss / accumulate).backward()
+            for name, value in part.items():
+                sums[name] = sums[name] + value
+        norm = optimizer.step(norm=True, check=device.type == "cpu")
+        optimizer.zero_grad()
+        last = step + 1 == curves.total
+        if (step + 1) % log_every == 0 or last:
+            metrics = objective.report(_added(sums, dist))
+            sums = dict.fromkeys(objective.SUMS, 0.0)
+            if not math.isfinite(metrics["loss"]):
+                raise UserError(f"the loss is {metrics['loss']} at step {step + 1}; the checkpoint of step {saved} is kept. Lower the learning rates, or look at the data")
+            more = {name: value for name, value in metrics.items() if name != "loss"}
+            metrics, line = progress.tick(step, metrics["loss"], lr, steps=log_every, **more)
+            log.write(step + 1, show=False, grad_norm=norm, skipped=optimizer.skipped, **metrics)
+            print0(line)
+        done = step + 1
+        began = time.perf_counter()
+        if save is not None and (last or save_every > 0 and done % save_every == 0):
+            save(done)
+            saved = done
+        if evaluate is not None and (last or eval_every > 0 and done % eval_every == 0):
+            log.write(done, **evaluate(done))
+        progress.left_out(time.perf_counter() - began)
+    gc.unfreeze()
+
+
+def _added(sums, dist):
+    """Sums over all ranks as plain numbers."""
+    total = torch.tensor([float(value) for value in sums.values()], dtype=torch.float64)
+    if dist.world > 1:
+        td.all_reduce(total)
+    return dict(zip(sums, total.tolist()))

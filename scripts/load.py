@@ -1,0 +1,118 @@
+"""
+From a checkpoint to something that talks: the networks, the tokenizer, and a stream to feed.
+What every script that uses a trained model shares.
+"""
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megacontext.gistnet import GistConfig, GistNet
+from megacontext.lensnet import LensConfig, LensNet
+from megacontext.runtime import Session
+from megacontext.tree import MegaTree, make_header
+from nanochat import checkpoint
+from nanochat.common import STAGES, UserError, checkpoint_dir
+from nanochat.engine import PlainStream
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.tokenizer import Tokenizer
+
+
+@dataclass
+class Loaded:
+    gpt: GPT
+    gistnet: GistNet | None   # None: trained without memory
+    lensnet: LensNet | None
+    tokenizer: Tokenizer
+    meta: dict
+    stage: str
+    tag: str
+
+    @property
+    def modules(self):
+        """The networks by the names they have in a checkpoint."""
+        return modules(self.gpt, self.gistnet, self.lensnet)
+
+
+def modules(gpt, gistnet=None, lensnet=None):
+    return {"gpt": gpt} | ({"gistnet": gistnet, "lensnet": lensnet} if gistnet is not None else {})
+
+
+def build(config, memory, gist_config=None, lens_config=None):
+    """A GPT and, with memory, the GistNet and LensNet that fit it. Returns (gpt, gistnet, lensnet)."""
+    gpt = GPT(config)
+    if not memory:
+        return gpt, None, None
+    return gpt, GistNet(gist_config or GistConfig.for_gpt(config)), LensNet(lens_config or LensConfig.for_gpt(config))
+
+
+def describe(gpt, gistnet, lensnet, tokenizer):
+    """What a checkpoint's meta says of the networks: enough to build them again, and to refuse a mismatch."""
+    return dict(gpt=gpt.config.to_dict(), gistnet=gistnet and gistnet.config.to_dict(), lensnet=lensnet and lensnet.config.to_dict(), tokenizer=tokenizer.fingerprint)
+
+
+def newest_tag(stage):
+    """The tag of the stage's checkpoint that was written last."""
+    root = checkpoint_dir(stage, ".").parent if stage in STAGES else None
+    if root is None:
+        raise UserError(f"no stage called {stage!r}: expected one of {', '.join(STAGES)}")
+    tags = [folder for folder in root.glob("*") if folder.is_dir() and checkpoint.steps(folder)]
+    if not tags:
+        raise UserError(f"no checkpoint of stage {stage} in {root}: train one first (bash speedrun.sh), or set NANOCHAT_BASE_DIR to where it is")
+    return max(tags, key=lambda folder: max(path.stat().st_mtime for path in folder.glob("step_*"))).name
+
+
+def load_stage(stage, tag=None, step=None, device="cpu", dtype=None, seq_len=None):
+    """
+    The networks of a checkpoint, in eval mode. tag None = the newest, step None = the last; dtype None = as saved (fp32).
+    seq_len overrides the longest row: the next stage of training may read longer ones.
+    """
+    tag = tag or newest_tag(stage)
+    saved = checkpoint.load(checkpoint_dir(stage, tag), step, device="cpu", optimizer=False)
+    networks = saved.meta["networks"]
+    config = GPTConfig(**(networks["gpt"] | ({"seq_len": seq_len} if seq_len else {})))
+    memory = networks["gistnet"] is not None
+    gpt, gistnet, lensnet = build(config, memory, memory and GistConfig(**networks["gistnet"]), memory and LensConfig(**networks["lensnet"]))
+    tokenizer = Tokenizer.load()
+    checkpoint.check_match(networks, tokenizer=tokenizer.fingerprint)
+    for name, module in modules(gpt, gistnet, lensnet).items():
+        module.load_state_dict(saved.tensors[name])
+        module.to(device=device, dtype=dtype).eval()
+    return Loaded(gpt, gistnet, lensnet, tokenizer, saved.meta | {"step": saved.step}, stage, tag)
+
+
+def identity(loaded):
+    """A fingerprint of everything that gists and keys depend on: a tree made by other networks must not be read."""
+    digest = hashlib.sha256()
+    for name, tensor in [("embed", loaded.gpt.embed_table.weight), *loaded.gistnet.named_parameters(), *loaded.lensnet.named_parameters()]:
+        digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def tree_header(loaded):
+    return make_header(loaded.gpt.config.width, loaded.lensnet.config.key, model=identity(loaded), tokenizer=loaded.tokenizer.fingerprint[:16])
+
+
+def open_tree(loaded, path=None):
+    """A tree in memory, or the one on disk at path, made if it is not there yet."""
+    header = tree_header(loaded)
+    if path is None:
+        return MegaTree.in_memory(header)
+    return MegaTree.open(path, header) if Path(path).exists() else MegaTree.create(path, header)
+
+
+def open_stream(loaded, memory=True, budget=None, tree=None):
+    """
+    What the engine feeds: a session with unbounded memory, or the plain GPT behind a KV cache of one row.
+    budget None = half of the longest row it was trained on; tree = a folder that keeps (or already holds) the session.
+    """
+    if not memory:
+        return PlainStream(loaded.gpt)
+    if loaded.gistnet is None:
+        raise UserError(f"the checkpoint {loaded.stage}/{loaded.tag} was trained without memory: use --no-memory, or train with MC=1")
+    budget = budget or loaded.gpt.config.seq_len // 2
+    held = open_tree(loaded, None if tree is None else Path(tree) / "tree")
+    if tree is not None and (Path(tree) / "session.json").exists():
+        return Session.open(tree, loaded.gpt, loaded.gistnet, loaded.lensnet, held)
+    return Session(loaded.gpt, loaded.gistnet, loaded.lensnet, held, budget)

@@ -1,0 +1,84 @@
+"""The GPT reads entries; plain text is a special case of them, in any order of chunks."""
+import math
+
+import torch
+
+from nanochat.gpt import GPT, IGNORE, GPTConfig, causal_after
+from nanochat.kv_cache import KVCache
+from tests.tiny import VOCAB, tiny_gpt
+
+
+def test_entries_with_a_causal_mask_are_the_plain_gpt():
+    """Law 8: the seam costs nothing. Same entries, same positions, visibility spelled out: same logits."""
+    gpt, ids = tiny_gpt(), torch.randint(VOCAB, (2, 50))
+    see = causal_after(0, 50, "cpu")
+    through_the_seam = gpt.head(gpt.trunk(gpt.embed(ids), torch.arange(50.0)[None], see))
+    assert torch.allclose(gpt(ids), through_the_seam, atol=1e-5)
+
+
+def test_entries_may_come_in_any_order():
+    """A row is a set of entries: shuffling them, with positions and visibility, shuffles the answers."""
+    gpt, ids, N = tiny_gpt(), torch.randint(VOCAB, (1, 40)), 40
+    order = torch.randperm(N)
+    see = causal_after(0, N, "cpu")[:, :, order][:, :, :, order]
+    shuffled = gpt.head(gpt.trunk(gpt.embed(ids[:, order]), torch.arange(N)[None, order], see))
+    assert torch.allclose(gpt(ids)[:, order], shuffled, atol=1e-5)
+
+
+def test_only_distances_matter():
+    gpt, ids = tiny_gpt(), torch.randint(VOCAB, (1, 40))
+    moved = gpt.head(gpt.trunk(gpt.embed(ids), 1000 + torch.arange(40)[None], "causal"))
+    assert torch.allclose(gpt(ids), moved, atol=1e-3)
+
+
+def test_reading_in_chunks_is_reading_at_once():
+    """Elsewhere a chunk's first token lost sight of its neighbour and logits were off by 1.9 (chunked prefill)."""
+    gpt, ids = tiny_gpt(), torch.randint(VOCAB, (2, 60))
+    whole = gpt(ids)
+    for cuts in ([60], [1] * 60, [7, 1, 30, 22], [59, 1]):
+        cache, at = KVCache(gpt.config, 2, 60), 0
+        for n in cuts:
+            logits = gpt.extend(ids[:, at:at + n], cache)
+            at += n
+            assert torch.allclose(logits, whole[:, at - 1], atol=1e-4), f"cuts {cuts}, at {at}"
+
+
+def test_the_future_is_invisible():
+    gpt, ids = tiny_gpt(), torch.randint(VOCAB, (1, 40))
+    changed = ids.clone()
+    changed[:, 25:] = torch.randint(VOCAB, (1, 15))
+    assert torch.equal(gpt(ids)[:, :25], gpt(changed)[:, :25])
+
+
+def test_an_all_masked_batch_has_no_loss_and_no_nan():
+    gpt, ids = tiny_gpt(), torch.randint(VOCAB, (2, 10))
+    loss = gpt(ids, torch.full_like(ids, IGNORE))
+    loss.backward()
+    assert loss == 0 and all(p.grad is None or torch.isfinite(p.grad).all() for p in gpt.parameters())
+
+
+def test_mean_loss_counts_targets_only():
+    gpt, ids = tiny_gpt(), torch.randint(VOCAB, (2, 10))
+    targets = torch.randint(VOCAB, (2, 10))
+    targets[0, :7] = IGNORE
+    by_hand = -torch.log_softmax(gpt(ids), -1).gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)[targets != IGNORE]
+    assert torch.allclose(gpt(ids, targets), by_hand.mean(), atol=1e-5)
+    assert torch.allclose(gpt(ids, targets, "none").sum(), by_hand.sum(), atol=1e-4)
+
+
+def test_a_fresh_model_knows_nothing():
+    """Output projections start at zero, so the first loss is ln V to a hair."""
+    torch.manual_seed(0)
+    gpt, ids = GPT(GPTConfig(VOCAB, width=32)), torch.randint(VOCAB, (4, 30))
+    assert abs(gpt(ids, torch.randint(VOCAB, (4, 30))).item() - math.log(VOCAB)) < 0.02
+
+
+def test_value_embeddings_sit_on_alternate_layers_and_the_last():
+    assert GPTConfig(VOCAB, layers=5).value_layers == [0, 2, 4]
+    assert GPTConfig(VOCAB, layers=4).value_layers == [1, 3]
+
+
+def test_depth_is_the_one_dial():
+    for depth, width in ((4, 256), (12, 768), (20, 1280), (5, 384)):
+        config = GPTConfig.from_depth(depth, VOCAB)
+        assert (config.layers, config.width, config.head_width) == (depth, width, 128)

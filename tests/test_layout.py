@@ -1,0 +1,128 @@
+"""One row, many working contexts: the fast mask against a slow one, and nothing ever leaks from the future."""
+import numpy as np
+import pytest
+import torch
+from torch.nn.attention.flex_attention import create_mask
+
+from megacontext.layout import FAN, GIST, HIDDEN, NODE, RAW, Copies, draw_table, entry_positions, full_table, visibility, visibility_rule
+from megacontext.losses import row_entries, with_copies
+from tests.tiny import VOCAB, tiny_networks
+
+
+def random_row(seed, K=4, Q=70):
+    rng = np.random.default_rng(seed)
+    docs = np.sort(rng.integers(0, 3, Q)) if seed % 2 else np.zeros(Q, dtype=int)
+    return docs, draw_table(docs, K, rng, tail=(0, 8 * K)), rng
+
+
+def slow_visibility(table, K, copies=None):
+    """May row entry i look at column entry j? One pair at a time, from the words of layout.py."""
+    Q = len(table)
+    T, G = Q * K, Q // FAN
+    M = 0 if copies is None else len(copies.block[0])
+    N = T + Q + G + M * K
+    see = np.zeros((N, N), dtype=bool)
+
+    def line_allows(line, j):
+        if j < T:
+            return line[j // K] == RAW
+        if j < T + Q:
+            return line[j - T] == GIST
+        return j < T + Q + G and line[(j - T - Q) * FAN] == NODE
+
+    for i in range(N):
+        for j in range(N):
+            if i < T:
+                see[i, j] = (j <= i and j // K == i // K) if j < T and j // K == i // K else line_allows(table[i // K], j)
+            elif i < T + Q + G:
+                see[i, j] = i == j
+            else:
+                m = (i - T - Q - G) // K
+                mine = j >= T + Q + G
+                see[i, j] = (j <= i and (j - T - Q - G) // K == m) if mine else line_allows(copies.table[0, m].numpy(), j)
+    return see
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_mask_is_the_rule(seed):
+    docs, table, rng = random_row(seed)
+    block = torch.from_numpy(rng.integers(1, 70, (1, 3)))
+    copies = Copies(block, torch.from_numpy(table)[block])
+    batch = torch.from_numpy(table)[None]
+    assert np.array_equal(visibility(batch, 4)[0, 0].numpy(), slow_visibility(table, 4))
+    assert np.array_equal(visibility(batch, 4, copies)[0, 0].numpy(), slow_visibility(table, 4, copies))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_flex_rule_is_the_mask(seed):
+    tables = torch.stack([torch.from_numpy(random_row(seed + i)[1]) for i in (0, 10)])
+    dense = visibility(tables, 4)
+    N = dense.size(-1)
+    assert torch.equal(create_mask(visibility_rule(tables, 4), 2, None, N, N, device="cpu"), dense)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_drawn_contexts_are_legal(seed):
+    """Every earlier block of the document is covered once or given up as a whole; level-2 gists cover all 32 or none; nobody else's."""
+    docs, table, _ = random_row(seed)
+    for q, line in enumerate(table):
+        assert (line[q:] == HIDDEN).all(), "the present and the future are never context"
+        assert (line[docs != docs[q]] == HIDDEN).all(), "another document's blocks are never visible"
+        before = line[:q][docs[:q] == docs[q]]
+        if (before == GIST).any() or (before == NODE).any():
+            assert (before != HIDDEN).all(), "with gists, a context tiles its document"
+        for n in range(len(line) // FAN):
+            family = line[n * FAN:(n + 1) * FAN]
+            assert (family == NODE).all() or (family != NODE).all(), "a level-2 gist stands for all 32 blocks or for none"
+
+
+def test_every_kind_of_view_is_drawn():
+    seen = set()
+    for seed in range(20):
+        seen |= set(np.unique(random_row(seed)[1]))
+    assert seen == {HIDDEN, RAW, GIST, NODE}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_nothing_leaks_from_the_future(seed):
+    """A gist sums up a whole block, so a wrong mask would show a token its own future. Change the future: the past must not move."""
+    gpt, gistnet, _ = tiny_networks()
+    K, Q = 8, 70
+    docs, table, rng = random_row(seed, K, Q)
+    ids = torch.randint(VOCAB, (1, Q * K))
+    docs = torch.from_numpy(docs)[None]
+    for cut in rng.integers(1, Q * K, 6):
+        changed = ids.clone()
+        changed[:, cut:] = (changed[:, cut:] + 1 + torch.randint(VOCAB - 1, (1, Q * K - cut))) % VOCAB
+        hidden = [gpt.trunk(row_entries(gpt, gistnet, x, docs, K), entry_positions(Q * K, K), visibility(torch.from_numpy(table)[None], K)) for x in (ids, changed)]
+        assert torch.allclose(hidden[0][:, :cut], hidden[1][:, :cut], atol=1e-5), f"token {cut} reached back"
+        assert not torch.allclose(hidden[0][:, cut], hidden[1][:, cut]), "the change itself must show"
+
+
+def test_a_context_of_raw_blocks_is_the_plain_gpt():
+    """Law 8, identity."""
+    gpt, gistnet, _ = tiny_networks()
+    K, Q = 8, 40
+    ids, docs = torch.randint(VOCAB, (2, Q * K)), torch.zeros(2, Q, dtype=torch.long)
+    hidden = gpt.trunk(row_entries(gpt, gistnet, ids, docs, K), entry_positions(Q * K, K), visibility(full_table(docs), K))
+    assert torch.allclose(gpt.head(hidden[:, :Q * K]), gpt(ids), atol=1e-4)
+
+
+def test_a_copy_with_the_same_context_reads_the_same():
+    """The counterfactual's null: no edit, no difference."""
+    gpt, gistnet, _ = tiny_networks()
+    K, Q = 8, 40
+    docs, table, rng = random_row(0, K, Q)
+    ids, docs = torch.randint(VOCAB, (1, Q * K)), torch.from_numpy(docs)[None]
+    block = torch.from_numpy(rng.integers(1, Q, (1, 5)))
+    copies = Copies(block, torch.from_numpy(table)[block])
+    entries = with_copies(row_entries(gpt, gistnet, ids, docs, K), copies, K)
+    hidden = gpt.trunk(entries, entry_positions(Q * K, K, copies), visibility(torch.from_numpy(table)[None], K, copies))
+    tokens, copied = hidden[:, :Q * K].view(Q, K, -1), hidden[:, Q * K + Q + Q // FAN:].view(5, K, -1)
+    assert torch.allclose(tokens[block[0]], copied, atol=1e-5)
+
+
+def test_a_gist_stands_at_the_centre_of_its_span():
+    """Law 5. 2 blocks of 4 tokens: tokens 0..7, gists at 1.5 and 5.5."""
+    assert entry_positions(8, 4)[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 1.5, 5.5]
+    assert entry_positions(FAN * 4, 4)[0, -1] == (FAN * 4 - 1) / 2
