@@ -1,5 +1,8 @@
 """Small stand-ins that tests share: a tokenizer of bytes, a GPT with random weights, a stream that speaks from a script."""
 
+import math
+import time
+
 import torch
 
 from nanochat.gpt import GPT, GPTConfig
@@ -63,3 +66,51 @@ class ScriptedStream:
         logits = torch.full((self.vocab_size,), -10.0)
         logits[self.script[self.length - self.prompt_length]] = 10.0
         return logits
+
+
+class FakeMemory:
+    """
+    A stream that looks like a session with long memory: it answers every turn with the same words, and has a view with levels
+    and scores made up from its length. `pause` seconds a feed make it as slow as a test wants.
+    """
+
+    def __init__(self, answer, pause=0.0, budget=256):
+        tokenizer = ByteTokenizer()
+        self.start, self.pause, self.budget = tokenizer.special("<|assistant_start|>"), pause, budget
+        self.answer = [*tokenizer.encode(answer), tokenizer.special("<|assistant_end|>")]
+        self.fed, self.saved, self.said = [], [], 0
+
+    @property
+    def length(self):
+        return len(self.fed)
+
+    def feed(self, ids):
+        time.sleep(self.pause)
+        self.fed += ids
+        self.said = 0 if ids[-1] == self.start else self.said + 1
+        logits = torch.full((ByteTokenizer.vocab_size,), -10.0)
+        logits[self.answer[min(self.said, len(self.answer) - 1)]] = 10.0
+        return logits
+
+    def view(self):
+        """Level 2 for the far past, then level 1, then raw; some blocks in between opened."""
+        spans, at, n = [], 0, self.length
+        while at < n:
+            left = n - at
+            level = 2 if left > 4096 and at % 1024 == 0 else 1 if left > 192 and at // 32 % 9 != 4 and at % 32 == 0 else 0
+            width = min(32 ** max(level, 1), left)
+            spans.append(dict(level=level, start=at, stop=at + width, score=round(math.sin(at / 700) * 0.6, 3)))
+            at += width
+        used = sum(1 if span["level"] else span["stop"] - span["start"] for span in spans)
+        return dict(spans=spans, tokens=n, budget=max(self.budget, used), used=used)
+
+    def save(self, folder):
+        self.saved.append(folder)
+
+
+class FakeLoaded:
+    """What scripts.load.load_stage returns, as far as the chat scripts look."""
+
+    def __init__(self, gpt=None):
+        self.gpt, self.tokenizer, self.meta, self.stage, self.tag = gpt, ByteTokenizer(), {"step": 7}, "sft", "tiny"
+        self.gistnet = self.lensnet = None

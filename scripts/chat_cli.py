@@ -1,0 +1,192 @@
+"""
+Talk to a trained model in the terminal, with its memory on:
+python -m scripts.chat_cli
+
+One question, one answer; or a question about a long text:
+python -m scripts.chat_cli -p "What is 12*34?"
+python -m scripts.chat_cli --file mylib.py -p "Which arguments does open_tree take?"
+
+A memory that is still there tomorrow (the folder is made if it does not exist, and written after every answer):
+python -m scripts.chat_cli --tree ~/memories/work
+"""
+
+import argparse
+import signal
+import sys
+import threading
+from contextlib import contextmanager
+
+import torch
+
+from nanochat.common import UserError, run_main, setup
+from nanochat.conversation import Conversation, Progress
+from nanochat.engine import Engine, Sampler
+from scripts.load import load_stage, open_stream
+
+CHUNK = 8192 # tokens of a long text fed at once: how often its progress is shown, and how soon Ctrl-C is heard
+
+HELP = """/read FILE   put a text file in front of your next message
+/memory      the working context: how many entries of each level, where
+/new         forget this conversation and start another
+/help        this list
+/quit        leave (so does Ctrl-D; Ctrl-C stops an answer)"""
+
+parser = argparse.ArgumentParser(description="Talk to a trained model in the terminal", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+# what is said
+parser.add_argument("-p", "--prompt", default=None, help="answer this and leave (- = read it from standard input)")
+parser.add_argument("--file", default=None, help="a text file in front of the first message")
+# the model
+parser.add_argument("--stage", default="sft", help="base, mid, sft or rl")
+parser.add_argument("--tag", default=None, help="name of the checkpoint folder (default: the newest)")
+parser.add_argument("--step", type=int, default=None, help="step of the checkpoint (default: the last)")
+parser.add_argument("--device", default="", help="cuda, mps or cpu (empty = the best there is)")
+parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="of the weights; auto = bfloat16 on cuda, float32 elsewhere")
+# memory
+parser.add_argument("--no-memory", action="store_true", help="the plain model: it forgets what does not fit into its context")
+parser.add_argument("--budget", type=int, default=None, help="most entries, tokens and gists alike, that the model reads at once (default: half its longest row)")
+parser.add_argument("--tree", default=None, help="a folder that keeps the memory; an existing one is continued")
+# how it speaks
+parser.add_argument("--temperature", type=float, default=0.6, help="0 = always the likeliest token")
+parser.add_argument("--top-k", type=int, default=50, help="choose among the K likeliest tokens (-1 = all)")
+parser.add_argument("--top-p", type=float, default=1.0, help="choose among the likeliest tokens that hold this mass (1 = all)")
+parser.add_argument("--max-tokens", type=int, default=512, help="longest answer (-1 = no limit)")
+parser.add_argument("--seed", type=int, default=-1, help="the same seed says the same (-1 = other words each time)")
+
+
+def weights_dtype(name, device):
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, name)
+
+
+def settings_of(args):
+    """What Engine.generate takes, from flags; a wrong one is told before a model is loaded."""
+    top_k, top_p = None if args.top_k == -1 else args.top_k, None if args.top_p == 1.0 else args.top_p
+    try:
+        Sampler(args.temperature, top_k, top_p)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return dict(max_tokens=None if args.max_tokens == -1 else args.max_tokens, temperature=args.temperature, top_k=top_k, top_p=top_p,
+                seed=None if args.seed == -1 else args.seed)
+
+
+def read_text(path):
+    """A file as text, for people: absent, a folder or not UTF-8 are each one clear line."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}): convert it first") from None
+
+
+@contextmanager
+def ctrl_c():
+    """Ctrl-C as a flag to look at between tokens: as an exception inside a forward it would leave the memory half-written."""
+    pressed = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.set())
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+BRACKETS = {"text": ("", ""), "python": ("[", ""), "output": (" = ", "]")} # [12*3 = 36]: what the calculator was asked and said
+
+
+def answer(conversation, message, settings, out):
+    """Say the answer as it comes; how far a long text is read goes to stderr. Returns the number of tokens said."""
+    kind, count, shown = "text", 0, sys.stderr.isatty()
+    with ctrl_c() as pressed:
+        for piece in conversation.reply(message, **settings):
+            if isinstance(piece, Progress):
+                if shown:
+                    print(f"\rreading: {piece.done:,} of {piece.total:,} tokens ", end="", file=sys.stderr, flush=True)
+            else:
+                count += 1
+                if piece.text:
+                    out.write((BRACKETS[kind][1] + BRACKETS[piece.kind][0] if piece.kind != kind else "") + piece.text)
+                    out.flush()
+                    kind = piece.kind
+            if pressed.is_set():
+                out.write(" (stopped)")
+                break
+    out.write(BRACKETS[kind][1] + "\n")
+    out.flush()
+    return count
+
+
+def summary(view):
+    """A view of the memory (see Session.view) as lines of text."""
+    lines = [f"{view['tokens']:,} tokens of history, read through {view['used']:,} of {view['budget']:,} entries"]
+    for level in sorted({span["level"] for span in view["spans"]}):
+        spans = [span for span in view["spans"] if span["level"] == level]
+        covered = sum(span["stop"] - span["start"] for span in spans)
+        name = "raw blocks" if level == 0 else f"gists of level {level}"
+        lines.append(f"  {len(spans):5} {name}, {covered:,} tokens between {spans[0]['start']:,} and {spans[-1]['stop']:,}")
+    return "\n".join(lines)
+
+
+def main():
+    args = parser.parse_args()
+    settings = settings_of(args)
+    before = "" if args.file is None else read_text(args.file) + "\n\n"
+    if args.no_memory and args.tree is not None:
+        raise UserError("--tree keeps the memory and --no-memory has none: use one of them")
+    device, _ = setup(args.device)
+    loaded = load_stage(args.stage, args.tag, args.step, device, weights_dtype(args.dtype, device))
+    if args.stage == "base":
+        print("note: a base model was never taught to answer, it continues text", file=sys.stderr)
+    engine = Engine(loaded.tokenizer)
+
+    def begin():
+        stream = open_stream(loaded, not args.no_memory, args.budget, args.tree)
+        return Conversation(engine, stream, None if args.no_memory else CHUNK)
+
+    def say(conversation, message):
+        answer(conversation, message, settings, sys.stdout)
+        if args.tree is not None:
+            conversation.finish()
+            conversation.stream.save(args.tree)
+
+    conversation = begin()
+    if args.prompt is not None:
+        say(conversation, before + (sys.stdin.read() if args.prompt == "-" else args.prompt))
+        return
+    memory = "no memory" if args.no_memory else f"{conversation.stream.length:,} tokens in memory"
+    print(f"{loaded.stage}/{loaded.tag}, step {loaded.meta['step']}, {memory}. /help lists the commands")
+    while True:
+        try:
+            line = input("\nyou: ").strip()
+        except EOFError:
+            print()
+            return
+        command, _, rest = line.partition(" ")
+        if command in ("/quit", "/exit"):
+            return
+        elif command == "/help":
+            print(HELP)
+        elif command == "/memory":
+            print(summary(conversation.stream.view()))
+        elif command == "/new":
+            if args.tree is not None:
+                print(f"the memory in {args.tree} goes on: leave, and start with another --tree")
+            else:
+                conversation, before = begin(), ""
+        elif command == "/read":
+            try:
+                before += read_text(rest.strip()) + "\n\n"
+                print(f"{len(before):,} characters will stand in front of your next message")
+            except UserError as error:
+                print(error)
+        elif line.startswith("/"):
+            print(f"no command {command}: /help lists them")
+        elif line:
+            print("\nmodel: ", end="", flush=True)
+            say(conversation, before + line)
+            before = ""
+
+
+if __name__ == "__main__":
+    run_main(main)

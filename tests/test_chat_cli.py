@@ -1,0 +1,112 @@
+"""The terminal: what it prints, what it keeps, and one clear line for each mistake."""
+
+import io
+import os
+import signal
+import sys
+
+import pytest
+
+import scripts.chat_cli as cli
+from nanochat.common import UserError
+from nanochat.conversation import Conversation
+from nanochat.engine import Engine
+from tests.fakes import ByteTokenizer, FakeLoaded, FakeMemory, ScriptedStream
+
+tokenizer = ByteTokenizer()
+PY, PY_END, END = (tokenizer.special(f"<|{name}|>") for name in ("python_start", "python_end", "assistant_end"))
+
+
+def said(stream, **settings):
+    out = io.StringIO()
+    cli.answer(Conversation(Engine(tokenizer), stream), "hi", dict(temperature=0) | settings, out)
+    return out.getvalue()
+
+
+def test_the_calculator_is_shown_in_brackets():
+    forced = len(tokenizer.encode("42")) + 2
+    script = [*tokenizer.encode("it is "), PY, *tokenizer.encode("6*7"), PY_END, *[0] * forced, *tokenizer.encode(" ok€"), END]
+    assert said(ScriptedStream(script)) == "it is [6*7 = 42] ok€\n"
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program():
+    class Presses(ScriptedStream):
+        def feed(self, ids):
+            if len(self.feeds) == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().feed(ids)
+    handler = signal.getsignal(signal.SIGINT)
+    stream = Presses(tokenizer.encode("abcdefgh") + [END])
+    assert said(stream) == "abcd (stopped)\n"
+    assert len(stream.feeds) == 4, "the forward in which it was pressed ends in peace, and is the last"
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def run(monkeypatch, capsys, *flags, lines=(), streams=None):
+    """One run of the script with a fake model. Returns (stdout, the streams that were opened)."""
+    opened, lines = [], iter(lines)
+
+    def open_stream(loaded, memory, budget, tree):
+        stream = FakeMemory("ok") if streams is None else streams(tree)
+        stream.opened_with = (memory, budget, tree)
+        opened.append(stream)
+        return stream
+
+    def typed(prompt):
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr(cli, "load_stage", lambda *_: FakeLoaded())
+    monkeypatch.setattr(cli, "open_stream", open_stream)
+    monkeypatch.setattr(cli, "input", typed, raising=False)
+    monkeypatch.setattr(sys, "argv", ["chat_cli", "--device", "cpu", "--temperature", "0", *flags])
+    cli.main()
+    return capsys.readouterr().out, opened
+
+
+def test_one_question_one_answer(monkeypatch, capsys, tmp_path):
+    (tmp_path / "a.txt").write_text("long text")
+    out, (stream,) = run(monkeypatch, capsys, "-p", "what?", "--file", str(tmp_path / "a.txt"), "--budget", "512")
+    assert out == "ok\n" and stream.opened_with == (True, 512, None)
+    assert tokenizer.decode(stream.fed).startswith("<|bos|><|user_start|>long text\n\nwhat?<|user_end|><|assistant_start|>")
+
+
+def test_a_conversation_feeds_each_turn_once(monkeypatch, capsys, tmp_path):
+    (tmp_path / "a.txt").write_text("FILE")
+    out, (first, second) = run(monkeypatch, capsys, lines=["one", "", f"/read {tmp_path / 'a.txt'}", "/read nowhere", "/memory", "/what", "/help",
+                                                           "two", "/new", "three", "/quit", "never"])
+    spoken = tokenizer.decode(first.fed)
+    assert spoken.count("<|bos|>") == 1 and spoken.count("one") == 1
+    assert "<|user_start|>one<|user_end|><|assistant_start|>ok<|assistant_end|><|user_start|>FILE\n\ntwo<|user_end|>" in spoken
+    assert "three" in tokenizer.decode(second.fed) and "FILE" not in tokenizer.decode(second.fed)
+    assert out.count("model: ok") == 3
+    for line in ("cannot read nowhere", "tokens of history", "no command /what", "/quit"):
+        assert line in out
+
+
+def test_a_kept_memory_is_written_after_every_answer(monkeypatch, capsys, tmp_path):
+    tree = str(tmp_path / "memory")
+    _, (stream,) = run(monkeypatch, capsys, "--tree", tree, lines=["one", "two"])
+    assert stream.saved == [tree, tree] and stream.opened_with == (True, None, tree)
+    assert stream.fed[-1] == END, "a saved memory ends with a finished answer"
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--temperature", "-1"], "temperature"), (["--top-k", "0"], "top_k"), (["--top-p", "2"], "top_p"), (["--file", "/nowhere"], "cannot read"),
+    (["--no-memory", "--tree", "x"], "--tree"),
+])
+def test_mistakes_are_told_before_a_model_is_loaded(monkeypatch, flags, message):
+    monkeypatch.setattr(cli, "load_stage", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(sys, "argv", ["chat_cli", *flags])
+    with pytest.raises(UserError, match=message):
+        cli.main()
+
+
+def test_a_file_that_is_no_text_is_told(tmp_path):
+    (tmp_path / "x").write_bytes(b"ab\xff")
+    with pytest.raises(UserError, match="not UTF-8 text .byte 2"):
+        cli.read_text(tmp_path / "x")
+    with pytest.raises(UserError, match="cannot read"):
+        cli.read_text(tmp_path)
