@@ -3,12 +3,15 @@
 import random
 import re
 import time
+from collections import Counter
 
 import pytest
 
+from tasks.babi import Babi
 from tasks.common import check_conversation, turns
 from tasks.haystack import Filler, bucket, cut, hide, insert
 from tasks.needle import KeyValue, MultiKey, Passkey, names
+from tasks.ruler import FrequentWords, VariableTracking
 
 
 def prose(rng, lines):
@@ -32,6 +35,8 @@ MAKE = {
     "passkey": lambda **kw: Passkey(TEXTS, **kw),
     "multikey": lambda **kw: MultiKey(TEXTS, pairs=6, **kw),
     "multiquery": lambda **kw: MultiKey(TEXTS, pairs=6, questions=3, words=True, **kw),
+    "variables": lambda **kw: VariableTracking(TEXTS, value=True, **kw),
+    "babi1": lambda **kw: Babi(TEXTS, task=1, events=4, **kw),
     "keyvalue": lambda **kw: KeyValue(short=True, **kw),
 }
 
@@ -124,6 +129,7 @@ def test_a_million_tokens_take_seconds():
     conversation = MultiKey(TEXTS, pairs=200, length=4_000_000, depth=0.5)[0]
     assert len(whole(conversation)) > 3_900_000
     KeyValue(length=4_000_000)[0]
+    FrequentWords(length=4_000_000)[0]
     assert time.perf_counter() - start < 5
 
 
@@ -183,3 +189,91 @@ def test_a_measure_that_grows_at_every_seam_still_keeps_the_length():
 @pytest.mark.parametrize("length, label", [(500, "512"), (1, "1"), (1000, "1k"), (4000, "4k"), (100_000, "128k"), (1_000_000, "1M"), (10 ** 7, "8M")])
 def test_bucket(length, label):
     assert bucket(length) == label
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# After RULER
+
+def test_variables_can_be_answered_by_following_the_assignments():
+    for kwargs in (dict(), dict(hops=4, chains=5), dict(value=True)):
+        task = VariableTracking(TEXTS, length=4000, size=30, **kwargs)
+        for conversation in task:
+            text = conversation["messages"][0]["content"]
+            value, seen = {}, set()
+            for name, other, number in re.findall(r"^VAR (\w+) = (?:VAR (\w+)|([\d ]+))$", text, re.M):
+                assert name not in seen
+                seen.add(name)
+                value[name] = value[other] if other else number # a variable is set before it is used
+            if task.value:
+                assert conversation["answer"] == value[re.search(r"What is VAR (\w+)\?$", text)[1]]
+            else:
+                asked = re.search(r"Which variables are ([\d ]+)\?$", text)[1]
+                assert sorted(conversation["answer"]) == sorted(name for name in value if value[name] == asked)
+                assert task.evaluate(conversation, ", ".join(reversed(conversation["answer"])))
+                assert not task.evaluate(conversation, " ".join(conversation["answer"][:-1]))
+
+
+@pytest.mark.parametrize("length", [700, 5000, 100_000])
+@pytest.mark.parametrize("measure", [len, tokens])
+def test_frequent_words_are_the_most_frequent(length, measure):
+    task = FrequentWords(words=20, length=length, measure=measure, size=5)
+    for conversation in task:
+        assert 0.95 * length <= measure(whole(conversation)) <= length
+        words = conversation["messages"][0]["content"].split("\n")[0].split(" ")
+        (first, _), (second, _), (third, n), (_, below) = Counter(words).most_common(4)
+        assert {first, second, third} == set(conversation["answer"]) and n > below
+        assert task.evaluate(conversation, f"{third} {first} {second}") and not task.evaluate(conversation, f"{third} {first}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stories
+
+def play(text):
+    """The slow obvious twin: read the sentences in order, keep every place that a person or thing has been at."""
+    been, carries = {}, {}
+    pattern = r"^([A-Z]\w+) (went to|walked to|moved to|took|picked up|dropped|put down) the (\w+)\.$"
+    for person, verb, what in re.findall(pattern, text, re.M):
+        if verb.endswith("to"):
+            for someone in [person] + sorted(carries.get(person, ())):
+                been.setdefault(someone, []).append(what)
+        elif verb in ("took", "picked up"):
+            assert not any(what in things for things in carries.values()), f"{what} was taken from someone's hands"
+            here = been[person][-1]
+            assert been.setdefault(what, [here])[-1] == here, f"{what} was taken where it was not"
+            carries.setdefault(person, set()).add(what)
+        else:
+            carries[person].remove(what)
+    return been
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_stories_can_be_answered_by_reading(number):
+    asked = set()
+    for conversation in Babi(TEXTS, task=number, length=6000, size=150):
+        text, question = conversation["messages"][0]["content"].rsplit("\n", 1)
+        been = play(text)
+        if number < 3:
+            who = re.fullmatch(r"Where is (?:the )?(\w+)\?", question)[1]
+            assert conversation["answer"] == been[who][-1]
+        else:
+            who, place = re.fullmatch(r"Where was the (\w+) before the (\w+)\?", question).groups()
+            assert been[who].count(place) == 1
+            assert conversation["answer"] == been[who][been[who].index(place) - 1]
+        said = text[round(conversation["depth"] * (len(text) + len(question) + 1)):].split("\n", 2)
+        assert any(line.endswith(f"to the {conversation['answer']}.") for line in said)
+        asked.add((who, conversation["answer"]))
+    assert len(asked) > 80 # neither the cast nor the answers are fixed
+
+
+@pytest.mark.parametrize("depth", [0, 0.5, 1])
+def test_the_telling_sentence_of_a_story_is_at_its_depth(depth):
+    for number in (1, 2, 3):
+        for conversation in Babi(TEXTS, task=number, length=30_000, depth=depth, size=10):
+            assert abs(conversation["depth"] - depth) < 0.06
+
+
+def test_a_story_that_cannot_be_asked_about_is_refused():
+    with pytest.raises(ValueError, match="Ask for more events"):
+        Babi(TEXTS, task=3, events=1)[0]
+    with pytest.raises(ValueError, match="expected task 1, 2 or 3"):
+        Babi(TEXTS, task=4)
