@@ -2,9 +2,12 @@
 
 import itertools
 import random
+import re
+from pathlib import Path
 
 import pytest
 
+import tasks
 from tasks.common import (GeneratedTask, Task, TaskMixture, TaskSequence, check_conversation, dialogue, final_text, same_words,
                           tool_answer, turns)
 
@@ -129,3 +132,13 @@ def test_a_wrong_conversation_is_told_what_is_wrong(conversation, problem):
 def test_right_conversations_pass():
     system = [{"role": "system", "content": "be brief"}]
     assert check_conversation({"messages": system + dialogue("a", tool_answer("1+1", "2", "2"), "c")}) is None
+
+
+def test_a_file_imports_only_from_files_above_it_in_the_readme():
+    folder = Path(tasks.__file__).parent
+    order = re.findall(r"^\| `(\w+)\.py` \|", (folder / "README.md").read_text(), re.M)
+    assert sorted(order) == sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
+    for n, name in enumerate(order):
+        for package, module in re.findall(r"^ *(?:from|import) (nanochat|megacontext|scripts|tasks)\.?(\w*)", (folder / f"{name}.py").read_text(), re.M):
+            allowed = order[:n] if package == "tasks" else ["common", "execution"] if package == "nanochat" else []
+            assert module in allowed, f"{name}.py imports {package}.{module}"
