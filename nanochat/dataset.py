@@ -13,6 +13,7 @@ send the ~5% of files to val whose name hashes lowest; a folder of one file give
 folder of one document gives its last 5%, cut at a line end.
 """
 
+import argparse
 import hashlib
 import mmap
 import os
@@ -21,8 +22,9 @@ from bisect import bisect_right
 from itertools import accumulate
 from pathlib import Path
 
-from nanochat.common import UserError, base_dir
-from nanochat.documents import TABLES, BigText, Part, TextFile, open_file
+from nanochat.common import UserError, base_dir, run_main
+from nanochat.documents import TABLES, BigText, Part, TextFile, open_file, slices
+from nanochat.download import CLIMBMIX, Shards, download
 
 SPLITS = ("train", "val")
 VAL_SHARE = 0.05
@@ -43,7 +45,7 @@ class Source:
     Documents by number, in an order that never changes.
 
     name         the spec it was opened with
-    files        objects with len() and [i], see above
+    files        objects with len() and [i], see nanochat/documents.py
     fingerprint  changes when the set of documents changes; where the folder lies does not matter
     """
 
@@ -146,9 +148,11 @@ def split_file(path, split):
     file = open_file(path)
     if path.suffix in TABLES:
         if len(file) < 2:
-            return Lines(file, split)
+            return Lines(file, split) if len(file) else file
         border = len(file) - max(1, round(VAL_SHARE * len(file)))
         return Part(file, 0, border) if split == "train" else Part(file, border, len(file))
+    if not file.stop:
+        raise UserError(f"{path} is empty: there is nothing to learn from")
     with open(path, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as text:
         border, size = last_lines(path, text, b"\n"), len(text)
     return TextFile(path, 0, border) if split == "train" else TextFile(path, border, size)
@@ -224,7 +228,6 @@ def open_dir(path, split, data):
 
 def open_climbmix(split, data):
     """The reference shards that were downloaded. The last of all 6,543 is val, whichever others are here."""
-    from nanochat.download import CLIMBMIX
     root, val = data / "climbmix", CLIMBMIX.shard(CLIMBMIX.shards - 1)
     here = sorted(shard.name for shard in root.glob("shard_*.parquet"))
     train = [shard for shard in here if shard != val]
@@ -273,3 +276,41 @@ def open_source(spec, split="train", data=None):
             source = open_dir(name[len("dir:"):], split, data)
         parts.append((source, weight))
     return parts[0][0] if len(parts) == 1 else Mix(spec, parts)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+def check(spec, data):
+    """Read every document of both splits, so that a broken file shows now and not in the middle of a run."""
+    for split in SPLITS:
+        for source, weight in open_source(spec, split, data).parts:
+            sizes = [sum(len(text) for _, _, text in slices(source[i])) for i in range(len(source))]
+            print(f"{source.name} ({split}): {len(sizes):,} documents, {sizes.count(0):,} of them empty; "
+                  f"{sum(sizes):,} characters, {max(sizes):,} in the longest")
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m nanochat.dataset",
+                                     description="Download the reference shards, or check a source of text")
+    parser.add_argument("-n", type=int, default=0, help="shards to have for training (-1 = all); the validation shard is added")
+    parser.add_argument("-w", type=int, default=4, help="shards to fetch at the same time")
+    parser.add_argument("--url", default=CLIMBMIX.url, help="where the shards are")
+    parser.add_argument("--data-dir", default="", help="the data folder (default: NANOCHAT_DATA_DIR, else the base folder's data/)")
+    parser.add_argument("--check", metavar="SOURCE", default="", help="read all of a source, such as dir:PATH, and report")
+    args = parser.parse_args()
+    data, last = data_dir(args.data_dir), CLIMBMIX.shards - 1
+    if not args.n and not args.check:
+        raise UserError("nothing to do: give -n SHARDS to download, or --check SOURCE")
+    if args.n < -1 or args.n > last or args.w < 1:
+        raise UserError(f"expected -n of -1 to {last} and -w of at least 1, got -n {args.n} -w {args.w}")
+    if args.n:
+        count = last if args.n == -1 else args.n
+        paths = download([*range(count), last], data / "climbmix", Shards(args.url, CLIMBMIX.shards), args.w)
+        print(f"{len(paths)} shards in {data / 'climbmix'}")
+    if args.check:
+        check(args.check, data)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -21,6 +21,7 @@ from nanochat.common import UserError
 
 SLICE = 100_000              # characters that are tokenized as one text; a longer document is cut at line ends near this
 BIG = 16 << 20               # bytes; a larger text file is streamed from disk, a smaller one is read whole
+READ = 1 << 18               # bytes of such a file that are read at a time
 ROW_GROUP_CACHE = 256 << 20  # bytes of decoded row groups kept, shared by all sources of the process
 TABLES = (".jsonl", ".parquet")  # files of many documents
 
@@ -78,7 +79,7 @@ class BigText:
             left, tail, text = self.stop - self.start - at, b"", ""
             while left or text:
                 while left and len(text) <= SLICE:
-                    data = file.read(min(left, 1 << 18))
+                    data = file.read(min(left, READ))
                     if not data:
                         raise UserError(f"{self.path} became shorter while it was read: leave data files alone during a run")
                     left -= len(data)
