@@ -1,11 +1,26 @@
 """
 Append-only columns of fixed-size rows, in memory or in a memory-mapped file, and the codecs that turn vectors into rows.
-A column knows rows of bytes, nothing of tokens or gists; what is committed is the record's business (record.py).
+A column knows rows of bytes, nothing of tokens or gists; which rows are committed is the record's business (record.py).
 
 Codecs: float32 (N, W) in, uint8 (N, row bytes) out, and back. bfloat16 rounds to nearest even; int8 keeps one float32 scale per row.
+
+A file is written with pwrite and read through a map, so a full disk is an error and never a bus error. It is checksummed in
+chunks of 64 KiB; a chunk is checked the first time that it is read, so no damaged byte is ever used, and opening reads nothing.
 """
 
+import errno
+import mmap
+import os
+import zlib
+
 import numpy as np
+
+from nanochat.common import UserError
+
+
+class TreeError(UserError):
+    """A tree that cannot be used as asked: what was expected, what was found, what to do."""
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Codecs: name -> (bytes per row of width W, encode, decode)
@@ -80,3 +95,166 @@ class MemoryColumn:
 
     def truncate(self, rows):
         self.rows = rows
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+CHUNK = 64 * 1024
+RESIDENT = 8 * 1024 * 1024       # bytes of a file that may stay mapped in memory; the system's own cache is not counted
+LARGEST_STEP = 16 * 1024 * 1024  # bytes that a file grows by at a time, at most; an eighth of its size while it is smaller
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_flush = getattr(os, "fdatasync", os.fsync)  # macOS has only fsync
+
+
+class FileColumn:
+    """
+    Rows in one file. Only bytes after the last committed row are ever written, so a crash leaves the committed ones as they were.
+
+    rows      how many rows the record says there are
+    checksum  function: chunk number -> (bytes, crc32) of the committed chunk, or None
+    """
+
+    def __init__(self, path, row, rows, checksum, writable):
+        self.path, self.row, self.rows, self.checksum = path, row, rows, checksum
+        self.committed_rows = rows
+        self.is_new = writable and not os.path.exists(path)  # its folder must be flushed too, once
+        try:
+            self.fd = os.open(path, (os.O_RDWR | os.O_CREAT) if writable else os.O_RDONLY, 0o644)
+        except FileNotFoundError:
+            raise TreeError(f"{path}: expected {rows} rows, found no file. Restore it from a copy of the tree") from None
+        self.size = os.fstat(self.fd).st_size
+        self.map, self.resident = None, 0
+        self.trusted = {}  # chunk -> bytes of it known to be good: checked, or written by us
+        self.dirty = {}    # chunk -> (bytes, crc32), since the last commit
+        self.cut = None    # chunks of the record from here on are void, since the last commit
+        self.unflushed = False
+        if self.size < rows * row:
+            raise TreeError(f"{path} is truncated: expected at least {rows * row} bytes ({rows} rows), found {self.size}. Restore it from a copy of the tree")
+        self.crc = 0  # of the unfinished last chunk
+        if rows:
+            last, filled = (rows * row - 1) // CHUNK, (rows * row - 1) % CHUNK + 1
+            self._check(last, filled)
+            if writable and filled < CHUNK:
+                size, self.crc = checksum(last)
+                if size != filled:
+                    raise TreeError(f"{path}: expected a checksum of {filled} bytes for chunk {last}, found one of {size}. Restore the tree from a copy")
+
+    def append(self, rows):
+        assert self.rows >= self.committed_rows, f"{self.path} was rewound: commit that before appending, which overwrites committed rows"
+        data = rows.tobytes()
+        at = self.rows * self.row
+        self._grow(at + len(data))
+        view, done = memoryview(data), 0
+        self.unflushed = True
+        while done < len(data):
+            try:
+                done += os.pwrite(self.fd, view[done:], at + done)
+            except OSError as error:
+                raise _full(self.path, len(data) - done, error)
+        while len(view):
+            chunk, inside = divmod(at, CHUNK)
+            piece = view[:CHUNK - inside]
+            crc = zlib.crc32(piece, self.crc)
+            filled = inside + len(piece)
+            self.dirty[chunk] = filled, crc
+            self.trusted[chunk] = filled
+            self.crc = crc if filled < CHUNK else 0
+            view, at = view[len(piece):], at + len(piece)
+        self.rows += len(rows)
+
+    def read(self, a, b):
+        start, stop = a * self.row, b * self.row
+        if start == stop:
+            return np.empty((0, self.row), np.uint8)
+        for chunk in range(start // CHUNK, (stop - 1) // CHUNK + 1):
+            needed = min(stop - chunk * CHUNK, CHUNK)
+            if self.trusted.get(chunk, 0) < needed:
+                self._check(chunk, needed)
+        if self.map is None or len(self.map) < stop:
+            if self.map is not None:
+                self.map.close()
+            self.map, self.resident = mmap.mmap(self.fd, 0, access=mmap.ACCESS_READ), 0
+        self.resident += stop - start + CHUNK  # a page fault brings its neighbours
+        if self.resident > RESIDENT and hasattr(mmap, "MADV_DONTNEED"):
+            self.map.madvise(mmap.MADV_DONTNEED)
+            self.resident = 0
+        return np.frombuffer(self.map, np.uint8, stop - start, start).reshape(b - a, self.row).copy()
+
+    def truncate(self, rows):
+        """Forget the last rows. If they were committed, commit this before the next append: that one will overwrite them."""
+        if rows == self.rows:
+            return
+        chunk, inside = divmod(rows * self.row, CHUNK)
+        self.crc = 0
+        keep = {}
+        if inside:
+            if self.trusted.get(chunk, 0) < inside:
+                self._check(chunk, inside)
+            self.crc = zlib.crc32(os.pread(self.fd, inside, chunk * CHUNK))
+            keep[chunk] = inside, self.crc
+        self.dirty = {c: d for c, d in self.dirty.items() if c < chunk} | keep
+        self.trusted = {c: t for c, t in self.trusted.items() if c < chunk} | {c: size for c, (size, _) in keep.items()}
+        if rows < self.committed_rows:
+            self.cut = chunk if self.cut is None else min(self.cut, chunk)
+        self.rows = rows
+
+    def flush(self):
+        """Make the appended bytes durable; the record may speak of them only after this."""
+        if self.unflushed:
+            _flush(self.fd)
+            self.unflushed = False
+
+    def committed(self):
+        self.dirty, self.cut, self.is_new, self.committed_rows = {}, None, False, self.rows
+
+    def trim(self, rows):
+        """Give back the space grown ahead of use. `rows` must be the most that any reader was ever promised."""
+        os.ftruncate(self.fd, min(self.size, rows * self.row))
+
+    def damage(self, rows):
+        """Check the first `rows` rows, byte by byte; returns what is wrong, or None."""
+        stop = rows * self.row
+        try:
+            for chunk in range(-(-stop // CHUNK)):
+                self._check(chunk, min(stop - chunk * CHUNK, CHUNK))
+        except TreeError as error:
+            return str(error)
+        return None
+
+    def close(self):
+        if self.map is not None:
+            self.map.close()
+        os.close(self.fd)
+
+    def _grow(self, size):
+        if size <= self.size:
+            return
+        step = min(max(CHUNK, self.size // 8), LARGEST_STEP)
+        size = -(-size // step) * step
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(self.fd, self.size, size - self.size)
+            else:
+                os.ftruncate(self.fd, size)  # macOS: a sparse file; a full disk then shows in pwrite
+        except OSError as error:
+            raise _full(self.path, size - self.size, error)
+        self.size = size
+
+    def _check(self, chunk, needed):
+        found = self.checksum(chunk)
+        if found is None or found[0] < needed:
+            raise TreeError(f"{self.path}: no checksum of the first {needed} bytes of chunk {chunk}. If another process rewound the tree, refresh(); "
+                            f"else the record is damaged: restore the tree from a copy")
+        size, crc = found
+        actual = zlib.crc32(os.pread(self.fd, size, chunk * CHUNK))
+        if actual != crc:
+            raise TreeError(f"{self.path} is damaged in bytes {chunk * CHUNK}..{chunk * CHUNK + size}: expected checksum {crc:08x}, found {actual:08x}. "
+                            f"Restore the tree from a copy")
+        self.trusted[chunk] = size
+
+
+def _full(path, size, error):
+    """The error to raise when `size` more bytes could not be had."""
+    if error.errno not in DISK_FULL:
+        return error
+    return TreeError(f"{path}: no space for {size} more bytes ({error.strerror}). Everything committed is intact: free some space, open the tree and go on")

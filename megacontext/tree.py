@@ -11,18 +11,18 @@ Rows come back as they went in, up to the rounding of the header's gist_dtype; t
 D = width of a gist row, K = width of a key row (0 = none)
 """
 
+import os
+from functools import partial
+from pathlib import Path
+
 import numpy as np
 
-from nanochat.common import UserError
-from megacontext.column import CODECS, MemoryColumn, decode, encode, row_bytes
+from megacontext.column import CODECS, FileColumn, MemoryColumn, TreeError, decode, encode, row_bytes
+from megacontext.record import Record
 from megacontext.span import BLOCK
 
 FORMAT = "megacontext-tree"
 VERSION = 1
-
-
-class TreeError(UserError):
-    """A tree that cannot be used as asked: what was expected, what was found, what to do."""
 
 
 def make_header(width, key_width, gist_dtype="bfloat16", **identity):
@@ -31,21 +31,60 @@ def make_header(width, key_width, gist_dtype="bfloat16", **identity):
     lensnet= fingerprints. A tree opened with another identity is refused.
     """
     if gist_dtype not in CODECS:
-        raise UserError(f"no gist_dtype {gist_dtype!r}: expected one of {', '.join(CODECS)}")
+        raise TreeError(f"no gist_dtype {gist_dtype!r}: expected one of {', '.join(CODECS)}")
     if width < 1 or key_width < 0:
-        raise UserError(f"a tree needs width >= 1 and key_width >= 0, got {width} and {key_width}")
+        raise TreeError(f"a tree needs width >= 1 and key_width >= 0, got {width} and {key_width}")
     return {"format": FORMAT, "version": VERSION, "block": BLOCK, "width": width, "key_width": key_width, "gist_dtype": gist_dtype, **identity}
 
 
 class MegaTree:
-    def __init__(self, header, columns, new_column):
-        self.header, self.columns, self._new_column = header, columns, new_column
+    """Make one with create, open or in_memory. One thread at a time; one writer per tree, any number of readers."""
+
+    def __init__(self, header, folder=None, record=None, writable=True):
+        self.header, self.folder, self.record, self.writable = dict(header), folder, record, writable
+        self.columns = {}  # (level, "ids" | "gists" | "keys") -> column
+        for name in record.state["rows"] if record else ["level0.ids"]:
+            self._column(*_parse(name))
 
     @classmethod
     def in_memory(cls, header):
         """A tree that lives and dies with the process."""
-        tree = cls(header, {}, lambda name, row: MemoryColumn(row))
-        tree._column(0, "ids")
+        return cls(header)
+
+    @classmethod
+    def create(cls, path, header):
+        """A new, empty tree in the folder `path`, open for writing."""
+        folder = Path(path)
+        if folder.exists() and any(folder.iterdir()):
+            raise TreeError(f"cannot make a tree in {folder}: expected an empty or new folder, found {len(list(folder.iterdir()))} files. Open it, or name another")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "level0.ids").touch()  # before the record that names it
+        tree = cls(header, folder, Record(folder, True, create={"header": header, "rows": {"level0.ids": 0}, "high": {}}))
+        _flush_folder(folder.parent)
+        tree.commit()
+        return tree
+
+    @classmethod
+    def open(cls, path, mode="a", **identity):
+        """
+        The tree in the folder `path` as it was last committed. mode "a" goes on writing, "r" only reads.
+        identity  what the tree must have been made with (model=..., tokenizer=..., gistnet=...), else it is refused
+        """
+        if mode not in ("a", "r"):
+            raise ValueError(f"mode is \"a\" (append) or \"r\" (read), got {mode!r}")
+        folder = Path(path)
+        record = Record(folder, mode == "a")
+        try:
+            header = record.state["header"]
+            for name, expected in {"format": FORMAT, "version": VERSION, "block": BLOCK, **identity}.items():
+                if header.get(name) != expected:
+                    raise TreeError(f"{folder} is of another {name}: expected {expected}, found {header.get(name)}. "
+                                    f"Use what it was made with, or ingest its text again into a new tree")
+            tree = cls(header, folder, record, mode == "a")
+            tree._check_counts()
+        except TreeError:
+            record.close()
+            raise
         return tree
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -93,6 +132,7 @@ class MegaTree:
 
     def append_tokens(self, ids):
         """Add token ids at the end of the history."""
+        self._check_writable()
         ids = np.asarray(ids)
         assert ids.ndim == 1 and (ids.size == 0 or ids.dtype.kind in "iu"), f"expected a row of token ids, got {ids.dtype} {ids.shape}"
         if ids.size and not 0 <= ids.min() <= ids.max() < 2 ** 31:
@@ -108,32 +148,150 @@ class MegaTree:
         assert keys.shape == (len(gists), K), f"expected keys of shape ({len(gists)}, {K}), got {keys.shape}"
         a, b = self.pending(level)
         assert a + len(gists) <= b, f"level {level} has {a} gists and children for {b}: {len(gists)} more would come before their children"
-        rows = encode(gists, self.header["gist_dtype"])
-        key_rows = encode(keys, self.header["gist_dtype"]) if K else None
+        self._check_writable()
+        rows, key_rows = encode(gists, self.header["gist_dtype"]), encode(keys, self.header["gist_dtype"]) if K else None
         if K:
             self._column(level, "keys").append(key_rows)
-        self._column(level, "gists").append(rows)
-
-    def truncate(self, tokens):
-        """Forget everything after the first `tokens` tokens: whole gists of later tokens go too."""
-        if not 0 <= tokens <= self.length:
-            raise TreeError(f"cannot rewind to {tokens} tokens: the tree has {self.length}")
-        for (level, _), column in self.columns.items():
-            column.truncate(min(column.rows, tokens // BLOCK ** level))
+        try:
+            self._column(level, "gists").append(rows)
+        except TreeError:  # the disk is full: neither or both
+            if K:
+                self._column(level, "keys").truncate(a)
+            raise
 
     def commit(self):
-        """Make everything appended so far durable (in memory there is nothing to do)."""
+        """Make everything appended so far durable, all of it or, if the power fails first, none of it."""
+        if self.record is None:
+            return
+        self._check_writable()
+        for column in self.columns.values():
+            column.flush()
+        if any(column.is_new for column in self.columns.values()):
+            _flush_folder(self.folder)
+        named = {f"level{level}.{kind}": column for (level, kind), column in self.columns.items()}
+        rows = {name: column.rows for name, column in named.items()}
+        high = {name: max(n, self.record.state["high"].get(name, 0)) for name, n in rows.items()}
+        self.record.write({"header": self.header, "rows": rows, "high": high}, {name: (c.cut, c.dirty) for name, c in named.items() if c.dirty or c.cut is not None})
+        for column in named.values():
+            column.committed()
+
+    def truncate(self, tokens):
+        """
+        Rewind: forget everything after the first `tokens` tokens, and the gists that stand for any of it. Commits, since the
+        next append overwrites what was cut. Readers of the longer history must refresh().
+        """
+        if not 0 <= tokens <= self.length:
+            raise TreeError(f"cannot rewind to {tokens} tokens: the tree has {self.length}")
+        self._check_writable()
+        for (level, _), column in self.columns.items():
+            column.truncate(min(column.rows, tokens // BLOCK ** level))
+        self.commit()
+
+    def reset_gists(self, **identity):
+        """Forget all gists and keys but keep the tokens, and take on a new identity (gistnet=...): to be ingested again. Commits."""
+        self._check_writable()
+        for (level, _), column in self.columns.items():
+            column.truncate(column.rows if level == 0 else 0)
+        self.header.update(identity)
+        self.commit()
+
+    def fork(self, path=None, tokens=None):
+        """A copy of the first `tokens` tokens (default: all) and their gists in a new folder, or in memory. The two then go their own ways."""
+        tokens = self.length if tokens is None else tokens
+        if not 0 <= tokens <= self.length:
+            raise TreeError(f"cannot fork at {tokens} tokens: the tree has {self.length}")
+        copy = MegaTree.in_memory(self.header) if path is None else MegaTree.create(path, self.header)
+        for (level, kind), column in self.columns.items():
+            rows, step = min(column.rows, tokens // BLOCK ** level), max(1, 2 ** 20 // column.row)
+            for a in range(0, rows, step):
+                copy._column(level, kind).append(column.read(a, min(a + step, rows)))
+        copy.commit()
+        return copy
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # On disk
+
+    def refresh(self):
+        """A reader sees what has been committed since it opened."""
+        assert not self.writable, "the writer knows best: only a reader refreshes"
+        self.record.refresh()
+        for column in self.columns.values():
+            column.close()
+        self.columns = {}
+        for name in self.record.state["rows"]:
+            self._column(*_parse(name))
+        self._check_counts()
+
+    def verify(self):
+        """Check every committed byte against its checksum; TreeError says all that is wrong. Returns the number of bytes checked."""
+        if self.record is None:
+            return 0
+        rows = self.record.state["rows"]
+        wrong = [self.record.damage()] + [self._column(*_parse(name)).damage(n) for name, n in rows.items()]
+        if any(wrong):
+            raise TreeError("\n".join(filter(None, wrong)))
+        return sum(n * self._column(*_parse(name)).row for name, n in rows.items())
+
+    def close(self, commit=True):
+        """Commit (unless told not to) and let go of the files and the lock."""
+        if self.record is None:
+            return
+        if self.writable and commit:
+            self.commit()
+        for (level, kind), column in self.columns.items():
+            if self.writable:
+                column.trim(self.record.state["high"].get(f"level{level}.{kind}", 0))
+            column.close()
+        self.record.close()
+        self.columns = {}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        self.close(commit=kind is None)
 
     # ------------------------------------------------------------------------------------------------------------------
 
     def _column(self, level, kind):
         if (level, kind) not in self.columns:
-            row = 4 if kind == "ids" else row_bytes(self.header["width" if kind == "gists" else "key_width"], self.header["gist_dtype"])
-            self.columns[level, kind] = self._new_column(f"level{level}.{kind}", row)
+            row = self._row(kind)
+            name = f"level{level}.{kind}"
+            if self.record is None:
+                self.columns[level, kind] = MemoryColumn(row)
+            else:
+                rows = self.record.state["rows"].get(name, 0)
+                self.columns[level, kind] = FileColumn(self.folder / name, row, rows, partial(self.record.checksum, name), self.writable)
         return self.columns[level, kind]
+
+    def _row(self, kind):
+        return 4 if kind == "ids" else row_bytes(self.header["width" if kind == "gists" else "key_width"], self.header["gist_dtype"])
+
+    def _check_writable(self):
+        if not self.writable:
+            raise TreeError(f"{self.folder} is open for reading: expected mode=\"a\" to change it, it was opened with mode=\"r\"")
+
+    def _check_counts(self):
+        """The record's own numbers must make a tree."""
+        for level in range(1, 1 + max(level for level, _ in self.columns)):
+            if not self.count(level) <= self.count(level - 1) // BLOCK:
+                raise TreeError(f"{self.folder}: expected at most {self.count(level - 1) // BLOCK} gists at level {level}, found {self.count(level)}. Restore it from a copy")
+            if self.header["key_width"] and self._column(level, "keys").rows != self.count(level):
+                raise TreeError(f"{self.folder}: expected {self.count(level)} keys at level {level}, found {self._column(level, 'keys').rows}. Restore it from a copy")
 
     def _read(self, level, kind, a, b):
         here = self.count(level)
         if not 0 <= a <= b <= here:
             raise TreeError(f"asked for nodes {a}..{b} of level {level}, which has {here} (the tree has levels 0..{self.levels - 1})")
-        return self._column(level, kind).read(a, b)
+        return self._column(level, kind).read(a, b) if a < b else np.empty((0, self._row(kind)), np.uint8)
+
+
+def _parse(name):
+    level, kind = name.removeprefix("level").split(".")
+    return int(level), kind
+
+
+def _flush_folder(folder):
+    fd = os.open(folder, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
