@@ -63,8 +63,8 @@ def save(folder, step, modules, optimizer=None, meta=None, keep=None, main=True)
     if state is not None:
         save_file(state, tmp / "optim.safetensors")
     sizes = {path.name: path.stat().st_size for path in sorted(tmp.iterdir())}
-    record = dict(meta or {}, format=FORMAT, step=step, files=sizes, argv=sys.argv, commit=git_commit(), torch=torch.__version__,
-                  time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+    record = dict(meta or {}, format=FORMAT, step=step, files=sizes, argv=sys.argv, commit=git_commit(),
+                  torch=torch.__version__, time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
     (tmp / "meta.json").write_text(json.dumps(record, indent=1) + "\n")
     for path in tmp.iterdir():
         _flush(path)

@@ -28,7 +28,7 @@ def bits_per_byte(loss_fn, batches, token_bytes, world=1, device="cpu"):
     for batch in batches:
         losses = loss_fn(batch)
         targets = batch.targets.to(device)
-        assert losses.shape == targets.shape, f"loss_fn gave {tuple(losses.shape)}, one loss per target {tuple(targets.shape)} is needed"
+        assert losses.shape == targets.shape, f"loss_fn gave {tuple(losses.shape)} for targets {tuple(targets.shape)}"
         lengths = torch.where(targets >= 0, token_bytes[targets.clamp(min=0)], 0)
         nats += losses.double()[lengths > 0].sum().cpu()
         count += lengths.sum().cpu()

@@ -71,7 +71,7 @@ def _trainable(module):
 
 
 def _gpt_group(name, p):
-    if name.startswith("blocks.") and p.ndim == 2:
+    if (name.startswith("blocks.") or name == "previous.weight") and p.ndim == 2:
         return "matrices"
     known = {"embed_table.weight": "embed", "lm_head.weight": "head", "resid_scale": "resid", "x0_scale": "x0"}
     return "values" if name.startswith("value_tables.") else known.get(name)
@@ -356,5 +356,6 @@ class MuonAdamW:
             if value is None:
                 continue
             if value.shape != torch.Size(shape):
-                raise ValueError(f"optimizer state {name}.{key} has shape {tuple(value.shape)}, this model needs {tuple(shape)}")
+                raise ValueError(f"optimizer state {name}.{key} has shape {tuple(value.shape)}, "
+                                 f"this model needs {tuple(shape)}")
             bucket.load(name, key, value.to(bucket.state[key] if key in bucket.state else bucket.steps))

@@ -95,8 +95,8 @@ def accumulation(batch_tokens, rows, seq_len, world):
     """Micro-batches per step, so that rows x seq_len x world x micro-batches = batch_tokens exactly."""
     one = rows * seq_len * world
     if batch_tokens % one:
-        raise UserError(f"a batch of {batch_tokens} tokens does not divide into micro-batches of {rows} rows x {seq_len} tokens "
-                        f"x {world} ranks = {one}. Change --batch-tokens or --device-batch so that it does")
+        raise UserError(f"a batch of {batch_tokens} tokens does not divide into micro-batches of {rows} rows x {seq_len} "
+                        f"tokens x {world} ranks = {one}. Change --batch-tokens or --device-batch so that it does")
     return batch_tokens // one
 
 
