@@ -13,7 +13,7 @@ import hashlib
 import os
 import re
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,6 @@ from tqdm import tqdm
 from nanochat.common import UserError
 
 TRIES = 6
-CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def fetch_once(client, url, path, progress, stop):
         have = 0
     if have:
         with open(part, "rb") as file:
-            while data := file.read(CHUNK):
+            while data := file.read(1 << 20):
                 digest.update(data)
     progress(have)
     if have < size:
@@ -104,7 +103,7 @@ def fetch_once(client, url, path, progress, stop):
             elif not response.headers.get("content-range", "").startswith(f"bytes {have}-"):
                 raise TryAgain(f"asked for the bytes from {have} on, got {response.headers.get('content-range')!r}")
             with open(part, "ab" if have else "wb") as file:
-                for data in response.iter_bytes(CHUNK):
+                for data in response.iter_bytes():
                     if stop.is_set():
                         raise Stopped()
                     file.write(data)
@@ -166,7 +165,7 @@ def download(numbers, folder, source=CLIMBMIX, workers=4, quiet=False, sleep=Non
 
         futures = [pool.submit(one, path) for path in missing]
         try:
-            for future in futures:
+            for future in as_completed(futures):
                 future.result()
         except BaseException: # an interrupt above all: let no worker begin or go on with a shard
             stop.set()
