@@ -21,10 +21,9 @@ class ChoiceTask(Task):
     kind = "choice"
 
     def evaluate(self, conversation, answer_text):
-        """Also for a letter that was generated rather than picked from the letters' probabilities: "B", "B." or "B: the sun"."""
-        letter = final_text(answer_text)[:1].upper()
-        rest = final_text(answer_text)[1:2]
-        return letter == conversation["answer"] and not rest.isalnum()
+        """For a letter that was written rather than picked by its probability: "B", "B." and "B: the sun" all say B."""
+        said = final_text(answer_text)
+        return said[:1].upper() == conversation["answer"] and not said[1:2].isalnum()
 
 
 class ARC(ChoiceTask):
@@ -53,7 +52,8 @@ class ARC(ChoiceTask):
 def choice_conversation(question, choices, right, where):
     """A question, the list of choices and the number of the right one -> conversation."""
     if not isinstance(choices, list) or len(choices) < 2 or not 0 <= right < len(choices) <= len(LETTERS):
-        raise UserError(f"{where}: expected at least two choices and the number of the right one, got {clip(choices)} and {right}")
+        raise UserError(f"{where}: expected at least two choices and the number of the right one, "
+                        f"got {clip(choices)} and {right}")
     letters = list(LETTERS[:len(choices)])
     lines = "\n".join(f"{letter}: {choice}" for letter, choice in zip(letters, choices))
     text = f"{question}\n{lines}\nAnswer with the letter only."

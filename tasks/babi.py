@@ -48,7 +48,7 @@ class Babi(LongTask):
 
 
 def simulate(rng, count, people, places, things):
-    """`count` events that can happen: one takes only what lies where one stands (or has not been seen yet), drops what one has."""
+    """`count` events that can happen: people take what lies where they stand (or was never seen), and drop what they have."""
     people, places, things = rng.sample(PEOPLE, people), rng.sample(PLACES, places), rng.sample(THINGS, things)
     where, holder, lies, events = {}, {}, {}, [] # place of a person; person who has a thing; place of a thing put down
     while len(events) < count:
@@ -80,7 +80,8 @@ def questions(task, events):
     for thing, places in things.items():
         names = [name for name, _ in places]
         # each place once, or "before the attic" could mean either time
-        out += [(f"Where was the {thing} before the {names[n]}?", *places[n - 1]) for n in range(1, len(names)) if names.count(names[n]) == 1]
+        out += [(f"Where was the {thing} before the {names[n]}?", *places[n - 1])
+                for n in range(1, len(names)) if names.count(names[n]) == 1]
     return out
 
 

@@ -8,7 +8,8 @@ Out: CodeQuestions: "Which arguments does copyfile take?" -> "src, dst", "Which 
      class A, ask about it; switch to class B, ask about it; come back to A. What was left in between must still be there.
 
 A question is asked only about a name that is defined once in all texts, so that it has one answer. Answers are copied
-from the source: a few tokens.
+from the source: a few tokens. Answers that are good guesses without reading (None, a base class that half the tree has) are
+left out: this is a test of memory.
 """
 
 import ast
@@ -18,9 +19,12 @@ from collections import Counter
 from dataclasses import dataclass
 
 from nanochat.common import UserError
-from tasks.haystack import Ask, LongTask
+from tasks.haystack import Ask, Filler, LongTask
 
 DEFINITION = re.compile(r"\b(?:def|class)[ \t]+(\w+)")
+BASE = re.compile(r"\bclass[ \t]+\w+\(([\w.]+)\)")
+COMMON = 5 # a base class with more children than this in all texts is a good guess without reading
+GUESSES = ("None", "True", "False", "0", "1", "-1", "''", "()", "self", "result") # so are these
 KINDS = ("arguments", "base", "default", "returns")
 LONGEST = 40 # characters of an answer
 WINDOW = 4000 # characters of its own file that are shown around a definition, at most
@@ -117,19 +121,28 @@ def function_facts(node, owner, lines, starts):
     if names and len(answer) <= LONGEST:
         facts.append(Fact("arguments", node.name, owner, answer, start, end, start))
     for name, value in defaults(node.args):
-        if isinstance(value, ast.Constant) and len(repr(value.value)) <= LONGEST // 2:
-            facts.append(Fact("default", node.name, owner, repr(value.value), start, end, start, name))
-    returns = [inner for inner in ast.walk(node) if isinstance(inner, (ast.Return, ast.Yield, ast.YieldFrom, ast.Lambda))
-               or isinstance(inner, (ast.FunctionDef, ast.AsyncFunctionDef)) and inner is not node]
-    if len(returns) == 1 and isinstance(returns[0], ast.Return) and returns[0] is node.body[-1] and returns[0].value:
-        value = returns[0].value
-        if value.lineno == value.end_lineno:
-            line = lines[value.lineno - 1].encode()
-            answer = line[value.col_offset:value.end_col_offset].decode()
-            if len(answer) <= LONGEST:
-                at = starts[value.lineno - 1]
-                facts.append(Fact("returns", node.name, owner, answer, start, at + len(lines[value.lineno - 1]), at))
+        answer = written(value, lines)
+        if isinstance(value, ast.Constant) and answer and len(answer) <= LONGEST // 2:
+            facts.append(Fact("default", node.name, owner, answer, start, end, start, name))
+    last = node.body[-1]
+    if isinstance(last, ast.Return) and last.value and leaves_once(node):
+        answer, at = written(last.value, lines), starts[last.value.lineno - 1]
+        if answer and len(answer) <= LONGEST:
+            facts.append(Fact("returns", node.name, owner, answer, start, starts[last.value.end_lineno] - 1, at))
     return facts
+
+
+def written(node, lines):
+    """An expression as it stands in the source (0o666 rather than 438); "" if it runs over lines."""
+    if node.lineno != node.end_lineno:
+        return ""
+    return lines[node.lineno - 1].encode()[node.col_offset:node.end_col_offset].decode() # ast counts bytes
+
+
+def leaves_once(node):
+    """Is there one return in the function, and nothing (a generator, a function inside) that makes "returns" ambiguous?"""
+    doubtful = (ast.Return, ast.Yield, ast.YieldFrom, ast.Lambda, ast.FunctionDef, ast.AsyncFunctionDef)
+    return sum(isinstance(inner, doubtful) for inner in ast.walk(node)) == 2 # the function itself and its return
 
 
 def argument_names(args):
@@ -151,27 +164,43 @@ def defaults(args):
 # ---------------------------------------------------------------------------------------------------------------------
 # Tasks
 
-class CodeTask(LongTask):
-    """Reads files as they are needed and remembers what they define."""
+class Sources(Filler):
+    """A filler that also knows what its texts define. Files are parsed when first asked for; share one between tasks."""
 
-    def __init__(self, texts, **kwargs):
-        super().__init__(texts, **kwargs)
+    def __init__(self, texts, measure=len):
+        super().__init__(texts, measure)
         self.known = {} # number of a text -> ([(fact, size)], [(class, size)])
-        self.counts = None # how often each name is defined in all texts
+        self.counts = self.children = None # how often each name is defined, and inherited from, in all texts
 
     def read(self, number):
-        if self.counts is None:
-            self.counts = Counter(name for text in self.filler.texts for name in DEFINITION.findall(text))
         if number not in self.known:
-            text, measure = self.filler.texts[number], self.filler.measure
+            text = self.texts[number]
             facts, classes = read_source(text)
-            self.known[number] = ([(fact, measure(text[fact.start:fact.end])) for fact in facts
-                                   if self.once(fact.owner or fact.name)],
-                                  [(item, measure(text[item.start:item.end])) for item in classes if self.once(item.name)])
+            self.known[number] = ([(fact, self.measure(text[fact.start:fact.end])) for fact in facts
+                                   if self.once(fact.owner or fact.name) and not self.guessable(fact)],
+                                  [(item, self.measure(text[item.start:item.end])) for item in classes if self.once(item.name)])
         return self.known[number]
 
+    def count(self):
+        if self.counts is None:
+            self.counts = Counter(name for text in self.texts for name in DEFINITION.findall(text))
+            self.children = Counter(name for text in self.texts for name in BASE.findall(text))
+
     def once(self, name):
+        self.count()
         return self.counts[name] == 1
+
+    def guessable(self, fact):
+        """Would a model that has not read the text often be right? Then the question says nothing about its memory."""
+        self.count()
+        return self.children[fact.answer] > COMMON if fact.kind == "base" else fact.answer in GUESSES
+
+
+class CodeTask(LongTask):
+    """texts: a list of files, or Sources."""
+
+    def __init__(self, texts, measure=len, **kwargs):
+        super().__init__(texts if isinstance(texts, Sources) else Sources(texts, measure), **kwargs)
 
     def search(self, rng, wanted, what):
         """The first text from a random one on for which wanted(number) is not empty -> (number, wanted(number))."""
@@ -185,7 +214,11 @@ class CodeTask(LongTask):
 
 
 class CodeQuestions(CodeTask):
-    """kinds: what is asked, a selection of KINDS. questions: how many about the same file, the one at the wanted depth last."""
+    """
+    kinds      what is asked, a selection of KINDS
+    questions  how many are asked, each about another file; the one at the wanted depth comes last. One training row of several
+               questions learns from all of them
+    """
 
     name = "codeqa"
 
@@ -193,27 +226,31 @@ class CodeQuestions(CodeTask):
         super().__init__(texts, **kwargs)
         if not kinds or not set(kinds) <= set(KINDS):
             raise ValueError(f"expected kinds among {', '.join(KINDS)}, got {kinds}")
-        self.kinds, self.questions = set(kinds), questions
-        if len(self.filler.used) < 2:
-            raise UserError("codeqa: expected at least two files (one to ask about, others to fill with), got one")
+        self.kinds, self.questions = sorted(kinds), questions
+        if len(self.filler.used) <= questions:
+            raise UserError(f"codeqa: expected at least {questions + 1} files ({questions} to ask about, others to fill with), "
+                            f"got {len(self.filler.used)}")
 
     def example(self, index):
         rng = self.rng(index)
         length, depth = self.draw(rng)
-        longest = length / 4 # of the definition
-        number, facts = self.search(rng, lambda n: self.askable(n, longest), f"a definition that fits a length of {length}")
-        text = self.filler.texts[number]
-        kind = rng.choice(sorted({fact.kind for fact in facts})) # kinds evenly: most definitions have arguments
-        target = rng.choice([fact for fact in facts if fact.kind == kind])
-        start, end = self.window(text, target, longest)
-        inside = [fact for fact in facts if start <= fact.start and fact.end <= end and fact != target]
-        asked = rng.sample(inside, min(self.questions - 1, len(inside))) + [target]
-        asks = [Ask(fact.question(), fact.answer, 0, 1 + fact.at - start) for fact in asked]
-        return self.recall(rng, length, [(depth, f"\n{text[start:end]}\n")], asks, avoid={number})
+        longest = length / (self.questions + 3) # of a definition and what is shown around it
+        used, facts, asks = set(), [], []
+        for n in range(self.questions):
+            kind = rng.choice(self.kinds) # kinds evenly: most definitions have arguments
+            number, found = self.search(rng, lambda n: n not in used and self.askable(n, kind, longest),
+                                        f"a definition ({kind}) that fits a length of {length}")
+            used.add(number)
+            fact = rng.choice(found)
+            start, end = self.window(self.filler.texts[number], fact, longest)
+            place = depth if n == self.questions - 1 else rng.random()
+            facts.append((place, f"\n{self.filler.texts[number][start:end]}\n"))
+            asks.append(Ask(fact.question(), fact.answer, n, 1 + fact.at - start))
+        return self.recall(rng, length, facts, asks, avoid=used)
 
-    def askable(self, number, longest):
-        return [fact for fact, size in self.read(number)[0]
-                if size <= longest and fact.kind in self.kinds and self.once(fact.name)]
+    def askable(self, number, kind, longest):
+        return [fact for fact, size in self.filler.read(number)[0]
+                if fact.kind == kind and size <= longest and self.filler.once(fact.name)]
 
     def window(self, text, fact, longest):
         """(start, end) of whole lines around the definition, at most `longest` unless the definition itself is longer."""
@@ -255,7 +292,7 @@ class TopicShift(CodeTask):
 
     def classes(self, number, longest):
         """[(class, what can be asked about it)] of one text."""
-        facts, classes = self.read(number)
+        facts, classes = self.filler.read(number)
         out = []
         for item, size in classes:
             about = [fact for fact, _ in facts if fact.owner == item.name and item.start <= fact.start and fact.end <= item.end]

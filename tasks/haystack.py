@@ -182,8 +182,8 @@ class LongTask(GeneratedTask):
     A generated task over a long text.
 
     texts    list of texts to hide facts in, or a Filler (share one between tasks: it remembers what it measured)
-    length   of the text with its questions and answers, in units of the filler's measure; a pair (low, high) draws one for each
-             conversation, evenly in the logarithm: a training mix
+    length   of the text with its questions and answers, in units of the filler's measure (a chat's special tokens, five a turn,
+             come on top); a pair (low, high) draws one for each conversation, evenly in the logarithm: a training mix
     depth    of the fact that is asked about, 0 = oldest .. 1 = newest; None draws one for each conversation
     measure  what length counts, see above
     """

@@ -31,8 +31,9 @@ class HumanEval(Task):
 
     def example(self, index):
         row = self.rows[index]
-        return {"messages": dialogue(row["prompt"], row["prompt"] + row["canonical_solution"]), "answer": row["canonical_solution"],
-                "prompt": row["prompt"], "entry_point": row["entry_point"], "test": row["test"]}
+        prompt, solution = row["prompt"], row["canonical_solution"]
+        return {"messages": dialogue(prompt, prompt + solution), "answer": solution, "prompt": prompt,
+                "entry_point": row["entry_point"], "test": row["test"]}
 
     def evaluate(self, conversation, answer_text):
         from nanochat.execution import run_code # only grading needs the sandbox

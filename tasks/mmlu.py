@@ -1,6 +1,7 @@
 """
 MMLU (Hendrycks et al. 2021): 57 subjects, four choices. Rows: question, subject, choices, answer (0..3).
-"auxiliary_train" is the training set that its authors gathered from other question sets; "dev", "validation" and "test" are MMLU.
+"auxiliary_train" is the training set that its authors gathered from other question sets; "dev", "validation" and "test"
+are MMLU itself.
 """
 
 from nanochat.common import UserError

@@ -25,7 +25,8 @@ class VariableTracking(LongTask):
     def __init__(self, texts, hops=2, chains=2, value=False, **kwargs):
         super().__init__(texts, **kwargs)
         if hops < 1 or chains < 1 or chains * (hops + 1) > len(NAMES):
-            raise ValueError(f"expected hops and chains of at least 1 and at most {len(NAMES)} variables in all, got {hops} and {chains}")
+            raise ValueError(f"expected hops and chains of at least 1 and at most {len(NAMES)} variables in all, "
+                             f"got {hops} hops and {chains} chains")
         self.hops, self.chains, self.value = hops, chains, value
 
     def example(self, index):
@@ -86,7 +87,7 @@ class FrequentWords(LongTask):
         return self.words * 2
 
     def write(self, names, count, rng):
-        """About `count` words, each name as often as its rank says and at least once; the top ones strictly ahead of the rest."""
+        """About `count` words, each name as often as its rank says and at least once, the top ones strictly ahead."""
         weights = [rank ** -self.alpha for rank in range(1, self.words + 1)]
         share = count / sum(weights)
         counts = [max(1, round(weight * share)) for weight in weights]
