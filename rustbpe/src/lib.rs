@@ -23,10 +23,13 @@ mod py;
 pub type Tick<'a> = &'a mut dyn FnMut(usize, usize) -> bool;
 
 /// Merges from texts in memory, in one thread: the shortest way through the three steps.
-pub fn train<'a>(texts: impl IntoIterator<Item = &'a str>, merges: usize) -> Vec<(u32, u32)> {
+pub fn train<'a>(texts: impl IntoIterator<Item = &'a str>, merges: usize) -> Result<Vec<(u32, u32)>, merge::Stop> {
     let mut counter = count::Counter::new();
     for text in texts {
         counter.add_text(text);
     }
-    merge::merges(counter, merges, &mut |_, _| true).expect("nothing interrupts")
+    merge::merges(counter, merges, &mut |_, _| true)
 }
+
+#[cfg(test)]
+mod tests;

@@ -2,7 +2,8 @@
 //!
 //! All pieces lie in one array of slots, a slot per byte and one EDGE slot around each piece. A token of n bytes writes
 //! its id into its first slot and its last, so both neighbours of any token are found by arithmetic: the token after
-//! the one at `i` starts at `i + length`, and the one before it has its id at `i - 1`. Slots between are DEAD.
+//! the one at `i` starts at `i + length`, and the one before it has its id at `i - 1`. A slot where a token once started
+//! and none does now is DEAD.
 //!
 //! A pair knows its count and the slots where it was seen. Tokens only ever grow, so every place of a pair is found the
 //! moment the younger of its two tokens is made, in ascending order; a place is never added later, only becomes stale,
@@ -33,9 +34,11 @@ struct Slots {
 
 impl Slots {
     /// Lay out every piece that has a pair. A piece of one byte has none.
-    fn new(counter: Counter) -> Self {
+    fn new(counter: Counter) -> Result<Self, Stop> {
         let size = 1 + counter.iter().filter(|(piece, _)| piece.len() > 1).map(|(piece, _)| piece.len() + 1).sum::<usize>();
-        assert!(size < DEAD as usize, "distinct pieces of more than 4 GiB: train on less text");
+        if size >= DEAD as usize {
+            return Err(Stop::TooLarge(size));
+        }
         let mut slots = Slots { ids: Vec::with_capacity(size), ends: vec![], counts: vec![], blocks: vec![] };
         slots.ids.push(EDGE);
         for (piece, count) in counter.iter().filter(|(piece, _)| piece.len() > 1) {
@@ -51,7 +54,7 @@ impl Slots {
             }
             slots.blocks.push(piece as u32);
         }
-        slots
+        Ok(slots)
     }
 
     /// How often the piece around slot `i` occurs.
@@ -89,24 +92,31 @@ struct Merger {
     after: Vec<New>,  // by the id of the neighbour after
 }
 
-/// The first `most` merges, or fewer if pairs run out; None if `tick` said stop.
-pub fn merges(counter: Counter, most: usize, tick: Tick) -> Option<Vec<Pair>> {
-    let mut merger = Merger::new(counter, most);
+/// Why there are no merges.
+#[derive(Debug, PartialEq)]
+pub enum Stop {
+    Asked,           // by `tick`
+    TooLarge(usize), // slots needed, more than their numbers can name
+}
+
+/// The first `most` merges, or fewer if pairs run out.
+pub fn merges(counter: Counter, most: usize, tick: Tick) -> Result<Vec<Pair>, Stop> {
+    let mut merger = Merger::new(counter, most)?;
     let mut done = Vec::with_capacity(most);
     while done.len() < most {
         if !tick(done.len(), most) {
-            return None;
+            return Err(Stop::Asked);
         }
         let Some(pair) = merger.best() else { break };
         merger.merge(pair);
         done.push(pair);
     }
-    Some(done)
+    Ok(done)
 }
 
 impl Merger {
-    fn new(counter: Counter, most: usize) -> Self {
-        let slots = Slots::new(counter);
+    fn new(counter: Counter, most: usize) -> Result<Self, Stop> {
+        let slots = Slots::new(counter)?;
         let mut first = vec![(0u64, Vec::new()); 1 << 16];
         for (piece, &end) in slots.ends.iter().enumerate() {
             let start = if piece == 0 { 1 } else { slots.ends[piece - 1] as usize + 1 };
@@ -129,7 +139,7 @@ impl Merger {
                 merger.insert((pair as u32 >> 8, pair as u32 & 255), count, places);
             }
         }
-        merger
+        Ok(merger)
     }
 
     fn insert(&mut self, pair: Pair, count: u64, places: Vec<u32>) {
@@ -176,8 +186,7 @@ impl Merger {
             if after != EDGE {
                 gather(&mut self.after, &mut afters, after, count, count, start);
             }
-            self.slots.ids[middle - 1] = DEAD;
-            self.slots.ids[middle] = DEAD;
+            self.slots.ids[middle] = DEAD; // no token starts here any more (its end at middle - 1 was never a start)
             self.slots.ids[start] = token;
             self.slots.ids[end - 1] = token;
         }

@@ -181,12 +181,16 @@ fn train(
             failure.is_none()
         })
     });
-    match (result, failure) {
-        (Some(result), None) => {
+    match result {
+        Ok(result) => {
             watch.report(py, "merge", result.len(), Some(merges))?;
             Ok(result)
         }
-        (_, failure) => Err(failure.expect("only a failure stops the merges")),
+        Err(merge::Stop::Asked) => Err(failure.expect("only a failure asks to stop")),
+        Err(merge::Stop::TooLarge(size)) => Err(PyValueError::new_err(format!(
+            "the text has {:.1} GB of distinct pieces, expected less than 4.3: train on less of it",
+            size as f64 / 1e9
+        ))),
     }
 }
 
