@@ -23,6 +23,7 @@ import base64
 import hashlib
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -44,6 +45,7 @@ SPECIAL_TOKENS = [
 ]
 
 FORMAT, VERSION = "nanochat-tokenizer", 1
+STRETCH = 1 << 16  # characters, see stretches()
 
 
 @dataclass
@@ -164,14 +166,12 @@ class Tokenizer:
     def encode(self, text) -> list:
         """str -> ids. Ordinary tokens only: the text "<|bos|>" becomes the bytes somebody typed, never the token."""
         check_unicode(text)
-        return self._encoding.encode_ordinary(text)
+        return [token for part in stretches(text) for token in self._encoding.encode_ordinary(part)]
 
     def encode_batch(self, texts, threads=2) -> list:
         """A list of str -> a list of lists of ids, the same as encode() on each."""
-        texts = list(texts)
-        for text in texts:
-            check_unicode(text)
-        return self._encoding.encode_ordinary_batch(texts, num_threads=threads)
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(self.encode, texts))
 
     def decode_bytes(self, ids) -> bytes:
         """ids -> the exact bytes they spell; a special token spells its name."""
@@ -256,6 +256,20 @@ def check_unicode(text):
     except UnicodeEncodeError as error:
         raise ValueError(f"character {error.start} of the text is the lone surrogate U+{ord(text[error.start]):04X}, which "
                          f"has no UTF-8 form: read the text with errors=\"replace\"") from None
+
+
+def stretches(text):
+    """
+    A text in parts that tiktoken survives: its regular expressions overflow their stack on a run of a million white-space
+    characters, and anybody may type one. A cut is made after every STRETCH characters, counted from the start, that are
+    white space throughout, so only a run longer than that is ever cut.
+    """
+    start = 0
+    for i in range(0, len(text) - STRETCH + 1, STRETCH):
+        if text[i:i + STRETCH].isspace():
+            yield text[start:i + STRETCH]
+            start = i + STRETCH
+    yield text[start:]
 
 
 def turns(conversation):
