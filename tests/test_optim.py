@@ -239,7 +239,8 @@ def test_every_parameter_has_one_home(tiny_gpt):
     assert set(home) == {f"gpt.{n}" for n, _ in tiny_gpt().named_parameters()} | {
         f"{m}.{n}" for m in ("gistnet", "lensnet") for n, _ in Extra().named_parameters()}
     kind = lambda name: home[name]["kind"]
-    assert all((kind(name) == "muon") == name.startswith("gpt.blocks.") for name in home if name.startswith("gpt."))
+    lookups = ("gpt.embed_table.", "gpt.lm_head.", "gpt.value_tables.", "gpt.resid_scale", "gpt.x0_scale")
+    assert all((kind(name) == "adamw") == name.startswith(lookups) for name in home if name.startswith("gpt."))
     assert [name for name in home if name.startswith("gistnet.") and kind(name) == "muon"] == ["gistnet.pool.weight"]
     assert home["gistnet.pool.weight"]["lr"] == pytest.approx(0.02)
     assert home["lensnet.pool.weight"]["lr"] == pytest.approx(0.01)
