@@ -21,7 +21,7 @@ def parameter_counts(config):
     counts = {
         "embed": V * D,
         "value_tables": value_layers * V * kv,
-        "matrices": L * (attention + mlp) + value_layers * GATE_INPUTS * config.kv_heads,
+        "matrices": config.width ** 2 + L * (attention + mlp) + value_layers * GATE_INPUTS * config.kv_heads,
         "head": V * D,
         "scalars": 2 * L,                              # resid_scale, x0_scale
     }
@@ -33,7 +33,7 @@ def count_by_role(gpt):
     counts = dict.fromkeys(("embed", "value_tables", "matrices", "head", "scalars"), 0)
     for name, p in gpt.named_parameters():
         first = name.replace("_orig_mod.", "").split(".")[0]
-        role = {"embed_table": "embed", "value_tables": "value_tables", "blocks": "matrices", "lm_head": "head",
+        role = {"embed_table": "embed", "value_tables": "value_tables", "blocks": "matrices", "previous": "matrices", "lm_head": "head",
                 "resid_scale": "scalars", "x0_scale": "scalars"}.get(first)
         assert role is not None, f"parameter {name} has no role: teach cost.count_by_role and cost.parameter_counts about it"
         counts[role] += p.numel()

@@ -32,12 +32,13 @@ class GPTConfig:
     heads: int = 2
     kv_heads: int = 2
     width: int = 256
+    bos: int = -1         # id that starts a document: it has no token before it (-1 = there is no such id)
 
     @classmethod
-    def from_depth(cls, depth, vocab_size, seq_len=2048, head_width=128):
+    def from_depth(cls, depth, vocab_size, seq_len=2048, bos=-1, head_width=128):
         """The one dial: width is 64 a layer, rounded up to whole heads."""
         heads = -(-depth * 64 // head_width)
-        return cls(vocab_size, seq_len, depth, heads, heads, heads * head_width)
+        return cls(vocab_size, seq_len, depth, heads, heads, heads * head_width, bos)
 
     @property
     def head_width(self):
@@ -116,6 +117,7 @@ class GPT(nn.Module):
         assert config.width % config.heads == 0 and config.head_width % 2 == 0, f"width {config.width} does not split into {config.heads} even heads"
         self.config = config
         self.embed_table = nn.Embedding(config.vocab_size, config.width)
+        self.previous = nn.Linear(config.width, config.width, bias=False)
         self.value_tables = nn.ModuleList([nn.Embedding(config.vocab_size, config.value_width) for _ in config.value_layers])
         self.blocks = nn.ModuleList([Block(config, i in config.value_layers) for i in range(config.layers)])
         self.resid_scale = nn.Parameter(torch.ones(config.layers))
@@ -129,6 +131,7 @@ class GPT(nn.Module):
         spread = (3 / self.config.width) ** 0.5 # uniform in +-spread has a standard deviation of 1/sqrt(D)
         nn.init.normal_(self.embed_table.weight, std=0.8)
         nn.init.normal_(self.lm_head.weight, std=0.001)
+        nn.init.zeros_(self.previous.weight)
         for table in self.value_tables:
             nn.init.uniform_(table.weight, -spread, spread)
         for block in self.blocks:
@@ -150,10 +153,15 @@ class GPT(nn.Module):
     def dtype(self):
         return self.blocks[0].attn.q.weight.dtype
 
-    def embed(self, ids):
-        """ids (B, N) -> Entries. The norm puts tokens on the unit-RMS sphere where gists live too."""
+    def embed(self, ids, before=None):
+        """
+        ids (B, N) -> Entries. A token is embedded in the light of the one before it; before (B,) is the id that came before the
+        first, None = nothing did. The norm puts tokens on the unit-RMS sphere where gists live too.
+        """
         x = norm(self.embed_table(ids).to(self.dtype))
-        return Entries(x, [table(ids) for table in self.value_tables])
+        first = torch.zeros_like(x[:, :1]) if before is None else norm(self.embed_table(before[:, None]).to(self.dtype))
+        earlier = torch.cat([first, x[:, :-1]], dim=1).masked_fill((ids == self.config.bos)[:, :, None], 0.0)
+        return Entries(norm(x + self.previous(earlier)), [table(ids) for table in self.value_tables])
 
     def trunk(self, entries, positions, see, cache=None):
         """Entries at positions (B or 1, N) -> hidden states (B, N, D), normed. With a cache, `see` covers cache + new entries."""

@@ -49,7 +49,7 @@ def scaling_params(depth, vocab_size):
     """N, the parameters that loss scales with: block matrices and lm_head, no lookup tables (nanochat LOG, Jan 27 2026)."""
     D = width_of(depth)
     gates = (depth + 1) // 2 * 12 * (D // HEAD_WIDTH)  # value gates, on alternate layers
-    return depth * 12 * D * D + gates + D * vocab_size
+    return (depth * 12 + 1) * D * D + gates + D * vocab_size  # + 1: what the token before adds to an embedding
 
 
 def plan(depth, vocab_size, seq_len=2048, *, tokens=None, steps=None, batch_tokens=None, tokens_per_param=TOKENS_PER_PARAM):

@@ -50,11 +50,6 @@ class Curves:
         return lr
 
 
-def to_device(batch, device):
-    """A loader's batch with its tensors on the device, without waiting for them."""
-    return type(batch)(*(getattr(batch, name).to(device, non_blocking=True) for name in ("inputs", "targets", "docs", "rows")))
-
-
 def fit(objective, optimizer, loader, curves, *, log, progress, dist, device, start=0, accumulate=1, amp=None,
         evaluate=None, eval_every=0, save=None, save_every=0, log_every=10):
     """
@@ -69,14 +64,14 @@ def fit(objective, optimizer, loader, curves, *, log, progress, dist, device, st
     """
     sums = dict.fromkeys(objective.SUMS, 0.0)
     batches = iter(loader)
-    saved = start
+    saved = logged = start
     gc.collect()
     gc.freeze() # what lives now lives to the end: the collector need not look at it every few hundred steps
     for step in range(start, curves.total):
         lr = curves.apply(optimizer, step)
         objective.start_step(step, curves.total)
         for _ in range(accumulate):
-            batch = to_device(next(batches), device)
+            batch = next(batches).to(device)
             with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
                 loss, part = objective(batch)
             (loss / accumulate).backward()
@@ -84,19 +79,21 @@ def fit(objective, optimizer, loader, curves, *, log, progress, dist, device, st
                 sums[name] = sums[name] + value
         norm = optimizer.step(norm=True, check=device.type == "cpu")
         optimizer.zero_grad()
-        last = step + 1 == curves.total
-        if (step + 1) % log_every == 0 or last:
+        done = step + 1
+        last = done == curves.total
+        saving = save is not None and (last or save_every > 0 and done % save_every == 0)
+        if done % log_every == 0 or last or saving: # what is not a number must not be saved
             metrics = objective.report(_added(sums, dist))
             sums = dict.fromkeys(objective.SUMS, 0.0)
             if not math.isfinite(metrics["loss"]):
-                raise UserError(f"the loss is {metrics['loss']} at step {step + 1}; the checkpoint of step {saved} is kept. Lower the learning rates, or look at the data")
+                raise UserError(f"the loss is {metrics['loss']} at step {done}; the checkpoint of step {saved} is kept. Lower the learning rates, or look at the data")
             more = {name: value for name, value in metrics.items() if name != "loss"}
-            metrics, line = progress.tick(step, metrics["loss"], lr, steps=log_every, **more)
-            log.write(step + 1, show=False, grad_norm=norm, skipped=optimizer.skipped, **metrics)
+            metrics, line = progress.tick(step, metrics["loss"], lr, steps=done - logged, **more)
+            logged = done
+            log.write(done, show=False, grad_norm=norm, skipped=optimizer.skipped, **metrics)
             print0(line)
-        done = step + 1
         began = time.perf_counter()
-        if save is not None and (last or save_every > 0 and done % save_every == 0):
+        if saving:
             save(done)
             saved = done
         if evaluate is not None and (last or eval_every > 0 and done % eval_every == 0):

@@ -1,0 +1,41 @@
+"""
+Mid-training: the base model learns what a conversation looks like and what its memory is for. Rows are longer than in base
+training; part of them are long documents, part are conversations about long texts, and every token has a loss.
+
+python -m scripts.mid_train --num-steps 100 --max-seq-len 2048
+"""
+import argparse
+
+from nanochat import checkpoint, schedule
+from nanochat.common import checkpoint_dir, run_main
+from nanochat.dataset import open_source
+from scripts.load import load_stage
+from scripts.mixtures import Everything, Parts, conversations
+from scripts.stage import add_flags, given, start, train
+
+parser = argparse.ArgumentParser(description="Mid-train on long documents and conversations", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+parser.add_argument("--base-tag", default="", help="tag of the base checkpoint to start from (empty = the newest)")
+parser.add_argument("--tag", default="", help="tag of the result (empty = the same)")
+parser.add_argument("--source", default="stdlib", help="long documents, also those that questions are asked about")
+parser.add_argument("--hub", action="store_true", help="add SmolTalk, MMLU and GSM8K from the data hub")
+parser.add_argument("--documents", type=float, default=0.5, help="share of the tokens that are plain documents")
+parser.add_argument("--num-steps", type=int, default=-1, help="steps (-1 = a tenth of the base run's)")
+parser.add_argument("--lr", type=float, default=0.5, help="times the base run's learning rates")
+add_flags(parser, curriculum="32:1")
+
+
+def main():
+    args = parser.parse_args()
+    place = start(args)
+    base = load_stage("base", args.base_tag or None, seq_len=args.max_seq_len)
+    steps = given(args.num_steps) or max(1, base.meta["steps"] // 10)
+    plan = schedule.plan(base.gpt.config.layers, base.tokenizer.vocab_size, args.max_seq_len, steps=steps, batch_tokens=given(args.batch_tokens) or base.meta["batch_tokens"])
+    mix = lambda split, seed: Parts([(open_source(args.source, split), args.documents),
+                                     (Everything(conversations(args.source, split, base.tokenizer, args.max_seq_len, args.hub, seed), base.tokenizer), 1 - args.documents)])
+    momenta = checkpoint.load(checkpoint_dir("base", base.tag), base.meta["step"]).optimizer
+    train("mid", args.tag or base.tag, args, place, (base.gpt, base.gistnet, base.lensnet), base.tokenizer, plan, mix("train", args.seed), mix("val", args.seed),
+          identity=dict(source=args.source, base=base.tag), rates=args.lr, warmdown=1.0, final=0.1, first_optimizer=momenta)
+
+
+if __name__ == "__main__":
+    run_main(main)

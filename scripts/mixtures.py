@@ -1,0 +1,75 @@
+"""
+What mid-training and fine-tuning talk about.
+
+Offline conversations are written by the project itself: sums with the calculator, spelling, and questions whose answer stands far
+back in a long text of the corpus (which arguments does a function take, a passkey, one of many keys, a change of topic and back).
+The GPU tiers add SmolTalk, MMLU and GSM8K from the data hub, or from NANOCHAT_DATA_DIR.
+"""
+from nanochat.dataset import open_source
+from tasks.arithmetic import Arithmetic
+from tasks.codeqa import CodeQuestions, Sources, TopicShift
+from tasks.common import TaskMixture
+from tasks.gsm8k import GSM8K
+from tasks.haystack import Filler
+from tasks.mmlu import MMLU
+from tasks.needle import MultiKey, Passkey
+from tasks.smoltalk import SmolTalk
+from tasks.spellingbee import SimpleSpelling, SpellingBee
+
+SHORTEST = 320   # tokens of a long-context conversation
+SPARE = 64       # tokens of a row left to the special tokens of a few turns
+TEXTS = 400      # documents that questions are asked about: enough not to be learnt by heart, few enough to parse in seconds
+
+
+class Everything:
+    """Conversations in which every token has a loss: mid-training reads them as text."""
+
+    def __init__(self, task, tokenizer):
+        self.task, self.tokenizer, self.name = task, tokenizer, task.name
+
+    def __len__(self):
+        return len(self.task)
+
+    def __getitem__(self, i):
+        ids, _ = self.tokenizer.render(self.task[i])
+        return ids, [1] * len(ids)
+
+
+class Parts:
+    """Several sources as one, (items, weight) each; weights are shares of the tokens."""
+
+    def __init__(self, parts):
+        self.parts = parts
+
+
+def texts_of(source, split):
+    """Some documents of a source, to hide facts in and to ask about."""
+    texts = []
+    for text in open_source(source, split).documents():
+        texts.append(text)
+        if len(texts) == TEXTS:
+            break
+    return texts
+
+
+def conversations(source, split, tokenizer, seq_len, hub, seed=0):
+    """
+    The mixture for rows of seq_len tokens, as one shuffled Task.
+    source   where the long texts come from;  hub   also SmolTalk, MMLU and GSM8K
+    """
+    measure = lambda text: len(tokenizer.encode(text))
+    texts = texts_of(source, split)
+    settings = dict(length=(SHORTEST, seq_len - SPARE), seed=seed, split=split)
+    filler = Filler(texts, measure)
+    tasks = [Arithmetic(size=2000, seed=seed, split=split), SimpleSpelling(size=1000, seed=seed, split=split), SpellingBee(size=1000, seed=seed, split=split),
+             Passkey(filler, size=500, **settings), MultiKey(filler, size=1500, questions=4, **settings)]
+    try:
+        code = Sources(texts, measure)
+        tasks += [CodeQuestions(code, size=1500, questions=3, **settings), TopicShift(code, size=500, **settings | dict(length=(seq_len // 2, seq_len - SPARE)))]
+    except ValueError: # no Python in the source: nothing to ask about code
+        pass
+    if hub:
+        train = split == "train"
+        tasks += [SmolTalk(split="train" if train else "test"), MMLU(split="auxiliary_train" if train else "test", stop=100_000 if train else 1000)]
+        tasks += [GSM8K(split="train" if train else "test")] * (4 if train else 1)
+    return TaskMixture(tasks, seed=seed)

@@ -1,0 +1,142 @@
+"""
+One stage of training, from networks and data to a checkpoint folder: what base_train, mid_train and chat_sft share.
+
+Resume, loader, log, validation, saving and the last line of the run live here; what a stage trains on, and how much of it, is
+its script's business. The flags that all three take are here too.
+"""
+import resource
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from megacontext.losses import CoTraining, CoTrainingOptions, parse_curriculum
+from nanochat import checkpoint, cost, hardware, schedule
+from nanochat.common import UserError, checkpoint_dir, cleanup, print0, setup
+from nanochat.dataloader import Loader, gather_state, val_loader
+from nanochat.loss_eval import bits_per_byte
+from nanochat.optim import make_optimizer
+from nanochat.run import Log, Progress
+from nanochat.train import Curves, PlainObjective, fit
+from scripts.load import describe, modules
+
+
+def add_flags(parser, curriculum):
+    """The flags of every stage."""
+    parser.add_argument("--max-seq-len", type=int, default=2048, help="tokens a row; a multiple of 32")
+    parser.add_argument("--batch-tokens", type=int, default=-1, help="tokens a step, over all processes (-1 = from the depth)")
+    parser.add_argument("--device-batch", type=int, default=-1, help="rows a forward on one device; halve it when memory runs out (-1 = what fits)")
+    parser.add_argument("--curriculum", default=curriculum, help="children a gist : up to which share of the steps")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="", help="cuda, mps or cpu (empty = the best there is)")
+    parser.add_argument("--dtype", default="auto", help="auto, bf16 or fp32")
+    parser.add_argument("--run", default="", help="name of a wandb run (empty = no wandb)")
+    parser.add_argument("--eval-every", type=int, default=-1, help="validate every N steps (-1 = at the end only)")
+    parser.add_argument("--eval-tokens", type=int, default=262144, help="validation tokens")
+    parser.add_argument("--save-every", type=int, default=-1, help="checkpoint every N steps (-1 = at the end only)")
+    parser.add_argument("--log-every", type=int, default=10, help="a line every N steps")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of this tag, if there is one")
+
+
+@dataclass
+class Place:
+    """Where a stage runs."""
+    device: torch.device
+    dist: object
+    machine: object
+    amp: object    # dtype of mixed precision, or None
+
+
+def start(args):
+    """Device, processes and precision. Called before any network is built."""
+    if args.max_seq_len % 32 or args.max_seq_len < 64:
+        raise UserError(f"--max-seq-len {args.max_seq_len}: expected a multiple of 32, the block of the memory tree, and at least 64")
+    device, dist = setup(args.device, args.seed)
+    machine = hardware.describe(device)
+    dtype, why = hardware.pick_dtype(machine, args.dtype)
+    print0(f"machine     {machine.name}, {dist.world} process(es); {why}")
+    return Place(device, dist, machine, None if dtype == torch.float32 else dtype)
+
+
+def given(value):
+    """A flag's value, or None where -1 stands for 'you decide'."""
+    return value if value > 0 else None
+
+
+def train(stage, tag, args, place, networks, tokenizer, plan, items, val_items, *, identity, final=0.05, rates=1.0, warmdown=0.65, first_optimizer=None):
+    """
+    networks         (gpt, gistnet, lensnet), the last two None for a plain run
+    plan             nanochat.schedule.Plan: steps, batch_tokens, lr_mult, weight_decay_mult
+    items, val_items what nanochat.dataloader.Loader takes
+    identity         what a checkpoint must agree on to be resumed, besides the networks: {"source": ...}
+    rates            multiplies every learning rate
+    first_optimizer  optimizer state of the stage before, to start warm
+    Returns the metrics of the last validation.
+    """
+    device, dist = place.device, place.dist
+    gpt, gistnet, lensnet = (network and network.to(device).train() for network in networks)
+    named = modules(gpt, gistnet, lensnet)
+    about = describe(gpt, gistnet, lensnet, tokenizer)
+    config, memory = gpt.config, gistnet is not None
+    dtype = place.amp or torch.float32
+    most = given(args.device_batch) or hardware.device_rows(place.machine, config, cost.parameter_counts(config), dtype, dist.world)[0]
+    rows = schedule.fit_rows(plan.batch_tokens, most, args.max_seq_len, dist.world)
+    accumulate = schedule.accumulation(plan.batch_tokens, rows, args.max_seq_len, dist.world)
+    extra = {name: module for name, module in named.items() if name != "gpt"}
+    optimizer = make_optimizer(gpt, extra, dist, lr_scale=plan.lr_mult * rates, weight_decay=0.28 * plan.weight_decay_mult)
+    options = CoTrainingOptions(seed=args.seed, curriculum=parse_curriculum(args.curriculum))
+    objective = CoTraining(gpt, gistnet, lensnet, options) if memory else PlainObjective(gpt)
+    counts = {name: sum(p.numel() for p in module.parameters()) for name, module in named.items()}
+    print0(f"model       d{config.layers}: " + ", ".join(f"{name} {count / 1e6:.2f}M" for name, count in counts.items()) + " parameters")
+    print0(f"plan        {plan.steps} steps x {plan.batch_tokens} tokens = {plan.tokens / 1e6:.2f}M; {accumulate} x {rows} rows x {args.max_seq_len} tokens on each process")
+
+    folder = checkpoint_dir(stage, tag)
+    identity = dict(identity, batch_tokens=plan.batch_tokens, steps=plan.steps, seed=args.seed)
+    begin, loader_state = 0, None
+    if args.resume and checkpoint.steps(folder):
+        saved = checkpoint.load(folder)
+        checkpoint.check_match(saved.meta, networks=about, **identity)
+        for name, module in named.items():
+            module.load_state_dict(saved.tensors[name])
+        optimizer.load_state_dict(saved.optimizer)
+        begin, loader_state = saved.step, saved.meta["loader"]
+        print0(f"resume      from step {begin} of {folder}")
+    elif first_optimizer is not None:
+        optimizer.load_state_dict(first_optimizer, partial=True)
+    loader = Loader(items, tokenizer, rows, args.max_seq_len, align=32, rank=dist.rank, world=dist.world, seed=args.seed, state=loader_state)
+    val = val_loader(val_items, tokenizer, rows, args.max_seq_len, align=32, rank=dist.rank, world=dist.world, max_rows=max(1, args.eval_tokens // args.max_seq_len))
+    log = Log(folder, wandb_project=f"nanochat-{stage}", run=args.run, config=vars(args), main=dist.main)
+    print0(f"output      checkpoints and log.jsonl in {folder}")
+
+    def evaluate(step):
+        gpt.eval()
+        with torch.autocast(device.type, dtype=place.amp, enabled=place.amp is not None):
+            bpb = bits_per_byte(lambda batch: gpt(batch.inputs, batch.targets, "none"), (batch.to(device) for batch in val), tokenizer.token_bytes(), dist.world, device)
+        gpt.train()
+        last.update(val_bpb=bpb)
+        return last
+
+    def save(step):
+        meta = dict(identity, networks=about, args=vars(args), loader=gather_state(loader))
+        checkpoint.save(folder, step, named, optimizer, meta, keep=2, main=dist.main)
+
+    last = {}
+    progress = Progress(plan.steps, plan.batch_tokens, cost.train_flops(config), place.machine.peak_flops and place.machine.peak_flops * dist.world, start=begin)
+    if begin < plan.steps:
+        fit(objective, optimizer, loader, Curves(plan.steps, warmdown_ratio=warmdown, final=final), log=log, progress=progress, dist=dist, device=device, start=begin,
+            accumulate=accumulate, amp=place.amp, evaluate=evaluate, eval_every=args.eval_every, save=save, save_every=args.save_every, log_every=args.log_every)
+    else:
+        evaluate(begin) # everything was trained and saved before the last run ended; its numbers are still owed
+    log.summary(stage=stage, tag=tag, **last, steps=plan.steps, tokens=plan.tokens, flops=cost.train_flops(config) * plan.tokens, peak_mb=peak_memory(device) / 2**20,
+                params=sum(counts.values()), memory=int(memory), seed=args.seed, cropped=loader.stats["cropped"], padded=loader.stats["padded"], **progress.summary())
+    log.close()
+    loader.close()
+    cleanup()
+    return last
+
+
+def peak_memory(device):
+    """Bytes: of the GPU where there is one, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
