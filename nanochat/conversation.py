@@ -81,7 +81,7 @@ class Conversation:
 
     def reply(self, messages, max_tokens=None, **settings):
         """
-        Yield Progress while reading, then a Piece for every token of the answer.
+        Yield Progress while reading, then a Piece for every token of the answer, and one more if it ends inside a character.
         messages: str, or a list of messages of which the last is the user's. settings: as of Engine.generate.
         """
         if isinstance(messages, str):
@@ -104,7 +104,9 @@ class Conversation:
             self.ended = "length" if len(said) == max_tokens else "stop"
         finally: # also when the reader walks away, or the stream fails
             self.waiting = (ids + said)[self.stream.length - start:]
-        yield speech.end()
+        rest = speech.end()
+        if rest.text:
+            yield rest
 
     def _feed(self, n):
         self.stream.feed(self.waiting[:n])

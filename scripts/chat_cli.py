@@ -16,8 +16,7 @@ import sys
 import threading
 from contextlib import contextmanager
 
-import torch
-
+from nanochat import hardware
 from nanochat.common import UserError, run_main, setup
 from nanochat.conversation import Conversation, Progress
 from nanochat.engine import Engine, Sampler
@@ -40,7 +39,7 @@ parser.add_argument("--stage", default="sft", help="base, mid, sft or rl")
 parser.add_argument("--tag", default=None, help="name of the checkpoint folder (default: the newest)")
 parser.add_argument("--step", type=int, default=None, help="step of the checkpoint (default: the last)")
 parser.add_argument("--device", default="", help="cuda, mps or cpu (empty = the best there is)")
-parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="of the weights; auto = bfloat16 on cuda, float32 elsewhere")
+parser.add_argument("--dtype", default="auto", help="of the weights: auto, bf16, fp16 or fp32")
 # memory
 parser.add_argument("--no-memory", action="store_true", help="the plain model: it forgets what does not fit into its context")
 parser.add_argument("--budget", type=int, default=None, help="most entries, tokens and gists alike, that the model reads at once (default: half its longest row)")
@@ -51,12 +50,6 @@ parser.add_argument("--top-k", type=int, default=50, help="choose among the K li
 parser.add_argument("--top-p", type=float, default=1.0, help="choose among the likeliest tokens that hold this mass (1 = all)")
 parser.add_argument("--max-tokens", type=int, default=512, help="longest answer (-1 = no limit)")
 parser.add_argument("--seed", type=int, default=-1, help="the same seed says the same (-1 = other words each time)")
-
-
-def weights_dtype(name, device):
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return getattr(torch, name)
 
 
 def settings_of(args):
@@ -135,7 +128,8 @@ def main():
     if args.no_memory and args.tree is not None:
         raise UserError("--tree keeps the memory and --no-memory has none: use one of them")
     device, _ = setup(args.device)
-    loaded = load_stage(args.stage, args.tag, args.step, device, weights_dtype(args.dtype, device))
+    dtype, _ = hardware.pick_dtype(hardware.describe(device), args.dtype)
+    loaded = load_stage(args.stage, args.tag, args.step, device, dtype)
     if args.stage == "base":
         print("note: a base model was never taught to answer, it continues text", file=sys.stderr)
     engine = Engine(loaded.tokenizer)
