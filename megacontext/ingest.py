@@ -42,12 +42,18 @@ def complete(gpt, gistnet, lensnet, tree):
         level, below = level + 1, below // BLOCK
 
 
+def embed_tokens(gpt, tree, start, stop):
+    """Entries (1, stop - start) of tokens of the tree, the first one in the light of the token before it."""
+    before = max(start - 1, 0)
+    ids = torch.as_tensor(tree.tokens(before, stop), dtype=torch.long, device=gpt.device)[None]
+    return gpt.embed(ids[:, 1:], ids[:, 0]) if start > 0 else gpt.embed(ids)
+
+
 def token_gists(gpt, gistnet, tree, first, last):
     """Level-1 gists (n, D) of blocks first..last-1, each with its left context."""
     C = gistnet.config.left
     start = max(0, first * BLOCK - C)
-    ids = torch.as_tensor(tree.tokens(start, last * BLOCK), dtype=torch.long, device=gpt.device)
-    x = gpt.embed(ids[None]).x[0] # (tokens, D)
+    x = embed_tokens(gpt, tree, start, last * BLOCK).x[0] # (tokens, D)
     blocks = torch.arange(first, last, device=gpt.device)[:, None] * BLOCK
     children = x[blocks + torch.arange(BLOCK, device=gpt.device) - start]
     index = blocks + torch.arange(-C, 0, device=gpt.device) # (n, C), negative before the history began

@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megacontext.allocator import Focus, refocus
-from megacontext.ingest import complete, ingest
+from megacontext.ingest import complete, embed_tokens, ingest
 from megacontext.lensnet import TAIL as ASKING
 from megacontext.positions import map_positions
 from megacontext.span import BLOCK, Span
@@ -103,8 +103,8 @@ class Session:
     def _read(self, ids):
         """Read tokens that stay within the live block; a tick when they complete it."""
         start, n, length = time.perf_counter(), len(ids), self.tree.length
-        logits = self._forward(torch.tensor([ids], device=self.gpt.device), length)
         self.tree.append_tokens(ids)
+        logits = self._forward(length)
         self.spans = advance(self.spans, length + n, self.budget)
         self.scores = (self.scores + [0.0])[:len(self.spans)]
         self._count("read", start, read_tokens=n)
@@ -116,19 +116,18 @@ class Session:
             self.refocus()
         return logits
 
-    def _forward(self, ids, start):
-        """Read ids (1, n), tokens start.. of the timeline, behind the cache; logits (V,) of the next token."""
-        n = ids.size(1)
+    def _forward(self, start):
+        """Read the timeline's tokens from `start` to its end behind the cache; logits (V,) of the next token."""
+        n = self.tree.length - start
         positions = self._mapped(np.arange(start, start + n))
-        see = "all" if n == 1 else causal_after(self.cache.length, n, ids.device)
-        return self.gpt.head(self.gpt.trunk(self.gpt.embed(ids), positions, see, self.cache)[0, -1])
+        see = "all" if n == 1 else causal_after(self.cache.length, n, self.gpt.device)
+        return self.gpt.head(self.gpt.trunk(embed_tokens(self.gpt, self.tree, start, start + n), positions, see, self.cache)[0, -1])
 
     def _read_again(self):
         """After a refocus: the newest block and the live one are read again, so that they see what was opened."""
         first = max(0, (self.tree.length - 1) // BLOCK - 1) * BLOCK
         self.cache.rewind(self.cache.length - (self.tree.length - first))
-        ids = torch.as_tensor(self.tree.tokens(first, self.tree.length), dtype=torch.long, device=self.gpt.device)
-        return self._forward(ids[None], first)
+        return self._forward(first)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Refocus
@@ -163,14 +162,14 @@ class Session:
         if not done or not self.n_diff:
             return scores
         spans = [self.spans[i] for i in done]
-        tail = torch.as_tensor(self.tree.tokens(max(0, length - ASKING), length), dtype=torch.long, device=device)
+        tail = embed_tokens(self.gpt, self.tree, max(0, length - ASKING), length).x
         keys = torch.as_tensor(np.stack([self.tree.keys(max(s.level, 1), s.index, s.index + 1)[0] for s in spans]), dtype=self.gpt.dtype, device=device)
         levels = torch.tensor([span.level for span in spans], device=device)
         here = self._mapped(np.array([span.centre for span in spans]))[0]
         distances = (self._mapped(np.array([length]))[0] - here).clamp(min=1) # as the GPT sees them, within what was trained
         seen = torch.ones(1, len(spans), dtype=torch.bool, device=device)
-        tail_seen = torch.ones(1, len(tail), dtype=torch.bool, device=device)
-        got = self.lensnet(self.gpt.embed(tail[None]).x, tail_seen, keys[None], levels[None], distances[None], seen)[0].tolist()
+        tail_seen = torch.ones(1, tail.size(1), dtype=torch.bool, device=device)
+        got = self.lensnet(tail, tail_seen, keys[None], levels[None], distances[None], seen)[0].tolist()
         for i, score in zip(done, got):
             scores[i] = score
         return scores
@@ -259,15 +258,16 @@ class Session:
         loaded = [span for span in self.spans if span not in set(blocks)]
         columns = torch.as_tensor(np.concatenate([span.positions() for span in loaded + blocks]), device=device)
         timeline = np.concatenate([span.positions() for span in blocks])
-        ids = torch.as_tensor(np.concatenate([self.tree.tokens(s.start, s.stop) for s in blocks]), dtype=torch.long, device=device)
+        read = [embed_tokens(self.gpt, self.tree, span.start, span.stop) for span in blocks]
+        entries = Entries(torch.cat([e.x for e in read], dim=1), [torch.cat(layer, dim=1) for layer in zip(*(e.values for e in read))])
         see = columns <= torch.as_tensor(timeline, device=device)[:, None] # a gist's centre lies before its successor's first token
-        self.gpt.trunk(self.gpt.embed(ids[None]), self._mapped(timeline), see[None, None], room)
+        self.gpt.trunk(entries, self._mapped(timeline), see[None, None], room)
         k, v = self._turned(room.k[:, 0, :, have:], timeline, back=True), room.v[:, 0, :, have:]
         at = 0
         for span in blocks:
             self.kv[(0, span.index)] = (k[:, :, at:at + span.width].clone(), v[:, :, at:at + span.width].clone())
             at += span.width
-        self.stats["read_tokens"] += len(ids)
+        self.stats["read_tokens"] += len(timeline)
 
     def _forget(self):
         """Drop the least recently shown keys and values; the tree can always give them back."""

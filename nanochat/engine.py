@@ -167,27 +167,27 @@ class LeftPadded:
     def read(self):
         """All prompts in one forward -> logits (B, V)."""
         place = torch.arange(self.width, device=self.gpt.device)
-        positions = place[None, :] - self.pad[:, None] # (B, N); the padding stands below zero
+        first = place[None, :] == self.pad[:, None] # nothing comes before it, certainly not the padding
         seen = (place[None, :] >= self.pad[:, None])[:, None, None, :] & (place[:, None] >= place[None, :])
         seen = seen | torch.eye(self.width, dtype=torch.bool, device=self.gpt.device) # padding sees itself: no empty softmax
-        return self._forward(self.ids, positions, seen if self.ragged else "causal")
+        return self._forward(self.ids, place, first, seen if self.ragged else "causal")
 
     def step(self, tokens):
         """One token for each row -> logits (B, V)."""
         place = torch.arange(self.cache.length + 1, device=self.gpt.device)
-        positions = self.cache.length - self.pad[:, None]
         seen = (place[None, :] >= self.pad[:, None])[:, None, None, :]
-        return self._forward(torch.tensor(tokens, device=self.gpt.device)[:, None], positions, seen if self.ragged else "all")
+        return self._forward(torch.tensor(tokens, device=self.gpt.device)[:, None], place[-1:], None, seen if self.ragged else "all")
 
-    def _forward(self, ids, positions, see):
-        hidden = self.gpt.trunk(self.gpt.embed(ids), positions, see, self.cache)
-        return self.gpt.head(hidden[:, -1])
+    def _forward(self, ids, place, first, see):
+        entries = self.gpt.embed(ids, self.cache.remember(ids), first)
+        positions = place[None, :] - self.pad[:, None] # (B, N); the padding stands below zero
+        return self.gpt.head(self.gpt.trunk(entries, positions, see, self.cache)[:, -1])
 
     def rows(self, rows):
         """Go on with these rows only; a row may be named more than once."""
-        rows = torch.tensor(rows, device=self.gpt.device)
-        self.pad = self.pad[rows]
-        self.cache.k, self.cache.v = self.cache.k[:, rows], self.cache.v[:, rows]
+        rows, cache = torch.tensor(rows, device=self.gpt.device), self.cache
+        self.pad, cache.ids = self.pad[rows], cache.ids[rows]
+        cache.k, cache.v = cache.k[:, rows], cache.v[:, rows]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

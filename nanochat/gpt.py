@@ -5,8 +5,9 @@ embeddings can stand in the place of tokens. Plain text is the case where every 
     ids -> embed -> entries -> trunk -> hidden -> head -> logits
 
 The recipe is nanochat's: rotary positions, RMS norm without parameters (also after the embedding), QK-norm with a gain of 1.2,
-ReLU^2, untied head, logit soft-cap 15, learned residual and x0 scales, value embeddings on alternate layers. Left out: smear
-and backout, which look at neighbours in the row and so depend on how the row was cut.
+ReLU^2, untied head, logit soft-cap 15, learned residual and x0 scales, value embeddings on alternate layers. Left out: backout.
+Instead of the smear, which mixes a token's neighbour in the row into the residual stream, the embedding of a token is a function of
+its id and of the id before it: the same whichever way the row is cut, and known when a text is ingested.
 
 B = batch, N = entries, D = width, H = heads, V = vocabulary
 """
@@ -153,14 +154,16 @@ class GPT(nn.Module):
     def dtype(self):
         return self.blocks[0].attn.q.weight.dtype
 
-    def embed(self, ids, before=None):
+    def embed(self, ids, before=None, alone=None):
         """
-        ids (B, N) -> Entries. A token is embedded in the light of the one before it; before (B,) is the id that came before the
-        first, None = nothing did. The norm puts tokens on the unit-RMS sphere where gists live too.
+        ids (B, N) -> Entries. A token is embedded in the light of the one before it, so that one look back finds what followed last
+        time; before (B,) is the id that came before the first, None = nothing did. alone (B, N) bool marks further tokens with nothing
+        before them, besides bos. The norm puts tokens on the unit-RMS sphere where gists live too.
         """
         x = norm(self.embed_table(ids).to(self.dtype))
         first = torch.zeros_like(x[:, :1]) if before is None else norm(self.embed_table(before[:, None]).to(self.dtype))
-        earlier = torch.cat([first, x[:, :-1]], dim=1).masked_fill((ids == self.config.bos)[:, :, None], 0.0)
+        starts = ids == self.config.bos if alone is None else alone | (ids == self.config.bos)
+        earlier = torch.cat([first, x[:, :-1]], dim=1).masked_fill(starts[:, :, None], 0.0)
         return Entries(norm(x + self.previous(earlier)), [table(ids) for table in self.value_tables])
 
     def trunk(self, entries, positions, see, cache=None):
@@ -201,7 +204,8 @@ class GPT(nn.Module):
         n, start = ids.size(1), cache.length
         positions = torch.arange(start, start + n, device=ids.device)[None]
         see = "all" if n == 1 else "causal" if start == 0 else causal_after(start, n, ids.device)
-        return self.head(self.trunk(self.embed(ids), positions, see, cache)[:, -1])
+        entries = self.embed(ids, cache.remember(ids))
+        return self.head(self.trunk(entries, positions, see, cache)[:, -1])
 
 
 def causal_after(start, n, device):

@@ -14,6 +14,7 @@ class KVCache:
         shape = (config.layers, batch, config.kv_heads, capacity, config.head_width)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.ids = torch.zeros(batch, capacity, dtype=torch.long, device=device) # of the tokens read through GPT.extend
         self.length = 0
 
     @property
@@ -23,11 +24,20 @@ class KVCache:
     def append(self, layer, k, v):
         """Write the new entries of one layer, k and v (B, H, n, d), after the old ones; return all of them, (B, H, length+n, d)."""
         end = self.length + k.size(2)
-        if end > self.capacity:
-            raise ValueError(f"the KV cache holds {self.capacity} entries and {end} are needed: raise its capacity or read less")
+        self._room(end)
         self.k[layer, :, :, self.length:end] = k
         self.v[layer, :, :, self.length:end] = v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+    def remember(self, ids):
+        """Note the ids (B, n) about to be appended; returns the id before the first, (B,), or None at the very start."""
+        self._room(self.length + ids.size(1))
+        self.ids[:, self.length:self.length + ids.size(1)] = ids
+        return self.ids[:, self.length - 1] if self.length else None
+
+    def _room(self, end):
+        if end > self.capacity:
+            raise ValueError(f"the KV cache holds {self.capacity} entries and {end} are needed: raise its capacity or read less")
 
     def advance(self, n):
         """All layers have appended n entries."""

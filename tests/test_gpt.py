@@ -3,7 +3,7 @@ import math
 
 import torch
 
-from nanochat.gpt import GPT, IGNORE, GPTConfig, causal_after
+from nanochat.gpt import GPT, IGNORE, Entries, GPTConfig, causal_after
 from nanochat.kv_cache import KVCache
 from tests.tiny import VOCAB, tiny_gpt
 
@@ -21,7 +21,9 @@ def test_entries_may_come_in_any_order():
     gpt, ids, N = tiny_gpt(), torch.randint(VOCAB, (1, 40)), 40
     order = torch.randperm(N)
     see = causal_after(0, N, "cpu")[:, :, order][:, :, :, order]
-    shuffled = gpt.head(gpt.trunk(gpt.embed(ids[:, order]), torch.arange(N)[None, order], see))
+    entries = gpt.embed(ids)
+    entries = Entries(entries.x[:, order], [value[:, order] for value in entries.values])
+    shuffled = gpt.head(gpt.trunk(entries, torch.arange(N)[None, order], see))
     assert torch.allclose(gpt(ids)[:, order], shuffled, atol=1e-5)
 
 
@@ -82,3 +84,13 @@ def test_depth_is_the_one_dial():
     for depth, width in ((4, 256), (12, 768), (20, 1280), (5, 384)):
         config = GPTConfig.from_depth(depth, VOCAB)
         assert (config.layers, config.width, config.head_width) == (depth, width, 128)
+
+
+def test_a_document_does_not_see_the_one_before_it_in_its_embeddings():
+    """Elsewhere the first token of a packed document was smeared with the last of another (bug B8 of the reference)."""
+    gpt = tiny_gpt()
+    gpt.config = GPTConfig(**(gpt.config.to_dict() | {"bos": 5}))
+    a, b = torch.tensor([[1, 2, 5, 3]]), torch.tensor([[1, 9, 5, 3]])
+    assert torch.equal(gpt.embed(a).x[:, 2:], gpt.embed(b).x[:, 2:])
+    assert not torch.equal(gpt.embed(a).x[:, 1], gpt.embed(b).x[:, 1])
+    assert not torch.allclose(gpt.embed(torch.tensor([[7, 3]])).x[:, 1], gpt.embed(torch.tensor([[8, 3]])).x[:, 1])
