@@ -93,6 +93,9 @@ class MemoryColumn:
     def read(self, a, b):
         return self.buffer[a:b].copy()
 
+    def take(self, indices):
+        return self.buffer[indices]
+
     def truncate(self, rows):
         self.rows = rows
 
@@ -100,7 +103,8 @@ class MemoryColumn:
 # ----------------------------------------------------------------------------------------------------------------------
 
 CHUNK = 64 * 1024
-RESIDENT = 8 * 1024 * 1024       # bytes of a file that may stay mapped in memory; the system's own cache is not counted
+RESIDENT = 64 * 1024 * 1024      # bytes of a file that may stay mapped in memory, about; the system's own cache is not counted
+TOUCH = 256 * 1024               # what one page fault maps, with its neighbours
 LARGEST_STEP = 16 * 1024 * 1024  # bytes that a file grows by at a time, at most; an eighth of its size while it is smaller
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _flush = getattr(os, "fdatasync", os.fsync)  # macOS has only fsync
@@ -167,18 +171,21 @@ class FileColumn:
         if start == stop:
             return np.empty((0, self.row), np.uint8)
         for chunk in range(start // CHUNK, (stop - 1) // CHUNK + 1):
-            needed = min(stop - chunk * CHUNK, CHUNK)
-            if self.trusted.get(chunk, 0) < needed:
-                self._check(chunk, needed)
-        if self.map is None or len(self.map) < stop:
-            if self.map is not None:
-                self.map.close()
-            self.map, self.resident = mmap.mmap(self.fd, 0, access=mmap.ACCESS_READ), 0
-        self.resident += stop - start + CHUNK  # a page fault brings its neighbours
-        if self.resident > RESIDENT and hasattr(mmap, "MADV_DONTNEED"):
-            self.map.madvise(mmap.MADV_DONTNEED)
-            self.resident = 0
+            self._trust(chunk, min(stop - chunk * CHUNK, CHUNK))
+        self._touch(stop, stop - start + TOUCH)
         return np.frombuffer(self.map, np.uint8, stop - start, start).reshape(b - a, self.row).copy()
+
+    def take(self, indices):
+        """Rows at any indices, in the order given."""
+        if len(indices) == 0:
+            return np.empty((0, self.row), np.uint8)
+        first, last = indices * self.row // CHUNK, ((indices + 1) * self.row - 1) // CHUNK
+        end = self.rows * self.row
+        chunks = {chunk for a, b in set(zip(first.tolist(), last.tolist())) for chunk in range(a, b + 1)}
+        for chunk in chunks:
+            self._trust(chunk, min(end - chunk * CHUNK, CHUNK))
+        self._touch(end, len(chunks) * TOUCH)
+        return np.frombuffer(self.map, np.uint8, end).reshape(self.rows, self.row)[indices]
 
     def truncate(self, rows):
         """Forget the last rows. If they were committed, commit this before the next append: that one will overwrite them."""
@@ -188,8 +195,7 @@ class FileColumn:
         self.crc = 0
         keep = {}
         if inside:
-            if self.trusted.get(chunk, 0) < inside:
-                self._check(chunk, inside)
+            self._trust(chunk, inside)
             self.crc = zlib.crc32(os.pread(self.fd, inside, chunk * CHUNK))
             keep[chunk] = inside, self.crc
         self.dirty = {c: d for c, d in self.dirty.items() if c < chunk} | keep
@@ -240,6 +246,21 @@ class FileColumn:
             raise _full(self.path, size - self.size, error)
         self.size = size
 
+    def _trust(self, chunk, needed):
+        if self.trusted.get(chunk, 0) < needed:
+            self._check(chunk, needed)
+
+    def _touch(self, stop, size):
+        """Have the first `stop` bytes mapped; about `size` bytes of them are going to be read."""
+        if self.map is None or len(self.map) < stop:
+            if self.map is not None:
+                self.map.close()
+            self.map, self.resident = mmap.mmap(self.fd, 0, access=mmap.ACCESS_READ), 0
+        self.resident += size
+        if self.resident > RESIDENT and hasattr(mmap, "MADV_DONTNEED"):
+            self.map.madvise(mmap.MADV_DONTNEED)
+            self.resident = 0
+
     def _check(self, chunk, needed):
         found = self.checksum(chunk)
         if found is None or found[0] < needed:
@@ -250,7 +271,7 @@ class FileColumn:
         if actual != crc:
             raise TreeError(f"{self.path} is damaged in bytes {chunk * CHUNK}..{chunk * CHUNK + size}: expected checksum {crc:08x}, found {actual:08x}. "
                             f"Restore the tree from a copy")
-        self.trusted[chunk] = size
+        self.trusted[chunk] = max(size, self.trusted.get(chunk, 0))  # we may have written beyond what is committed
 
 
 def _full(path, size, error):

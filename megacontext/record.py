@@ -15,6 +15,8 @@ import zlib
 
 from megacontext.column import TreeError
 
+DAMAGED = (sqlite3.Error, UnicodeDecodeError)  # SQLite quotes what it could not read, and Python cannot decode the quotation
+
 SCHEMA = """
 begin;
 create table state (id integer primary key check (id = 1), body text not null, crc integer not null);
@@ -26,7 +28,7 @@ commit;
 class Record:
     """
     The record of the tree in `folder`. A writer holds a lock from here to close(); the system frees it however the process ends.
-    state  {"header": {...}, "rows": {file: rows}, "high": {file: most rows ever committed}}
+    state  {"header": {...}, "rows": {file: rows}, "high": {file: most rows ever committed}, "rewinds": number of}
     """
 
     def __init__(self, folder, writable, create=None):
@@ -45,8 +47,9 @@ class Record:
             if create is not None:
                 self.db.executescript(SCHEMA)
                 self.write(create, {})
+            self.seen = self._version()  # before the state: what is committed in between counts as news
             self.state = self._read()
-        except sqlite3.Error as error:
+        except DAMAGED as error:
             self.close()
             raise self._damaged(error)
         except TreeError:
@@ -56,15 +59,28 @@ class Record:
     def refresh(self):
         """Read the state again: another process may have committed."""
         try:
+            self.seen = self._version()  # before the state: what is committed in between counts as news
             self.state = self._read()
-        except sqlite3.Error as error:
+        except DAMAGED as error:
+            raise self._damaged(error)
+
+    def rewound(self):
+        """Has the history been rewritten since the state was read? Cheap when nobody has committed."""
+        try:
+            version = self._version()
+            if version != self.seen:
+                if self._read()["rewinds"] != self.state["rewinds"]:
+                    return True
+                self.seen = version
+            return False
+        except DAMAGED as error:
             raise self._damaged(error)
 
     def checksum(self, file, chunk):
         """(bytes, crc32) of a committed chunk, or None."""
         try:
             return self.db.execute("select bytes, crc from chunks where file = ? and chunk = ?", (file, chunk)).fetchone()
-        except sqlite3.Error as error:
+        except DAMAGED as error:
             raise self._damaged(error)
 
     def write(self, state, changes):
@@ -93,7 +109,7 @@ class Record:
         """What SQLite finds wrong with its own file, or None."""
         try:
             found = self.db.execute("pragma integrity_check").fetchone()[0]
-        except sqlite3.Error as error:
+        except DAMAGED as error:
             return str(self._damaged(error))
         return None if found == "ok" else str(self._damaged(found))
 
@@ -104,12 +120,15 @@ class Record:
             os.close(self.lock)
             self.lock = None
 
+    def _version(self):
+        return self.db.execute("pragma data_version").fetchone()[0]
+
     def _read(self):
-        row = self.db.execute("select body, crc from state where id = 1").fetchone()
+        row = self.db.execute("select cast(body as blob), crc from state where id = 1").fetchone()
         if row is None:
             raise TreeError(f"{self.path} holds no state: the tree was never finished being made. Remove the folder and make it again")
         body, crc = row
-        if not isinstance(body, str) or zlib.crc32(body.encode("utf-8", "surrogateescape")) != crc:
+        if body is None or zlib.crc32(body) != crc:
             raise self._damaged("its state does not match its checksum")
         return json.loads(body)
 

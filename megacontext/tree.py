@@ -59,7 +59,7 @@ class MegaTree:
             raise TreeError(f"cannot make a tree in {folder}: expected an empty or new folder, found {len(list(folder.iterdir()))} files. Open it, or name another")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "level0.ids").touch()  # before the record that names it
-        tree = cls(header, folder, Record(folder, True, create={"header": header, "rows": {"level0.ids": 0}, "high": {}}))
+        tree = cls(header, folder, Record(folder, True, create={"header": header, "rows": {"level0.ids": 0}, "high": {}, "rewinds": 0}))
         _flush_folder(folder.parent)
         tree.commit()
         return tree
@@ -127,6 +127,14 @@ class MegaTree:
             raise TreeError("this tree holds no LensNet keys (key_width 0): re-ingest it with a LensNet")
         return decode(self._read(level, "keys", a, b), self.header["gist_dtype"])
 
+    def gists_of(self, spans):
+        """(n, D) float32: a gist per span, of any levels, at one read per level. A block gives the gist of its tokens."""
+        return self._of(spans, "gists")
+
+    def keys_of(self, spans):
+        """(n, K) float32: a LensNet key per span, as gists_of."""
+        return self._of(spans, "keys")
+
     # ------------------------------------------------------------------------------------------------------------------
     # Growth
 
@@ -171,7 +179,9 @@ class MegaTree:
         named = {f"level{level}.{kind}": column for (level, kind), column in self.columns.items()}
         rows = {name: column.rows for name, column in named.items()}
         high = {name: max(n, self.record.state["high"].get(name, 0)) for name, n in rows.items()}
-        self.record.write({"header": self.header, "rows": rows, "high": high}, {name: (c.cut, c.dirty) for name, c in named.items() if c.dirty or c.cut is not None})
+        rewinds = self.record.state["rewinds"] + any(column.cut is not None for column in named.values())
+        self.record.write({"header": self.header, "rows": rows, "high": high, "rewinds": rewinds},
+                          {name: (column.cut, column.dirty) for name, column in named.items() if column.dirty or column.cut is not None})
         for column in named.values():
             column.committed()
 
@@ -253,6 +263,19 @@ class MegaTree:
 
     # ------------------------------------------------------------------------------------------------------------------
 
+    def _of(self, spans, kind):
+        width = self.header["width" if kind == "gists" else "key_width"]
+        levels = np.array([span.level or 1 for span in spans], np.int64)
+        indices = np.array([span.index for span in spans], np.int64)
+        found = np.empty((len(spans), width), np.float32)
+        for level in set(levels.tolist()):
+            here = levels == level
+            if indices[here].max() >= self.count(level):
+                raise TreeError(f"asked for node {indices[here].max()} of level {level}, which has {self.count(level)}: a gist stands for finished blocks only")
+            found[here] = decode(self._column(level, kind).take(indices[here]), self.header["gist_dtype"])
+        self._check_not_rewound()
+        return found
+
     def _column(self, level, kind):
         if (level, kind) not in self.columns:
             row = self._row(kind)
@@ -283,7 +306,14 @@ class MegaTree:
         here = self.count(level)
         if not 0 <= a <= b <= here:
             raise TreeError(f"asked for nodes {a}..{b} of level {level}, which has {here} (the tree has levels 0..{self.levels - 1})")
-        return self._column(level, kind).read(a, b) if a < b else np.empty((0, self._row(kind)), np.uint8)
+        rows = self._column(level, kind).read(a, b) if a < b else np.empty((0, self._row(kind)), np.uint8)
+        self._check_not_rewound()
+        return rows
+
+    def _check_not_rewound(self):
+        """After a read: a writer commits a rewind before it overwrites anything, so what was read before this says yes is sound."""
+        if not self.writable and self.record.rewound():
+            raise TreeError(f"{self.folder} was rewound by its writer since it was opened: refresh() and read again")
 
 
 def _parse(name):

@@ -72,7 +72,7 @@ def test_a_span_by_hand():
     assert live.positions() == [96, 97, 98, 99, 100, 101, 102] and gist.positions() == [111.5]
 
 
-@pytest.mark.parametrize("seed", range(200))
+@pytest.mark.parametrize("seed", range(60))
 def test_parent_and_children_are_inverse_and_cover_the_same_tokens(seed):
     rng = random.Random(seed)
     span = Span(rng.randrange(1, 7), rng.randrange(10 ** 9))
@@ -144,7 +144,7 @@ def test_assembly_by_hand():
     assert assemble(2048, 63, tail=0) == [Span(2, 0)] + [Span(1, i) for i in range(32, 64)]
 
 
-@pytest.mark.parametrize("seed", range(300))
+@pytest.mark.parametrize("seed", range(120))
 def test_assembly_is_legal_finest_and_finer_where_newer(seed):
     rng = random.Random(seed)
     length = int(10 ** rng.uniform(0, 9))
@@ -195,7 +195,7 @@ def test_a_budget_that_cannot_be_met_is_refused_not_trimmed():
 # ----------------------------------------------------------------------------------------------------------------------
 # Edits and growth
 
-@pytest.mark.parametrize("seed", range(100))
+@pytest.mark.parametrize("seed", range(60))
 def test_collapse_undoes_expand_and_touches_nothing_else(seed):
     rng = random.Random(seed)
     length = rng.randrange(1, 200_000)
@@ -209,7 +209,7 @@ def test_collapse_undoes_expand_and_touches_nothing_else(seed):
     assert spans == before, "an operation changed the list it was given"
 
 
-@pytest.mark.parametrize("seed", range(100))
+@pytest.mark.parametrize("seed", range(60))
 def test_groups_are_what_siblings_says_span_by_span(seed):
     rng = random.Random(seed)
     spans = random_spans(rng, rng.randrange(1, 100_000), 700, edits=200)
@@ -295,7 +295,7 @@ def test_refocus_by_hand():
     assert refocus(spans, scores, 70, room=0, tail=68).edits == []
 
 
-@pytest.mark.parametrize("seed", range(300))
+@pytest.mark.parametrize("seed", range(120))
 def test_refocus_keeps_every_law_and_its_own_promises(seed):
     rng = random.Random(seed)
     length = int(10 ** rng.uniform(1, 6.5))

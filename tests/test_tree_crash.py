@@ -1,0 +1,171 @@
+"""
+Kill the writer of a tree at any instant: what it had committed is there, whole, and ingest goes on from it.
+First every instant one after the other, without luck: the folder is copied before each single write, flush and statement, as
+if the process had died right there, and each copy is opened. Then real processes, really killed.
+"""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from megacontext import column as column_file
+from megacontext import tree as tree_file
+from megacontext.tree import MegaTree
+
+from tree_truth import HEADER, check_tree, ids, ingest
+
+
+class Instants:
+    """Copies the folder before every system call or statement that changes it, and notes the order they came in."""
+
+    def __init__(self, folder, copies, monkeypatch, tree):
+        self.folder, self.copies, self.events = folder, copies, []
+        self.before(monkeypatch, os, "pwrite")
+        self.before(monkeypatch, os, "posix_fallocate")
+        self.before(monkeypatch, column_file, "_flush")
+        self.before(monkeypatch, tree_file, "_flush_folder")
+        db = tree.record.db
+        tree.record.db = self  # stands in for the connection: same methods, with a copy before each statement
+        self.db = db
+
+    def before(self, monkeypatch, module, name):
+        call = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args: (self.snapshot(name), call(*args))[1])
+
+    def snapshot(self, event):
+        shutil.copytree(self.folder, self.copies / f"{len(self.events):04}")
+        self.events.append(event)
+
+    def execute(self, statement, *args):
+        self.snapshot(statement.split(" ")[0])
+        return self.db.execute(statement, *args)
+
+    def executemany(self, statement, rows):
+        self.snapshot("insert many")
+        return self.db.executemany(statement, rows)
+
+    @property
+    def in_transaction(self):
+        return self.db.in_transaction
+
+    def close(self):
+        self.db.close()
+
+
+def test_at_every_instant_of_a_commit_the_tree_is_the_old_or_the_new_one(tmp_path, monkeypatch):
+    tree = MegaTree.create(tmp_path / "t", HEADER)
+    ingest(tree, 40_000)
+    tree.commit()
+    (tmp_path / "at").mkdir()
+    with monkeypatch.context() as patch:
+        instants = Instants(tmp_path / "t", tmp_path / "at", patch, tree)
+        ingest(tree, 25_000)  # fills chunks, opens new ones
+        tree.commit()
+        marker = len(instants.events)
+        tree.truncate(33_333)  # cuts committed rows off ...
+        tree.append_tokens(ids(33_333, 50_000, salt=5))  # ... and writes other ones over them
+        tree.commit()
+        tree.record.db = instants.db
+    tree.close()
+    assert marker >= 10 and len(instants.events) >= marker + 8
+    lengths = []
+    for i, event in enumerate(instants.events):
+        with MegaTree.open(tmp_path / "at" / f"{i:04}") as crashed:
+            crashed.verify()
+            lengths.append(crashed.length)
+            if crashed.length == 50_000:
+                assert (crashed.tokens(33_333, 50_000) == ids(33_333, 50_000, salt=5)).all()
+            else:
+                check_tree(crashed)
+            salt_free = min(crashed.length, 33_333)
+            assert (crashed.tokens(0, salt_free) == ids(0, salt_free)).all()
+            ingest(crashed, 100, gists=False)  # and it goes on
+    assert lengths[:marker] == [40_000] * lengths.count(40_000) + [65_000] * (marker - lengths.count(40_000))
+    assert set(lengths) == {40_000, 65_000, 33_333}, lengths  # the last commit is the end of the run: no instant comes after it
+
+
+def test_data_is_flushed_before_the_record_speaks_of_it(tmp_path, monkeypatch):
+    """What a power failure needs and a kill cannot show: the order of the calls."""
+    tree = MegaTree.create(tmp_path / "t", HEADER)
+    (tmp_path / "at").mkdir()
+    with monkeypatch.context() as patch:
+        instants = Instants(tmp_path / "t", tmp_path / "at", patch, tree)
+        ingest(tree, 3000)
+        tree.commit()
+        tree.record.db = instants.db
+    events = instants.events
+    commit, begin = events.index("commit"), events.index("begin")
+    writes = [i for i, event in enumerate(events) if event in ("pwrite", "posix_fallocate")]
+    flushes = [i for i, event in enumerate(events) if event == "_flush"]
+    assert len(flushes) == 5  # ids, and gists and keys of two levels
+    assert max(writes) < min(flushes) <= max(flushes) < events.index("_flush_folder") < begin < commit
+    assert instants.db.execute("pragma synchronous").fetchone() == (2,)  # full: SQLite flushes its own log at commit
+    tree.close()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+CHILD = """
+import random, sys
+sys.path.insert(0, sys.argv[2])
+from megacontext.tree import MegaTree
+from tree_truth import ingest
+rng = random.Random(int(sys.argv[3]))
+tree = MegaTree.open(sys.argv[1], model="gpt-1")
+print("ready", flush=True)
+while True:
+    for _ in range(rng.randrange(1, 6)):
+        ingest(tree, rng.choice([1, 32, 100, 3000]))
+    if rng.random() < 0.1:
+        to = rng.randrange(max(0, tree.length - 5000), tree.length + 1)
+        print("rewinding", to, flush=True)
+        tree.truncate(to)
+    tree.commit()
+    print("committed", tree.length, flush=True)
+    if rng.random() < 0.05:
+        tree.close()
+        tree = MegaTree.open(sys.argv[1])
+"""
+
+
+def kill_and_look(path, kills, seed):
+    """Start an ingest, kill -9 it after a random while, open, compare every token and gist with what must be there. Again."""
+    rng = random.Random(seed)
+    MegaTree.create(path, HEADER).close()
+    here = os.path.dirname(os.path.abspath(__file__))
+    progress = 0
+    for kill in range(kills):
+        child = subprocess.Popen([sys.executable, "-c", CHILD, path, here, str(seed * 1000 + kill)], stdout=subprocess.PIPE, text=True)
+        assert child.stdout.readline() == "ready\n"
+        time.sleep(rng.uniform(0, 0.15))
+        child.send_signal(signal.SIGKILL)
+        said = child.stdout.read().splitlines()
+        assert child.wait() == -signal.SIGKILL
+        with MegaTree.open(path, model="gpt-1") as tree:
+            tree.verify()
+            check_tree(tree)
+            promised = 0
+            for line in said:  # each is a whole line: the child wrote it at once
+                word, n = line.split()
+                promised = int(n) if word == "committed" else min(promised, int(n))
+            assert tree.length >= promised, f"{promised} tokens were committed, {tree.length} are left"
+            progress += bool(said)
+            ingest(tree, 10)
+            if tree.length > 400_000:
+                tree.truncate(rng.randrange(100_000))
+    assert progress > kills // 2, "the children were killed before they did anything: nothing was tested"
+
+
+def test_killed_10_times(tmp_path):
+    kill_and_look(tmp_path / "t", 10, seed=1)
+
+
+@pytest.mark.slow
+def test_killed_200_times(tmp_path):
+    kill_and_look(tmp_path / "t", 200, seed=2)
