@@ -92,6 +92,8 @@ class Tokenizer:
         progress    called as progress(stage, done, total) a few times a second; total is None where nobody knows it
         """
         import rustbpe
+        if not hasattr(rustbpe, "train"): # the folder of its sources, or the package of that name on PyPI
+            raise ImportError(f"the rustbpe found at {list(rustbpe.__path__)} is not ours: pip install ./rustbpe")
         ordinary = vocab_size - len(SPECIAL_TOKENS)
         if ordinary < 256:
             raise ValueError(f"a vocabulary of {vocab_size} has no room for 256 bytes and {len(SPECIAL_TOKENS)} special "
@@ -231,8 +233,8 @@ class Tokenizer:
         Conversation -> the ids after which the assistant speaks: they end in <|assistant_start|>. A last message that
         is the assistant's is the one to be written, and is left out.
         """
-        messages = list(conversation["messages"])
-        if messages and messages[-1]["role"] == "assistant":
+        messages = turns(conversation)
+        if messages[-1]["role"] == "assistant":
             messages.pop()
         ids, _ = self.render({"messages": messages})
         return ids + [self.special("<|assistant_start|>")]
@@ -278,13 +280,14 @@ def turns(conversation):
     before them; there is no token for it, so its text opens the first user message.
     """
     messages = list(conversation["messages"])
-    if messages and messages[0]["role"] == "system":
-        if len(messages) < 2 or messages[1]["role"] != "user":
-            raise ValueError("a system message stands before the first user message, but there is no user message after it")
-        text = f"{messages[0]['content']}\n\n{messages[1]['content']}"
-        messages = [{**messages[1], "content": text}, *messages[2:]]
     if not messages:
         raise ValueError("a conversation needs at least one message of the user, got none")
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            found = f"the fields {sorted(message)}" if isinstance(message, dict) else f"the type {type(message).__name__}"
+            raise ValueError(f"message {i} has {found}, expected a dict with role and content")
+    if messages[0]["role"] == "system":
+        messages = [open_with_system(*messages[:2]), *messages[2:]]
     for i, message in enumerate(messages):
         role, content = message["role"], message["content"]
         expected = ("user", "assistant")[i % 2]
@@ -296,7 +299,21 @@ def turns(conversation):
             raise ValueError(f"message {i} by {role!r} has content of type {type(content).__name__}, expected str"
                              + (" or a list of parts" if role == "assistant" else ""))
         for part in content:
-            if part.get("type") not in ("text", "python", "python_output") or not isinstance(part.get("text"), str):
+            if not is_part(part):
                 raise ValueError(f"message {i} has the part {part!r}, expected "
                                  '{"type": "text", "python" or "python_output", "text": str}')
     return messages
+
+
+def open_with_system(system, user=None):
+    if user is None or user["role"] != "user":
+        raise ValueError("a system message stands before the first user message, but there is no user message after it")
+    for message in (system, user):
+        if not isinstance(message["content"], str):
+            raise ValueError(f"the {message['role']} message has content of type {type(message['content']).__name__}, expected str")
+    return {**user, "content": f"{system['content']}\n\n{user['content']}"}
+
+
+def is_part(part):
+    return (isinstance(part, dict) and part.get("type") in ("text", "python", "python_output")
+            and isinstance(part.get("text"), str))
