@@ -39,7 +39,7 @@ from nanochat.gpt import Entries, causal_after
 from nanochat.kv_cache import KVCache
 
 MARGIN = 0.02        # nats a block: what an expansion must be better by than the collapse that pays for it
-LEAST_BUDGET = 4 * BLOCK
+LEAST_BUDGET = 6 * BLOCK # a raw tail, room for the next block, and the most gists that cannot collapse: 31 a level, up to level 4
 
 
 class Session:
@@ -54,7 +54,7 @@ class Session:
             raise UserError(f"a working context of {budget} entries is too small: expected at least {LEAST_BUDGET}, raise --budget")
         self.gpt, self.gistnet, self.lensnet, self.tree = gpt, gistnet, lensnet, tree
         self.budget, self.n_diff, self.margin, self.pins, self.exact = budget, n_diff, margin, pins, exact
-        self.tail = min(8 * BLOCK, budget // 2 // BLOCK * BLOCK)
+        self.tail = min(8 * BLOCK, budget // 4 // BLOCK * BLOCK) # raw whatever the scores say
         self.trained = gpt.config.seq_len - 2 * BLOCK # between two ticks, positions run up to a block and a live block past it
         self.kept_blocks = (4 * budget if kept_tokens is None else kept_tokens) // BLOCK
         self.cache = KVCache(gpt.config, 1, budget, gpt.device, gpt.dtype)
@@ -86,6 +86,7 @@ class Session:
         if skip > 0: # a long prompt: what is beyond the tail need not be read by the GPT, only remembered
             skip += self.tail
             start = time.perf_counter()
+            self.kv.pop((0, self.tree.length // BLOCK), None) # of the live block as far as it went
             ingest(self.gpt, self.gistnet, self.lensnet, self.tree, ids[:skip], progress)
             self._count("ingest", start, ingested_tokens=skip)
             self._assemble()
@@ -138,7 +139,8 @@ class Session:
         start = time.perf_counter()
         self._keep_live()
         scores = self.score()
-        plan = refocus(self.spans, scores, self.budget, self.focus, n_diff=self.n_diff, margin=self.margin, room=BLOCK, tail=self.tail, pins=self.pins)
+        plan = refocus(self.spans, scores, self.budget, self.focus, n_diff=self.n_diff, margin=self.margin, tail=self.tail, pins=self.pins,
+                       room=BLOCK - self.tree.length % BLOCK) # so that the live block can be finished before the next tick
         by_span = dict(zip(self.spans, scores))
         self.spans, self.edits, self.focus = plan
         self.scores = [by_span.get(span, 0.0) for span in self.spans]
@@ -308,6 +310,12 @@ class Session:
         (folder / "kv.safetensors.new").replace(folder / "kv.safetensors")
         (folder / "session.json.new").write_text(json.dumps(state))
         (folder / "session.json.new").replace(folder / "session.json")
+
+    @staticmethod
+    def saved_length(folder):
+        """Tokens of history of the session saved in a folder, None if there is none."""
+        path = Path(folder) / "session.json"
+        return json.loads(path.read_text())["length"] if path.exists() else None
 
     @classmethod
     def open(cls, folder, gpt, gistnet, lensnet, tree, **settings):

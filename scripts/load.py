@@ -88,22 +88,20 @@ def identity(loaded):
     return digest.hexdigest()[:16]
 
 
-def tree_header(loaded):
-    return make_header(loaded.gpt.config.width, loaded.lensnet.config.key, model=identity(loaded), tokenizer=loaded.tokenizer.fingerprint[:16])
-
-
-def open_tree(loaded, path=None):
-    """A tree in memory, or the one on disk at path, made if it is not there yet."""
-    header = tree_header(loaded)
-    if path is None:
-        return MegaTree.in_memory(header)
-    return MegaTree.open(path, header) if Path(path).exists() else MegaTree.create(path, header)
+def open_tree(loaded, path=None, mode="a"):
+    """A tree in memory, or the one on disk at path, made if it is not there yet. One that other networks made is refused."""
+    made_by = dict(model=identity(loaded), tokenizer=loaded.tokenizer.fingerprint[:16])
+    if path is not None and Path(path).exists():
+        return MegaTree.open(path, mode, **made_by)
+    header = make_header(loaded.gpt.config.width, loaded.lensnet.config.key, **made_by)
+    return MegaTree.in_memory(header) if path is None else MegaTree.create(path, header)
 
 
 def open_stream(loaded, memory=True, budget=None, tree=None):
     """
     What the engine feeds: a session with unbounded memory, or the plain GPT behind a KV cache of one row.
-    budget None = half of the longest row it was trained on; tree = a folder that keeps (or already holds) the session.
+    budget None = half of the longest row it was trained on; tree = a folder that keeps (or already holds) the session. A session
+    that was not saved after its last tokens is assembled anew from its tree, which has them all.
     """
     if not memory:
         return PlainStream(loaded.gpt)
@@ -111,6 +109,6 @@ def open_stream(loaded, memory=True, budget=None, tree=None):
         raise UserError(f"the checkpoint {loaded.stage}/{loaded.tag} was trained without memory: use --no-memory, or train with MC=1")
     budget = budget or loaded.gpt.config.seq_len // 2
     held = open_tree(loaded, None if tree is None else Path(tree) / "tree")
-    if tree is not None and (Path(tree) / "session.json").exists():
+    if tree is not None and Session.saved_length(tree) == held.length > 0:
         return Session.open(tree, loaded.gpt, loaded.gistnet, loaded.lensnet, held)
     return Session(loaded.gpt, loaded.gistnet, loaded.lensnet, held, budget)
