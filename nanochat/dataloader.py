@@ -5,7 +5,7 @@ In:  a source of text (nanochat/dataset.py), or any sequence of conversations: {
 Out: Batch after Batch of rows, as nanochat/packing.py makes them, and a state that continues them bit for bit
 The idea: documents are dealt to `lanes` independent streams (document i to lane i % lanes), and row n of the run is the
 next row of lane n % lanes. Rank r of w takes the rows n with n % w == r, so the rows of a run do not depend on the number
-of ranks: w only has to divide `lanes`. A source shorter than the number of lanes repeats sooner in some; none starves.
+of ranks: w only has to divide `lanes`. A source of fewer documents than lanes repeats sooner in some; none starves.
 A state holds the place of every lane. It is small: addresses of pieces, no tokens.
 
 To resume: every rank calls gather_state(loader) and rank 0 saves the result; later each rank, of any number of ranks
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from nanochat.common import UserError
-from nanochat.packing import STATS, Lane, Stream
+from nanochat.packing import STATS, Lane, Stream, cycle
 
 BLOCK = 32   # tokens under one gist
 FORMAT = 1
@@ -227,11 +227,14 @@ def work(maker, results, stop):
         put(error)
 
 
-def shut(thread, stop):
+def shut(thread, results, stop):
     """End the thread and wait for it: a thread caught in the middle by the end of the program can crash it."""
     stop.set()
-    if thread is not threading.current_thread(): # the garbage collector may run anywhere
-        thread.join()
+    while thread.is_alive() and thread is not threading.current_thread(): # the garbage collector may run anywhere
+        try:
+            results.get(timeout=0.01) # it may be waiting for room
+        except queue.Empty:
+            pass
 
 
 class Loader:
@@ -260,7 +263,7 @@ class Loader:
         self._results, self._stop = queue.Queue(maxsize=ahead), threading.Event()
         thread = threading.Thread(target=work, args=(maker, self._results, self._stop), name="loader", daemon=True)
         thread.start()
-        self.close = weakref.finalize(self, shut, thread, self._stop) # also when the loader is garbage, or the program ends
+        self.close = weakref.finalize(self, shut, thread, self._results, self._stop)  # or by garbage collection
 
     def __iter__(self):
         return self
@@ -293,12 +296,16 @@ class Loader:
         """
         Of this rank, over the whole run, up to the batches handed out so far:
         documents begun, of these empty; rows; tokens in them, padded, and cropped (lost); conversations cut and skipped;
-        epochs: how often each mixed source has been dealt out. tokens + padded = rows * seq_len, always.
+        epochs: how often each mixed source has been read (over all ranks, taking this one's lanes for theirs).
+        tokens + padded = rows * seq_len, always.
         """
         lanes = self._snapshot[1].values()
         total = {name: sum(lane[-1][name] for lane in lanes) for name in STATS}
-        counts = [count for _, count, _ in self.settings["documents"]]
-        total["epochs"] = [max(lane[3][part][0] for lane in lanes) / count for part, count in enumerate(counts)]
+        count = self.settings["lanes"]
+        dealt = [sum((lane[3][part][0] - number) // count for number, lane in self._snapshot[1].items())
+                 for part in range(len(self.settings["documents"]))]
+        total["epochs"] = [done * self.world / cycle(size, count)
+                           for done, (_, size, _) in zip(dealt, self.settings["documents"])]
         return total
 
 

@@ -296,7 +296,7 @@ def main():
     parser.add_argument("-n", type=int, default=0, help="shards to have for training (-1 = all); the validation shard is added")
     parser.add_argument("-w", type=int, default=4, help="shards to fetch at the same time")
     parser.add_argument("--url", default=CLIMBMIX.url, help="where the shards are")
-    parser.add_argument("--data-dir", default="", help="the data folder (default: NANOCHAT_DATA_DIR, else the base folder's data/)")
+    parser.add_argument("--data-dir", default="", help="the data folder (default: NANOCHAT_DATA_DIR, else data/ in the base)")
     parser.add_argument("--check", metavar="SOURCE", default="", help="read all of a source, such as dir:PATH, and report")
     args = parser.parse_args()
     data, last = data_dir(args.data_dir), CLIMBMIX.shards - 1

@@ -21,6 +21,7 @@ T = seq_len
 from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass, field
+from math import gcd
 
 import numpy as np
 
@@ -37,7 +38,7 @@ class Piece:
     targets: np.ndarray  # (n,) int32, -1 = no loss
     text: bool           # plain text may be cropped, a conversation may not
     part: int            # which of the mixed sources it came from
-    doc: int             # its document: counted over epochs, so document doc % len(items) of epoch doc // len(items)
+    doc: int             # its document: number doc % cycle of epoch doc // cycle
     at: int              # its slice within the document
     skip: int            # tokens of that slice before it
     serial: int = -1     # order of arrival among the short pieces of its lane
@@ -58,18 +59,27 @@ class Slice:
     mask: object = None  # of a conversation
 
 
+def cycle(documents, lanes):
+    """
+    After how many numbers the documents come again: as many as there are, or a few more (numbers without a document), so
+    that it shares no factor with the number of lanes. Then every lane meets every document sooner or later, whereas
+    lane 0 of 8 would see only every eighth of 64, for ever, and starve if those happen to be empty.
+    """
+    return next(size for size in range(documents, documents + lanes + 1) if gcd(size, lanes) == 1)
+
+
 class Stream:
     """
     The pieces of one source that belong to one lane: documents lane, lane + lanes, lane + 2 lanes, ... of a source that
     repeats for ever (or ends, with one_pass).
 
     place  (document, slice, tokens to skip) of the next piece
-    ahead  characters to tokenize in one go
+    ahead  characters to read and tokenize in one go
     """
 
     def __init__(self, items, part, first, step, seq_len, tokenizer, shift=0, one_pass=False, place=None, ahead=SLICE):
         self.items, self.part, self.step, self.T, self.tokenizer = items, part, step, seq_len, tokenizer
-        self.shift, self.one_pass, self.ahead = shift, one_pass, ahead
+        self.shift, self.one_pass, self.ahead, self.cycle = shift, one_pass, ahead, cycle(len(items), step)
         self.place = tuple(place) if place is not None else (first, 0, 0)
         self.skip = self.place[2]         # tokens to drop from the very next slice; only after a restart
         self.reader = self._read(*self.place[:2])
@@ -85,7 +95,11 @@ class Stream:
     def _read(self, doc, at):
         """Slices from a place on."""
         while not (self.one_pass and doc >= len(self.items)):
-            item = self.items[(doc + self.shift) % len(self.items)]
+            number = doc % self.cycle
+            if number >= len(self.items):
+                doc += self.step
+                continue
+            item = self.items[(number + self.shift) % len(self.items)]
             if isinstance(item, dict):
                 item = self.tokenizer.render(item)
             if isinstance(item, (str, BigText)):
@@ -101,14 +115,11 @@ class Stream:
             doc, at = doc + self.step, 0
 
     def fetch(self):
-        """Read on until `ahead` characters wait to be encoded or cut; returns the new slices that need the tokenizer."""
-        chars, new = sum(len(piece.text) for piece in self.ready), []
-        while chars < self.ahead:
-            piece = next(self.reader, None)
-            if piece is None:
-                break
+        """Read slices worth about `ahead` characters; returns those that need the tokenizer."""
+        done, new = 0, []
+        while done < self.ahead and (piece := next(self.reader, None)) is not None:
             self.ready.append(piece)
-            chars += len(piece.text) or 1 + self.ahead // WAITING  # a conversation or an empty document is work too
+            done += len(piece.text) + 200  # an empty document or a conversation is work too
             if piece.ids is None:
                 new.append(piece)
         return new
