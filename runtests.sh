@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Set-up, then all tests: the Rust ones, then pytest without those marked slow or gpu. Arguments go to pytest:
+#   bash runtests.sh -k laws
+#   bash runtests.sh -m slow
+set -euo pipefail
+cd "$(dirname "$0")"
+source runs/setup.sh
+
+if command -v cargo > /dev/null && cargo --version > /dev/null 2>&1; then
+    (cd rustbpe && cargo test --quiet)
+else
+    echo "the Rust tests are left out: no cargo here (rustbpe came as a wheel)"
+fi
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false # several tests start processes of their own
+exec python -m pytest -x -q --durations=10 -m "not slow and not gpu" "$@"
