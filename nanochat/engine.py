@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 import torch
 
 from nanochat.calculator import calculate
+from nanochat.decode import StaticDecode
 from nanochat.kv_cache import KVCache
 
 
@@ -113,12 +114,14 @@ class PlainStream:
     Keeping the first: attention sinks, Xiao et al., 2023.
     """
 
-    def __init__(self, gpt, capacity=None):
+    def __init__(self, gpt, capacity=None, static=False):
+        """static: decode in steps of fixed shape (decode.py), recorded once and replayed on CUDA; elsewhere slower."""
         capacity = gpt.config.seq_len if capacity is None else capacity
         if not 4 <= capacity <= gpt.config.seq_len:
             raise ValueError(f"capacity is {capacity}: expected 4 to {gpt.config.seq_len}, the longest row this model was trained on")
         self.gpt, self.capacity = gpt, capacity
         self.cache = KVCache(gpt.config, 1, capacity, gpt.device, gpt.dtype)
+        self.decode = StaticDecode(gpt, self.cache) if static else None
         self.kept = []  # the ids in the cache
         self.length = 0 # tokens fed so far
 
@@ -143,7 +146,9 @@ class PlainStream:
             kept = new = kept[:1] + kept[1 - keep:]
             self.cache.rewind(0)
             self.kept = [] # as the cache, should what follows be interrupted
-        logits = self.gpt.extend(torch.tensor([new], device=self.gpt.device), self.cache)[0]
+        new = torch.tensor([new], device=self.gpt.device)
+        decoding = self.decode is not None and new.size(1) == 1 and self.cache.length > 0
+        logits = self.decode.step(new)[0] if decoding else self.gpt.extend(new, self.cache)[0]
         self.kept = kept
         self.length += len(ids)
         return logits

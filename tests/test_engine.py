@@ -5,7 +5,8 @@ import random
 import pytest
 import torch
 
-from nanochat.engine import CalculatorTool, Engine, PlainStream, Sampler, row_seed
+from nanochat.decode import StaticDecode
+from nanochat.engine import CalculatorTool, Engine, LeftPadded, PlainStream, Sampler, row_seed
 from nanochat.gpt import GPT
 from tests.fakes import ByteTokenizer, ScriptedStream, random_gpt
 
@@ -193,6 +194,29 @@ def test_pieces_equal_the_whole(seed):
         at += n
         torch.testing.assert_close(logits, reread(gpt, ids[:at]), atol=1e-4, rtol=1e-4)
     assert stream.length == len(ids) and stream.dropped == 0
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")])])
+@pytest.mark.parametrize("seed", range(6))
+def test_steps_of_fixed_shape_equal_the_plain_ones(seed, device):
+    """Through prompts, single tokens and overflows; on a GPU the steps are a replayed graph."""
+    rng = random.Random(seed)
+    gpt = random_gpt(seq_len=64, seed=seed, bos=BOS if seed % 2 else -1).to(device)
+    plain, static = PlainStream(gpt, 48), PlainStream(gpt, 48, static=True)
+    for _ in range(120):
+        new = [rng.randrange(tokenizer.vocab_size) for _ in range(rng.choice([1, 1, 1, 1, 5]))]
+        torch.testing.assert_close(static.feed(new), plain.feed(new), atol=1e-4, rtol=1e-4)
+    assert static.kept == plain.kept
+
+
+def test_padded_rows_of_fixed_shape_equal_the_plain_ones():
+    gpt, prompts = random_gpt(bos=BOS), [[BOS, 1, 2, 3], [BOS, 4]]
+    plain, other = LeftPadded(gpt, prompts, 10), LeftPadded(gpt, prompts, 10)
+    with torch.no_grad():
+        torch.testing.assert_close(plain.read(), other.read())
+        decode = StaticDecode(gpt, other.cache, other.pad)
+        for tokens in ([5, 6], [BOS, 7], [8, 9]):
+            torch.testing.assert_close(decode.step(torch.tensor(tokens)[:, None]), plain.step(tokens), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("seed", range(10))
