@@ -41,7 +41,7 @@ class Curves:
 
     def __init__(self, total, warmup=40, warmdown_ratio=0.65, final=0.05, momentum_warmup=400):
         self.total, self.warmup, self.warmdown_ratio, self.final = total, min(warmup, total // 10), warmdown_ratio, final
-        self.momentum_warmup = min(momentum_warmup, total // 4)
+        self.momentum_warmup = min(momentum_warmup, max(1, total // 4))
 
     def apply(self, optimizer, step):
         lr = schedule.lr_multiplier(step, self.total, self.warmup, self.warmdown_ratio, self.final)
