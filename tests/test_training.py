@@ -1,0 +1,74 @@
+"""The training scripts as a user runs them, tiny: two processes give one process's losses, and a killed run goes on as if nothing happened."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ["--depth", "1", "--max-seq-len", "128", "--batch-tokens", "1024", "--num-steps", "6", "--eval-tokens", "1024", "--save-every", "3", "--log-every", "1", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A base folder with a tokenizer and a few files of text."""
+    from nanochat.tokenizer import Tokenizer
+    base, text = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("text")
+    for i in range(12):
+        lines = (f"line {n} of file {i}: the sum of {n} and {i} is {n + i}.\n" for n in range(40 + 10 * i))
+        (text / f"{i}.txt").write_text("".join(lines))
+    Tokenizer.train((path.read_text() for path in sorted(text.glob("*.txt"))), 320).save(base / "tokenizer")
+    return base, text
+
+
+def run(place, *command, launch=()):
+    """A script in a process of its own; returns what it printed."""
+    env = dict(os.environ, NANOCHAT_BASE_DIR=str(place[0]), OMP_NUM_THREADS="1")
+    done = subprocess.run([sys.executable, *launch, "-m", *command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def base_train(place, tag, *more, launch=()):
+    return run(place, "scripts.base_train", *TINY, "--source", f"dir:{place[1]}", "--tag", tag, *more, launch=launch)
+
+
+def curve(place, tag):
+    """{step: loss}, and the summary, of a run's log."""
+    lines = [json.loads(line) for line in (place[0] / "base_checkpoints" / tag / "log.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
+    return losses, next(line["summary"] for line in lines if "summary" in line)
+
+
+def test_two_processes_and_a_resumed_one_give_the_losses_of_one(place):
+    out = base_train(place, "one", "--device-batch", "8")
+    losses, summary = curve(place, "one")
+    assert out.splitlines()[-1].startswith("summary stage=base") and sorted(losses) == [1, 2, 3, 4, 5, 6]
+    assert losses[6] < losses[1]
+
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    base_train(place, "two", "--device-batch", "4", launch=torchrun)
+    dealt, dealt_summary = curve(place, "two")
+    for step in losses:
+        assert dealt[step] == pytest.approx(losses[step], abs=2e-2), f"step {step}"
+    assert dealt_summary["val_bpb"] == pytest.approx(summary["val_bpb"], abs=2e-2)
+
+    folder = place[0] / "base_checkpoints"
+    (folder / "killed").mkdir()
+    shutil.copytree(folder / "one" / "step_000003", folder / "killed" / "step_000003") # what a kill after step 3 leaves
+    base_train(place, "killed", "--device-batch", "8", "--resume")
+    resumed, resumed_summary = curve(place, "killed")
+    assert resumed == {step: loss for step, loss in losses.items() if step > 3}, "bit for bit"
+    assert resumed_summary["val_bpb"] == summary["val_bpb"]
+
+
+def test_a_checkpoint_of_another_run_is_refused(place):
+    if not (place[0] / "base_checkpoints" / "one").exists():
+        base_train(place, "one", "--device-batch", "8")
+    env = dict(os.environ, NANOCHAT_BASE_DIR=str(place[0]), OMP_NUM_THREADS="1")
+    done = subprocess.run([sys.executable, "-m", "scripts.base_train", *TINY, "--source", f"dir:{place[1]}", "--tag", "one", "--seed", "7", "--resume"],
+                          cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and "seed" in done.stderr and "Traceback" not in done.stderr
