@@ -21,6 +21,7 @@ the least recently used session makes room for a new one. Who hangs up stops the
 import argparse
 import asyncio
 import json
+import os
 import socket
 import threading
 import time
@@ -316,9 +317,10 @@ def main():
     if args.sessions < 1 or args.workers < 1 or args.message_mb <= 0:
         raise UserError("--sessions and --workers must be at least 1, --message-mb more than 0")
     try:
-        listener = socket.create_server((args.host, args.port))
+        listener = socket.create_server((args.host, args.port), family=socket.AF_INET6 if ":" in args.host else socket.AF_INET)
     except (OSError, OverflowError) as error:
-        raise UserError(f"cannot listen on {args.host}:{args.port} ({error}): choose another --port or --host") from None
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
+        raise UserError(f"cannot listen on {args.host}, port {args.port} ({reason}): choose another --port or --host") from None
     device, _ = setup(args.device)
     dtype, _ = hardware.pick_dtype(hardware.describe(device), args.dtype)
     loaded = load_stage(args.stage, args.tag, args.step, device, dtype)

@@ -15,6 +15,7 @@ class ByteTokenizer:
     """One token per byte of UTF-8, then the nine specials. Speaks as nanochat.tokenizer.Tokenizer does."""
     vocab_size = 256 + len(SPECIALS)
     bos = 256
+    fingerprint = "bytes" * 10
 
     def special(self, name):
         return 256 + SPECIALS.index(name)

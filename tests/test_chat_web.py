@@ -14,7 +14,9 @@ from fastapi.testclient import TestClient
 
 from nanochat.conversation import Conversation
 from nanochat.engine import Engine, PlainStream
+from nanochat.gpt import GPTConfig
 from scripts.chat_web import PAGE, Limits, make_app
+from scripts.load import Loaded, build, open_stream
 from tests.fakes import ByteTokenizer, FakeLoaded, FakeMemory, random_gpt
 
 tokenizer = ByteTokenizer()
@@ -195,6 +197,22 @@ def test_a_real_gpt_answers_without_memory():
         look = client.get(f"/memory/{events[0]['session']}").json()
         assert events[-1]["done"] and look["used"] <= 64 and look["memory"] is False
         assert look["spans"] == [{"level": 0, "start": look["tokens"] - look["used"], "stop": look["tokens"], "score": 0.0}]
+
+
+def test_a_real_session_remembers_a_history_far_over_its_budget():
+    """Untrained networks, real memory: 20,000 tokens through a budget of 256, then a second turn that costs no second reading."""
+    torch.manual_seed(0)
+    gpt, gistnet, lensnet = build(GPTConfig(tokenizer.vocab_size, 512, layers=2, heads=2, kv_heads=2, width=64), memory=True)
+    loaded = Loaded(gpt.eval(), gistnet.eval(), lensnet.eval(), tokenizer, {"step": 0}, "sft", "tiny")
+    with TestClient(make_app(loaded, lambda: Conversation(engine, open_stream(loaded, True, 256), 8192))) as client:
+        name = post(client, "x = 1\n" * 3300, max_tokens=40)[0]["session"]
+        first = client.get(f"/memory/{name}").json()
+        assert first["tokens"] > 19_800 and first["used"] <= first["budget"] == 256
+        assert first["spans"][0]["start"] == 0 and first["spans"][-1]["stop"] == first["tokens"]
+        assert all(a["stop"] == b["start"] for a, b in zip(first["spans"], first["spans"][1:]))
+        events = post(client, "and?", session=name, turn=1, max_tokens=5)
+        assert events[-1]["done"] and not any("progress" in event for event in events)
+        assert client.get(f"/memory/{name}").json()["tokens"] < first["tokens"] + 20
 
 
 # ---------------------------------------------------------------------------------------------------------------------
