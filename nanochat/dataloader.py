@@ -80,8 +80,10 @@ class Maker:
         saved = state["lanes"][str(number)]
         streams = [self._stream(part, number, place=place) for part, place in enumerate(saved["places"])]
         lane = Lane(number, streams, *shape, rows=saved["rows"], serial=saved["serial"], tally=list(saved["tally"]))
-        for part, doc, at, skip, length, serial in saved["waiting"]:
-            piece = self._stream(part, number, place=(doc, at, skip), ahead=1).next_piece(self._encode)
+        places = [self._stream(part, number, place=place, ahead=1) for part, *place, _, _ in saved["waiting"]]
+        self._encode(*places)
+        for stream, (_, doc, _, _, length, serial) in zip(places, saved["waiting"]):
+            piece = stream.next_piece(self._encode)
             if len(piece.inputs) != length:
                 raise UserError(f"a piece of document {doc} was of {length} tokens when the state was saved and now is of "
                                 f"{len(piece.inputs)}: the text or the tokenizer changed, start the data afresh")

@@ -50,7 +50,7 @@ def cut_point(text):
 
 def slices(document, at=0):
     """
-    (at, next, text) for each slice of a document from place `at` on, which must be 0 or some earlier `next`.
+    (at, next, text) for each slice of a document from place `at` on, which must be 0, some earlier `next`, or from near().
     Places count characters in a str and bytes in a BigText; the slices are the same for both.
     """
     if isinstance(document, BigText):
@@ -61,6 +61,16 @@ def slices(document, at=0):
         text = text if len(text) <= SLICE else text[:cut_point(text)]
         yield at, at + len(text), text
         at += len(text)
+
+
+def near(document, share):
+    """A place to start at, past a share of the document: after a line end within the next 1,000 characters, if there is."""
+    goal = int(share * len(document))
+    if isinstance(document, BigText):
+        at = document.near(goal)
+    else:
+        at = document.find("\n", goal, goal + 1000) + 1 or goal
+    return at if at < len(document) else 0
 
 
 class BigText:
@@ -88,6 +98,14 @@ class BigText:
                 size = len(piece.encode())
                 yield at, at + size, piece
                 at, text = at + size, text[len(piece):]
+
+    def near(self, goal):
+        with open(self.path, "rb") as file:
+            file.seek(self.start + goal)
+            data = file.read(min(1000, len(self) - goal))
+        border = data.find(b"\n") + 1
+        inside = next((i for i, byte in enumerate(data[:4]) if byte & 0xC0 != 0x80), len(data))  # not in a character
+        return goal + (border or inside)
 
     def _decode(self, text, data, last, end):
         try:

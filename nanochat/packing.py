@@ -26,7 +26,7 @@ from math import gcd
 import numpy as np
 
 from nanochat.common import UserError
-from nanochat.documents import SLICE, BigText, slices
+from nanochat.documents import SLICE, BigText, near, slices
 
 WAITING = 128  # short pieces per lane; bench/loader.py shows what is cropped with other numbers
 STATS = ("documents", "empty", "rows", "tokens", "padded", "cropped", "cut", "skipped")
@@ -52,11 +52,11 @@ class Piece:
 class Slice:
     doc: int
     at: int
-    next: int    # where the next slice starts
+    first: bool  # of its document
     last: bool
     text: str    # "" for a conversation
-    ids: object = None   # tokens, once encoded
-    mask: object = None  # of a conversation
+    ids: list = None     # tokens, once encoded
+    mask: list = None    # of a conversation
 
 
 def cycle(documents, lanes):
@@ -68,10 +68,20 @@ def cycle(documents, lanes):
     return next(size for size in range(documents, documents + lanes + 1) if gcd(size, lanes) == 1)
 
 
+def first_documents(documents, lanes):
+    """For each lane the number of the first document that it meets."""
+    length = cycle(documents, lanes)
+    return [next(number for number in range(lane, lanes * (length + 1), lanes) if number % length < documents)
+            for lane in range(lanes)]
+
+
 class Stream:
     """
     The pieces of one source that belong to one lane: documents lane, lane + lanes, lane + 2 lanes, ... of a source that
     repeats for ever (or ends, with one_pass).
+
+    Of fewer documents than lanes, some lanes start with the same one, and would give the same rows. So the second of two
+    lanes starts half way through it, for this once, as if the document began there; and so on for more.
 
     place  (document, slice, tokens to skip) of the next piece
     ahead  characters to read and tokenize in one go
@@ -80,6 +90,10 @@ class Stream:
     def __init__(self, items, part, first, step, seq_len, tokenizer, shift=0, one_pass=False, place=None, ahead=SLICE):
         self.items, self.part, self.step, self.T, self.tokenizer = items, part, step, seq_len, tokenizer
         self.shift, self.one_pass, self.ahead, self.cycle = shift, one_pass, ahead, cycle(len(items), step)
+        numbers = [] if one_pass or len(items) >= step else first_documents(len(items), step)
+        twins = [lane for lane in range(len(numbers)) if (numbers[lane] - numbers[first]) % self.cycle == 0]
+        self.head, self.share = (numbers[first], twins.index(first) / len(twins)) if twins else (first, 0)
+        self.head_start = 0  # place in document `head` where it begins for us
         self.place = tuple(place) if place is not None else (first, 0, 0)
         self.skip = self.place[2]         # tokens to drop from the very next slice; only after a restart
         self.reader = self._read(*self.place[:2])
@@ -103,16 +117,21 @@ class Stream:
             if isinstance(item, dict):
                 item = self.tokenizer.render(item)
             if isinstance(item, (str, BigText)):
-                end = len(item)
-                for at, after, text in slices(item, at):
-                    yield Slice(doc, at, after, after == end, text)
+                if doc == self.head and self.share:
+                    self.head_start = near(item, self.share)
+                start, end = self.begin(doc), len(item)
+                for at, after, text in slices(item, max(at, start)):
+                    yield Slice(doc, at, at == start, after == end, text)
                 if end == 0:
-                    yield Slice(doc, 0, 0, True, "", ids=[])
+                    yield Slice(doc, 0, True, True, "", ids=[])
             else:
                 ids, mask = item
                 assert len(ids) == len(mask), f"a conversation of {len(ids)} ids has a mask of {len(mask)}"
-                yield Slice(doc, 0, 0, True, "", ids=ids, mask=mask)
+                yield Slice(doc, 0, True, True, "", ids=ids, mask=mask)
             doc, at = doc + self.step, 0
+
+    def begin(self, doc):
+        return self.head_start if doc == self.head else 0
 
     def fetch(self):
         """Read slices worth about `ahead` characters; returns those that need the tokenizer."""
@@ -137,18 +156,17 @@ class Stream:
             self.cut_conversation(piece) if piece.mask is not None else self.cut_text(piece)
         piece = self.pieces.popleft()
         self.place = (self.pieces[0].doc, self.pieces[0].at, self.pieces[0].skip) if self.pieces else self.after
-        self.stats["documents"] += piece.at == piece.skip == 0
+        self.stats["documents"] += piece.at == self.begin(piece.doc) and piece.skip == 0
         return piece
 
     def cut_text(self, piece):
         """Pieces of exactly T inputs as far as the slice goes; what is left waits, or ends the document."""
         skip, self.skip = self.skip, 0
-        if piece.last and piece.at == 0 and len(piece.ids) == 0:
+        if not piece.ids:
             self.nothing(piece, "empty")
             return
-        bos = self.tokenizer.bos
-        head, tail = ([bos] if piece.at == 0 else []), ([bos] if piece.last else [])
-        tokens = np.fromiter((*head, *piece.ids, *tail), np.int32)[skip:]
+        bos = [self.tokenizer.bos]
+        tokens = np.array(bos * piece.first + piece.ids + bos * piece.last, np.int32)[skip:]
         whole, T = np.concatenate([self.rest, tokens]), self.T
         shift = skip - len(self.rest)  # token i of `whole` is token i + shift of the slice, if it is not of the rest
         count = (len(whole) - 1) // T  # a piece also needs the token after it, as its last target

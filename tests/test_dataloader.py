@@ -457,6 +457,45 @@ def test_fewer_documents_than_lanes_or_ranks(world, count):
     assert sum(bool(batches) for batches in passes) == min(world, count)
 
 
+@pytest.mark.parametrize("big", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 6])
+def test_lanes_that_share_a_document_start_apart(tmp_path, monkeypatch, count, big):
+    """One text file, eight lanes: all rows of a batch would be the same eight times, and training would see 1/8 of it."""
+    if big:
+        monkeypatch.setattr(documents, "BIG", 10)
+        monkeypatch.setattr(documents, "SLICE", 1000)
+    texts = ["".join(f"{doc} line {i} é\n" for i in range(2000)) for doc in range(count)]
+    for doc, text in enumerate(texts):
+        (tmp_path / f"{doc}.txt").write_text(text)
+    files = [documents.TextFile(tmp_path / f"{doc}.txt")[0] for doc in range(count)] if big else texts
+    loader = Loader(files, Bytes(), 8, 64)
+    first = take(loader, 1)[0].inputs
+    assert (first[:, 0] == BOS).all(), "each starts as a document does"
+    heads = [bytes(i for i in row[1:20]).split(b"\n")[0].decode().split() for row in first.tolist()]
+    lines = {}
+    for doc, _, line, _ in heads:
+        lines.setdefault(doc, []).append(int(line))
+    assert sorted(map(int, lines)) == list(range(count))
+    for starts in lines.values():
+        gaps = np.diff(sorted(starts) + [2000])
+        assert min(starts) == 0 and gaps.min() > 0.9 * 2000 / len(starts)
+    more = Loader(files, Bytes(), 8, 64, state=loader.state())
+    straight = Loader(files, Bytes(), 8, 64)
+    assert by_row(take(more, 600)) == by_row(take(straight, 601)[1:]), "also when the first document ends and comes again"
+    assert straight.stats == more.stats
+
+
+def test_one_line_without_an_end_starts_between_characters(tmp_path):
+    (tmp_path / "a.txt").write_text("é" * 50_000)
+    big = documents.BigText(tmp_path / "a.txt", 0, 100_000)
+    for share in (0.1, 0.33335, 0.5, 0.9999):
+        at = documents.near(big, share)
+        assert at % 2 == 0 and abs(at - share * 100_000) <= 2
+        assert "".join(text for _, _, text in documents.slices(big, at)) == "é" * ((100_000 - at) // 2)
+    assert documents.near(big, 0.99999) == documents.near("x", 0.9) == 0, "nothing is left there: start at the start"
+    assert documents.near("ab\n", 0.5) == 0
+
+
 @pytest.mark.parametrize("max_rows", [0, 1, 7, 16, 10_000])
 def test_a_pass_is_the_same_every_time_and_ends_where_it_is_told(max_rows):
     texts = random_texts(3, 40, 300)
