@@ -83,9 +83,9 @@ def _extra_group(name, p):
     return "matrices" if matrix and not looked_up else "rest"
 
 
-def make_optimizer(gpt, extra=None, dist=Dist(), compile=False, **settings):
-    """The optimizer of a model and the modules trained beside it; settings as in param_groups."""
-    return MuonAdamW(param_groups(gpt, extra, **settings), dist, compile)
+def make_optimizer(gpt, extra=None, dist=Dist(), compile=False, dtype=None, **settings):
+    """The optimizer of a model and the modules trained beside it; dtype as in MuonAdamW, settings as in param_groups."""
+    return MuonAdamW(param_groups(gpt, extra, **settings), dist, compile, dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -251,9 +251,10 @@ class MuonAdamW:
     its momentum in between); None on some ranks counts as zero there.
     """
 
-    def __init__(self, groups, dist=Dist(), compile=False):
+    def __init__(self, groups, dist=Dist(), compile=False, dtype=None):
+        """dtype: of Muon's matrix products (None: bf16 on GPUs that have it, fp32 elsewhere)."""
         self.param_groups, self.dist, self.skipped, self.buckets = groups, dist, 0, []
-        dtype = muon_dtype(groups[0]["params"][0].device)
+        dtype = dtype or muon_dtype(groups[0]["params"][0].device)
         compiled = torch.compile(muon_step, dynamic=False) if compile else muon_step
         number = torch.tensor if compile else float  # compiled: a tensor, or each new learning rate would recompile
         step = lambda params, grads, buffer, variance, *numbers: compiled(

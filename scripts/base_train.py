@@ -26,6 +26,7 @@ parser.add_argument("--plain", action="store_true", help="no gists: the plain GP
 parser.add_argument("--source", default="stdlib", help="stdlib, dir:PATH, climbmix, or a mix such as dir:books:0.7,stdlib:0.3")
 parser.add_argument("--num-tokens", type=int, default=-1, help="tokens to train on (-1 = 12 per scaling parameter)")
 parser.add_argument("--num-steps", type=int, default=-1, help="optimizer steps instead of tokens")
+parser.add_argument("--lr", type=float, default=1.0, help="times the learning rates that follow from the batch")
 parser.add_argument("--tag", default="", help="name of the checkpoint folder (empty = d<depth>)")
 add_flags(parser, curriculum="8:0.3,16:0.55,32:1")
 
@@ -37,7 +38,7 @@ def main():
     plan = schedule.plan(args.depth, tokenizer.vocab_size, args.max_seq_len, tokens=given(args.num_tokens), steps=given(args.num_steps), batch_tokens=given(args.batch_tokens))
     networks = build(GPTConfig.from_depth(args.depth, tokenizer.vocab_size, args.max_seq_len, tokenizer.bos), memory=not args.plain)
     train("base", args.tag or f"d{args.depth}", args, place, networks, tokenizer, plan, open_source(args.source, "train"), open_source(args.source, "val"),
-          identity=dict(source=args.source))
+          identity=dict(source=args.source, lr=args.lr), rates=args.lr)
 
 
 if __name__ == "__main__":

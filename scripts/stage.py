@@ -83,7 +83,7 @@ def train(stage, tag, args, place, networks, tokenizer, plan, items, val_items, 
     rows = schedule.fit_rows(plan.batch_tokens, most, args.max_seq_len, dist.world)
     accumulate = schedule.accumulation(plan.batch_tokens, rows, args.max_seq_len, dist.world)
     extra = {name: module for name, module in named.items() if name != "gpt"}
-    optimizer = make_optimizer(gpt, extra, dist, lr_scale=plan.lr_mult * rates, weight_decay=0.28 * plan.weight_decay_mult)
+    optimizer = make_optimizer(gpt, extra, dist, dtype=place.amp, lr_scale=plan.lr_mult * rates, weight_decay=0.28 * plan.weight_decay_mult)
     options = CoTrainingOptions(seed=args.seed, curriculum=parse_curriculum(args.curriculum))
     objective = CoTraining(gpt, gistnet, lensnet, options) if memory else PlainObjective(gpt)
     counts = {name: sum(p.numel() for p in module.parameters()) for name, module in named.items()}
