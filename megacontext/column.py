@@ -199,7 +199,6 @@ class FileColumn:
             self.crc = zlib.crc32(os.pread(self.fd, inside, chunk * CHUNK))
             keep[chunk] = inside, self.crc
         self.dirty = {c: d for c, d in self.dirty.items() if c < chunk} | keep
-        self.trusted = {c: t for c, t in self.trusted.items() if c < chunk} | {c: size for c, (size, _) in keep.items()}
         if rows < self.committed_rows:
             self.cut = chunk if self.cut is None else min(self.cut, chunk)
         self.rows = rows

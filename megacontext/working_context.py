@@ -94,7 +94,7 @@ def collapse(spans, i):
 
 def groups(spans):
     """Every (lo, hi) that could collapse into one gist now, oldest first: finished blocks, and runs of 32 sibling gists."""
-    found, level, run = [], -1, 0
+    found, level, run = [], -1, 0  # run: how many of the family that started last are here, all at `level`
     for i, span in enumerate(spans):
         if span.level == 0:
             level = 0
@@ -106,8 +106,6 @@ def groups(spans):
             run += 1
             if run == BLOCK:
                 found.append((i + 1 - BLOCK, i + 1))
-        else:
-            level = -1  # this family started at another level: its run can never be whole
     return found
 
 

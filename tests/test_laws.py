@@ -142,6 +142,16 @@ def test_assembly_by_hand():
     assert assemble(2048, 64, tail=0) == [Span(1, i) for i in range(64)]
     # in 63 they do not: two level-2 gists cost 2, the newer one opens (+31 = 33); 30 are left, one short of a block
     assert assemble(2048, 63, tail=0) == [Span(2, 0)] + [Span(1, i) for i in range(32, 64)]
+    # 2 gists of level 3 and one of level 2, and too little room to share: the finest there is opens
+    assert assemble(66_560, 63, tail=0) == [Span(3, 0), Span(3, 1)] + [Span(1, i) for i in range(2048, 2080)]
+
+
+def test_assembly_shares_what_is_left_of_the_budget():
+    """A million tokens in 8,192 entries. At the coarsest, 976 gists of level 2, 10 of level 1 and 256 tokens make 1,242. Half of the
+    other 6,950 opens 112 gists of level 2 into 3,584 of level 1 (3,472); the rest opens 112 of level 1 into blocks."""
+    assert assemble(1_000_000, 1_242) == [Span(2, i) for i in range(976)] + [Span(1, i) for i in range(31232, 31242)] + [Span(0, i) for i in range(31242, 31250)]
+    spans = assemble(1_000_000, 8192)
+    assert [sum(span.level == level for span in spans) for level in (0, 1, 2)] == [8 + 112, 10 + 3_584 - 112, 976 - 112]
 
 
 @pytest.mark.parametrize("seed", range(120))
@@ -379,6 +389,38 @@ def test_scores_that_flip_every_tick_do_not_make_it_ping_pong():
         return n
     assert swaps(0) >= 38
     assert 1 <= swaps(8) <= 5
+
+
+def test_a_node_rests_after_an_edit_whether_it_was_opened_or_closed():
+    spans, scores = [Span(1, 0), Span(0, 1), Span(0, 2)], [-0.9, -0.5, 0.5]
+    closed = Focus(5, {Span(1, 0): 3})  # gist 0 was closed at tick 3, and is hot now
+    assert refocus(spans, [0.9, -0.5, 0.5], 65, closed, room=0, tail=0, cooldown=3).edits == []
+    assert len(refocus(spans, [0.9, -0.5, 0.5], 65, closed, room=0, tail=0, cooldown=2).edits) == 2
+    spans = [Span(1, 0), Span(0, 1), Span(0, 2)]
+    opened = Focus(5, {Span(1, 1): 3})  # block 1 was opened at tick 3, and is the coldest now: block 2 pays in its place
+    pay, _ = refocus(spans, [0.9, -0.9, -0.5], 65, opened, room=0, tail=0, cooldown=3).edits
+    assert pay == Edit("collapse", Span(1, 2))
+    pay, _ = refocus(spans, [0.9, -0.9, -0.5], 65, opened, room=0, tail=0, cooldown=2).edits
+    assert pay == Edit("collapse", Span(1, 1))
+    # room too is made by those who are rested, if they can
+    assert refocus(spans, [-1, -0.9, -0.5], 65, opened, room=1, tail=0, cooldown=3, n_diff=0).edits == [Edit("collapse", Span(1, 2))]
+
+
+def test_a_gist_does_not_pay_for_itself_and_the_margin_holds_for_whoever_does():
+    """The family of the hot gist is the coldest, but cannot pay for it; the block that could is worth nearly as much as the gist."""
+    spans = [Span(1, i) for i in range(32)] + [Span(0, 32)]
+    scores = [0.9] + [-1.0] * 31 + [0.85]
+    assert refocus(spans, scores, 64, room=0, tail=0, margin=0.1).edits == []
+    assert refocus(spans, scores, 64, room=0, tail=0, margin=0.04).edits == [Edit("collapse", Span(1, 32)), Edit("expand", Span(1, 0))]
+
+
+def test_when_closing_families_is_not_enough_their_parents_close():
+    """32 blocks must fit in 20 entries: they become gists, and the gists, not scored yet, one gist of level 2."""
+    spans = [Span(0, i) for i in range(32)]
+    after, edits, focus = refocus(spans, [1.0] * 32, 52, room=32, tail=0)
+    assert after == [Span(2, 0)] and replayed(spans, edits) == after
+    assert edits == [Edit("collapse", Span(1, i)) for i in range(32)] + [Edit("collapse", Span(2, 0))]
+    assert set(focus.edited) == {node for _, node in edits}
 
 
 def test_noise_around_a_tie_moves_nothing():

@@ -63,6 +63,17 @@ def test_memory_is_bounded_and_the_busiest_nodes_are_found():
     assert sum(len(h.buckets) for h in telemetry.stages.values()) < 200
 
 
+def test_a_node_that_becomes_busy_late_is_found_too():
+    """The places are all taken by nodes of count 3; a newcomer that takes one over takes its count, so the next one evicts another."""
+    telemetry, late = Telemetry(), Span(2, 5)
+    for _ in range(3):
+        telemetry.tick(0, [], 64, [Edit("expand", Span(1, i)) for i in range(NODES)], {})
+    for i in range(200):
+        telemetry.tick(0, [], 64, [Edit("expand", late), Edit("expand", Span(1, NODES + i))], {})
+    assert telemetry.summary()["most_accessed"][0][:2] == [2, 5]
+    assert 200 <= telemetry.accessed[late] <= 203
+
+
 def test_prometheus_page_follows_the_text_format():
     telemetry, spans, focus = Telemetry(), assemble(100_000, 1000), Focus()
     rng = random.Random(0)

@@ -129,6 +129,7 @@ def test_piece_by_piece_is_the_same_files_as_at_once(tmp_path):
 def test_codecs_round_as_they_say(dtype):
     x = np.random.default_rng(0).normal(size=(500, D)).astype(np.float32) * np.logspace(-3, 3, 500, dtype=np.float32)[:, None]
     x[0] = 0
+    x[1, :4] = [1 + 2 ** -8, 1 + 3 * 2 ** -8, -1 - 2 ** -8, 1 + 2 ** -8 + 2 ** -20]  # half-way between two bfloat16, and just above
     back = decode(encode(x, dtype), dtype)
     assert back.dtype == np.float32
     if dtype == "float32":
@@ -155,6 +156,16 @@ def test_gists_of_spans_at_mixed_levels(sample):
     with pytest.raises(TreeError, match="node 2187 of level 1, which has 2187"):
         tree.gists_of([Span(0, 2187, live=17)])
     tree.close()
+
+
+def test_verify_and_reads_amid_an_uncommitted_append(tmp_path):
+    """verify() checks the committed part of a chunk; what was written behind it since must stay readable."""
+    with MegaTree.create(tmp_path / "t", HEADER) as tree:
+        ingest(tree, 100)
+        tree.commit()
+        ingest(tree, 50)
+        assert tree.verify() == 4 * 100 + 2 * 3 * (D + K)
+        check_tree(tree, 150)
 
 
 def test_gists_never_come_before_their_children():
@@ -340,6 +351,21 @@ def test_a_damaged_record_is_refused_or_harmless(sample, tmp_path):
         with pytest.raises(TreeError, match="tree.db"):
             with MegaTree.open(damaged(sample, tmp_path, "tree.db", change), mode="r") as tree:
                 tree.verify()
+
+
+@pytest.mark.parametrize("change", ["rows", "chunk"])
+def test_a_record_that_was_edited_is_refused(sample, tmp_path, change):
+    """Valid SQLite, wrong numbers: one token less than was committed, or a checksum that is not the chunk's."""
+    shutil.copytree(sample, tmp_path / "t")
+    with sqlite3.connect(tmp_path / "t" / "tree.db") as db:
+        if change == "rows":
+            assert db.execute("update state set body = replace(body, '70001', '70000')").rowcount == 1
+        else:
+            assert db.execute("update chunks set crc = crc + 1 where file = 'level1.gists' and chunk = 0").rowcount == 1
+    db.close()
+    with pytest.raises(TreeError, match="does not match its checksum" if change == "rows" else "level1.gists is damaged in bytes 0"):
+        with MegaTree.open(tmp_path / "t", mode="r") as tree:
+            tree.verify()
 
 
 @pytest.mark.parametrize("change, message", [
