@@ -41,15 +41,18 @@ class Batch:
     def to(self, device):
         return Batch(*(getattr(self, item.name).to(device, non_blocking=True) for item in fields(self)))
 
+    def pin(self):
+        """Page-locked, so that to() need not wait."""
+        return Batch(*(getattr(self, item.name).pin_memory() for item in fields(self)))
+
 
 class Maker:
     """Makes the batches of one rank, one after the other, in whichever thread asks."""
 
     def __init__(self, items, tokenizer, batch, seq_len, align, rank, world, lanes, seed, state, one_pass, max_rows,
-                 threads, pin):
+                 threads):
         check_shape(batch, seq_len, align, rank, world, lanes)
-        self.tokenizer, self.batch, self.T, self.align, self.threads, self.pin = (tokenizer, batch, seq_len, align,
-                                                                                  threads, pin)
+        self.tokenizer, self.batch, self.T, self.align, self.threads = tokenizer, batch, seq_len, align, threads
         self.rank, self.world, self.count, self.one_pass, self.max_rows = rank, world, lanes, one_pass, max_rows
         self.parts = list(getattr(items, "parts", None) or [(items, 1.0)])
         for part, _ in self.parts:
@@ -141,8 +144,7 @@ class Maker:
                 first = -(-at // BLOCK)
                 last = end // BLOCK if self.align % BLOCK else -(-end // BLOCK)
                 docs[b, first:max(first, last)] = i
-        tensors = [torch.from_numpy(array) for array in (inputs, targets, docs, numbers)]
-        return Batch(*(tensor.pin_memory() for tensor in tensors) if self.pin else tensors)
+        return Batch(*map(torch.from_numpy, (inputs, targets, docs, numbers)))
 
     def snapshot(self):
         return self.row, {number: lane.snapshot() for number, lane in self.lanes.items()}
@@ -259,8 +261,8 @@ class Loader:
     def __init__(self, items, tokenizer, batch, seq_len, align=1, rank=0, world=1, lanes=8, seed=0, state=None,
                  one_pass=False, max_rows=None, threads=2, ahead=4, pin=False):
         maker = Maker(items, tokenizer, batch, seq_len, align, rank, world, lanes, seed, state, one_pass, max_rows,
-                      threads, pin)
-        self.world, self.settings = world, maker.settings
+                      threads)
+        self.world, self.settings, self.pin = world, maker.settings, pin
         self._snapshot, self._error = maker.snapshot(), None
         self._results, self._stop = queue.Queue(maxsize=ahead), threading.Event()
         thread = threading.Thread(target=work, args=(maker, self._results, self._stop), name="loader", daemon=True)
@@ -279,7 +281,7 @@ class Loader:
             self._error = StopIteration() if result is END else result
             raise self._error
         batch, self._snapshot = result
-        return batch
+        return batch.pin() if self.pin else batch  # here, not in the thread: that one would pin for GPU 0 in every rank
 
     def __enter__(self):
         return self

@@ -97,7 +97,7 @@ class Stream:
         self.place = tuple(place) if place is not None else (first, 0, 0)
         self.skip = self.place[2]         # tokens to drop from the very next slice; only after a restart
         self.reader = self._read(*self.place[:2])
-        self.raw, self.ready = deque(), deque()  # slices before and after encoding
+        self.ready = deque()              # slices that were read and encoded
         self.pieces = deque()             # pieces of the slice that was cut last
         self.rest = np.empty(0, np.int32) # at most T tokens that wait for the next slice of their document
         self.after = self.place           # where the rest starts, or else the next slice

@@ -645,3 +645,12 @@ def test_batches_are_what_they_say():
     assert {tensor.dtype for tensor in (batch.inputs, batch.targets, batch.docs, batch.rows)} == {torch.int64}
     assert batch.to("cpu").inputs is batch.inputs or torch.equal(batch.to("cpu").inputs, batch.inputs)
     assert np.array_equal(batch.rows, [0, 1, 2])
+
+
+@pytest.mark.gpu
+def test_pinned_batches_reach_the_gpu():
+    items = ["some text"] * 99
+    pinned, plain = (take(Loader(items, Bytes(), 3, 64, pin=pin), 1)[0] for pin in (True, False))
+    assert pinned.inputs.is_pinned() and not plain.inputs.is_pinned()
+    there = pinned.to("cuda")
+    assert there.targets.device.type == "cuda" and torch.equal(there.inputs.cpu(), plain.inputs)
