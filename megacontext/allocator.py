@@ -43,11 +43,6 @@ class Refocus(NamedTuple):
     edits: list   # list of Edit, in the order they were planned
     focus: Focus  # for the next tick
 
-    def opened(self):
-        """Blocks that are raw now and were not before: what the runtime must read."""
-        after = {span.index for span in self.spans if span.level == 0}
-        return [e.node.index for e in self.edits if e.kind == "expand" and e.node.level == 1 and e.node.index in after]
-
 
 def refocus(spans, scores, budget, focus=Focus(), *, n_diff=4, margin=0.1, cooldown=8, room=BLOCK, tail=TAIL, pins=Pins(), top=inf):
     """

@@ -1,7 +1,7 @@
 """
 Where an entry stands for the GPT: timeline positions in, positions within the trained range out.
-Nobody's model reads positions beyond those it was trained on, and an unbounded timeline must not ask it to
-(DESIGN.md section 10). `compressed` is the policy; `absolute` and `clamped` are here to be compared with it.
+Nobody's model reads positions beyond those it was trained on, and an unbounded timeline must not ask it to.
+`compressed` is the policy; `absolute` and `clamped` are here to be compared with it.
 
 Distance d counts back from the next token, which stands at `length` on the timeline:
     d <= trained/2    kept exactly, so what is near is read as in any plain context

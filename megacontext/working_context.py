@@ -57,7 +57,7 @@ def find(spans, position):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# One edit: the parent or all of its children, never part (law 6)
+# One edit: the parent or all of its children, never part
 
 def expand(spans, i, budget=inf):
     """Replace gist i by its children. Raises ValueError if they do not fit: pay first, with a collapse."""
@@ -115,7 +115,7 @@ def groups(spans):
 def advance(spans, length, budget=inf):
     """
     The context after the history has grown to `length` tokens: the new ones are raw, at the end.
-    They must fit: call make_room first (law 1 holds at every moment, not only after a repair).
+    They must fit: call make_room first (the budget holds at every moment, not only after a repair).
     """
     now = spans[-1].stop if spans else 0
     assert length >= now, f"history only grows: the context covers {now} tokens, asked to advance to {length}"

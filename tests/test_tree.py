@@ -112,7 +112,7 @@ def test_disk_memory_and_truth_agree_through_a_storm(seed, tmp_path):
 
 
 def test_piece_by_piece_is_the_same_files_as_at_once(tmp_path):
-    """Law 9, as far as the tree goes: to the byte, once both are closed."""
+    """Incremental ingest is bulk ingest, as far as the tree goes: to the byte, once both are closed."""
     rng = random.Random(0)
     with MegaTree.create(tmp_path / "once", HEADER) as tree:
         ingest(tree, 40_000)
