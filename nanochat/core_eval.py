@@ -302,7 +302,7 @@ def evaluate_task(gpt, tokenizer, task, items, most=-1, tokens=8192, dist=Dist()
     total = len(items) if most < 0 else min(most, len(items))
     mine = range(dist.rank, total, dist.world)
     counts = torch.zeros(3, dtype=torch.int64) # right, asked, cropped
-    with tqdm(total=len(mine), desc=f"{task.label:32}", unit="q", disable=not dist.main, leave=False) as bar:
+    with tqdm(total=len(mine), desc=f"{task.label:32}", unit="q", disable=None if dist.main else True, leave=False) as bar:
         for first in range(0, len(mine), WINDOW):
             rows = []
             for index in mine[first:first + WINDOW]:
