@@ -32,22 +32,27 @@ from megacontext.ingest import complete, embed_tokens, ingest
 from megacontext.lensnet import TAIL as ASKING
 from megacontext.positions import map_positions
 from megacontext.span import BLOCK, Span
+from megacontext.telemetry import Telemetry
 from megacontext.working_context import Pins, advance, assemble, check, cost
 from nanochat.attention import rope_angles, rotate
 from nanochat.common import UserError
 from nanochat.gpt import Entries, causal_after
 from nanochat.kv_cache import KVCache
 
+COMMIT = 1024         # tokens between commits while reading: a commit waits for the disk some 13 ms. save() commits too
 MARGIN = 0.02        # nats a block: what an expansion must be better by than the collapse that pays for it
+STAGES = ("read", "ingest", "refocus")
 LEAST_BUDGET = 6 * BLOCK # a raw tail, room for the next block, and the most gists that cannot collapse: 31 a level, up to level 4
 
 
 class Session:
-    def __init__(self, gpt, gistnet, lensnet, tree, budget, *, n_diff=4, margin=MARGIN, pins=Pins(), exact=False, kept_tokens=None):
+    def __init__(self, gpt, gistnet, lensnet, tree, budget, *, n_diff=4, margin=MARGIN, pins=Pins(), exact=False, kept_tokens=None,
+                 telemetry=None):
         """
         budget        most entries the GPT reads at once, tokens and gists alike
         n_diff        most edits a refocus; 0 = recency alone
         kept_tokens   raw tokens whose keys and values are kept when they leave the view (default: four budgets)
+        telemetry     a megacontext.telemetry.Telemetry that is told of every tick (default: one that keeps to memory)
         The tree may hold a history already: it is assembled, not re-read.
         """
         if budget < LEAST_BUDGET:
@@ -61,6 +66,7 @@ class Session:
         self.kv = OrderedDict() # (level, index) -> k, v, each (L, H, n, d), keys unturned; least recently used first
         self.spans, self.scores, self.edits, self.focus = [], [], [], Focus()
         self.frame = tree.length # the length at which positions were last mapped
+        self.telemetry, self.told = telemetry or Telemetry(), {}
         self.stats = dict(ticks=0, edits=0, read_tokens=0, ingested_tokens=0, refocus_ms=0.0, read_ms=0.0, ingest_ms=0.0)
         if tree.length:
             self._assemble()
@@ -106,13 +112,14 @@ class Session:
         start, n, length = time.perf_counter(), len(ids), self.tree.length
         self.tree.append_tokens(ids)
         logits = self._forward(length)
-        self.spans = advance(self.spans, length + n, self.budget)
+        self.spans = advance(self.spans, length + n) # the last refocus left room for it
         self.scores = (self.scores + [0.0])[:len(self.spans)]
         self._count("read", start, read_tokens=n)
         if self.tree.length % BLOCK == 0:
             start = time.perf_counter()
             complete(self.gpt, self.gistnet, self.lensnet, self.tree)
-            self.tree.commit()
+            if self.tree.length % COMMIT == 0:
+                self.tree.commit()
             self._count("ingest", start)
             self.refocus()
         return logits
@@ -151,9 +158,8 @@ class Session:
                 if span.level == 0 and span.start >= earliest:
                     self.kv.pop((0, span.index), None)
         self._splice()
-        self.stats["ticks"] += 1
-        self.stats["edits"] += len(self.edits)
-        self._count("refocus", start)
+        self._count("refocus", start, ticks=1, edits=len(self.edits))
+        self._tell()
         return self.edits
 
     def score(self):
@@ -165,7 +171,7 @@ class Session:
             return scores
         spans = [self.spans[i] for i in done]
         tail = embed_tokens(self.gpt, self.tree, max(0, length - ASKING), length).x
-        keys = torch.as_tensor(np.stack([self.tree.keys(max(s.level, 1), s.index, s.index + 1)[0] for s in spans]), dtype=self.gpt.dtype, device=device)
+        keys = torch.as_tensor(self.tree.keys_of(spans), dtype=self.gpt.dtype, device=device)
         levels = torch.tensor([span.level for span in spans], device=device)
         here = self._mapped(np.array([span.centre for span in spans]))[0]
         distances = (self._mapped(np.array([length]))[0] - here).clamp(min=1) # as the GPT sees them, within what was trained
@@ -239,7 +245,7 @@ class Session:
     def _read_gists(self, spans):
         """Keys and values of gists: each is read alone, because a gist sees itself only."""
         gpt = self.gpt
-        x = torch.as_tensor(np.stack([self.tree.gists(s.level, s.index, s.index + 1)[0] for s in spans]), dtype=gpt.dtype, device=gpt.device)
+        x = torch.as_tensor(self.tree.gists_of(spans), dtype=gpt.dtype, device=gpt.device)
         means = [self._value_means(span) for span in spans]
         values = [torch.stack([mean[i] for mean in means])[:, None] for i in range(len(gpt.config.value_layers))]
         alone = KVCache(gpt.config, len(spans), 1, gpt.device, gpt.dtype)
@@ -284,6 +290,12 @@ class Session:
         self.stats[f"{stage}_ms"] += (time.perf_counter() - start) * 1000
         for name, count in counts.items():
             self.stats[name] += count
+
+    def _tell(self):
+        """One tick to the telemetry: what changed, and what each stage took since the last one."""
+        ms = {stage: self.stats[f"{stage}_ms"] - self.told.get(stage, 0.0) for stage in STAGES}
+        self.told = {stage: self.stats[f"{stage}_ms"] for stage in STAGES}
+        self.telemetry.tick(self.tree.length, self.spans, self.budget, self.edits, ms)
 
     def view(self):
         """What a person wants to see: the working context as a list, and a few numbers."""

@@ -4,13 +4,14 @@ What every script that uses a trained model shares.
 """
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from megacontext.gistnet import GistConfig, GistNet
 from megacontext.lensnet import LensConfig, LensNet
-from megacontext.runtime import Session
+from megacontext.runtime import LEAST_BUDGET, Session
 from megacontext.tree import MegaTree, make_header
 from nanochat import checkpoint
 from nanochat.common import UserError, checkpoint_dir
@@ -33,6 +34,15 @@ class Loaded:
     def modules(self):
         """The networks by the names they have in a checkpoint."""
         return modules(self.gpt, self.gistnet, self.lensnet)
+
+    @cached_property
+    def identity(self):
+        """A fingerprint of everything that gists and keys depend on: a tree made by other networks must not be read."""
+        digest = hashlib.sha256()
+        parts = [("embed", self.gpt.embed_table.weight), ("previous", self.gpt.previous.weight), *self.gistnet.named_parameters(), *self.lensnet.named_parameters()]
+        for name, tensor in parts:
+            digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
 
 def modules(gpt, gistnet=None, lensnet=None):
@@ -80,17 +90,9 @@ def load_stage(stage, tag=None, step=None, device="cpu", dtype=None, seq_len=Non
     return Loaded(gpt, gistnet, lensnet, tokenizer, saved.meta | {"step": saved.step}, stage, tag)
 
 
-def identity(loaded):
-    """A fingerprint of everything that gists and keys depend on: a tree made by other networks must not be read."""
-    digest = hashlib.sha256()
-    for name, tensor in [("embed", loaded.gpt.embed_table.weight), *loaded.gistnet.named_parameters(), *loaded.lensnet.named_parameters()]:
-        digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def open_tree(loaded, path=None, mode="a"):
     """A tree in memory, or the one on disk at path, made if it is not there yet. One that other networks made is refused."""
-    made_by = dict(model=identity(loaded), tokenizer=loaded.tokenizer.fingerprint[:16])
+    made_by = dict(model=loaded.identity, tokenizer=loaded.tokenizer.fingerprint[:16])
     if path is not None and Path(path).exists():
         return MegaTree.open(path, mode, **made_by)
     header = make_header(loaded.gpt.config.width, loaded.lensnet.config.key, **made_by)
@@ -100,14 +102,14 @@ def open_tree(loaded, path=None, mode="a"):
 def open_stream(loaded, memory=True, budget=None, tree=None):
     """
     What the engine feeds: a session with unbounded memory, or the plain GPT behind a KV cache of one row.
-    budget None = half of the longest row it was trained on; tree = a folder that keeps (or already holds) the session. A session
+    budget None = half of the longest row it was trained on, or the least that a session takes; tree = a folder that keeps (or already holds) the session. A session
     that was not saved after its last tokens is assembled anew from its tree, which has them all.
     """
     if not memory:
         return PlainStream(loaded.gpt)
     if loaded.gistnet is None:
         raise UserError(f"the checkpoint {loaded.stage}/{loaded.tag} was trained without memory: use --no-memory, or train with MC=1")
-    budget = budget or loaded.gpt.config.seq_len // 2
+    budget = budget or max(LEAST_BUDGET, loaded.gpt.config.seq_len // 2)
     held = open_tree(loaded, None if tree is None else Path(tree) / "tree")
     if tree is not None and Session.saved_length(tree) == held.length > 0:
         return Session.open(tree, loaded.gpt, loaded.gistnet, loaded.lensnet, held)
