@@ -2,18 +2,26 @@
 
 import gzip
 import json
+import math
+import os
 import random
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from nanochat import core_eval
+import scripts.base_eval as base_eval
+from nanochat import core_eval, report
 from nanochat.common import Dist, UserError
 from nanochat.core_eval import CoreTask, crop, evaluate, evaluate_task, make_row, read_items, read_rows, right, sequences_of, shots_of, texts_of
+from nanochat.dataloader import val_loader
+from nanochat.dataset import open_source
 from nanochat.gpt import Entries
+from scripts.load import load_stage
 from tests.fakes import ByteTokenizer, random_gpt
+from tests.tiny_run import make_run, make_text, tiny_tokenizer
 
 
 class Bytes(ByteTokenizer):
@@ -292,3 +300,69 @@ def test_the_bundle_is_fetched_once_and_a_broken_one_is_thrown_away(base, tmp_pa
     folder = core_eval.download_bundle()
     assert (folder / "a" / "choice.jsonl").read_text() == "{}\n"
     assert core_eval.download_bundle() == folder and len(fetched) == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# scripts.base_eval
+
+def run_base_eval(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["base_eval", *arguments])
+    base_eval.main()
+
+
+def test_base_eval_writes_its_section_and_a_second_stage_joins_it(base, tmp_path, monkeypatch, capsys):
+    gpt, _, _ = make_run("base", "sft")
+    monkeypatch.delenv("NANOCHAT_DATA_DIR", raising=False)
+    common = ["--source", make_text(tmp_path / "text"), "--tokens", "2048", "--samples", "4", "--dtype", "fp32"]
+    run_base_eval(monkeypatch, "--stage", "sft", *common)
+    assert "core=not_measured" in capsys.readouterr().out
+    run_base_eval(monkeypatch, "--stage", "base", "--core", str(write_folder(tmp_path / "icl")), *common)
+    data = report.read_data("base")
+    assert list(data) == ["base", "sft"] and data["base"]["val_bpb"] == data["sft"]["val_bpb"], "the same networks under two names"
+    assert data["sft"]["core"] is None and len(data["base"]["core"]["tasks"]) == 3
+    assert data["base"]["samples"][0][2].keys() == {"plain", "memory"}
+    page = report.assemble()
+    assert "CORE: not measured, needs the files of the 22 tasks" in page and f"CORE of base: **{data['base']['core']['core']:.4f}**" in page
+
+    token_bytes, nats, count = tiny_tokenizer().token_bytes(), 0.0, 0 # bits per byte, the slow way
+    for batch in val_loader(open_source(common[1], "val"), tiny_tokenizer(), 1, gpt.config.seq_len, align=32, max_rows=4):
+        for ids, target, loss in zip(batch.inputs[0], batch.targets[0], gpt(batch.inputs, batch.targets, "none")[0].tolist()):
+            if target >= 0 and token_bytes[target]:
+                nats, count = nats + loss, count + token_bytes[target]
+    assert data["base"]["val_bpb"] == pytest.approx(nats / math.log(2) / count, rel=1e-4)
+
+
+@pytest.mark.parametrize("core, told", [("off", "turned off"), ("download", "needs the network or a local folder"), ("", "NANOCHAT_DATA_DIR")])
+def test_why_core_was_not_measured(base, tmp_path, monkeypatch, core, told):
+    monkeypatch.delenv("NANOCHAT_DATA_DIR", raising=False)
+
+    def offline(*_):
+        raise UserError("no way out")
+    monkeypatch.setattr(core_eval, "fetch", offline)
+    found, why = base_eval.run_core(None, base_eval.parser.parse_args(["--core", core]), Dist(), 100)
+    assert found is None and told in why
+
+
+def test_a_core_folder_that_is_not_there_is_a_mistake(base, tmp_path):
+    with pytest.raises(UserError, match="expected a folder"):
+        base_eval.run_core(None, base_eval.parser.parse_args(["--core", str(tmp_path / "none")]), Dist(), 100)
+
+
+def test_core_files_are_found_in_the_data_folder(base, tmp_path, monkeypatch):
+    write_folder(tmp_path / "icl")
+    monkeypatch.setenv("NANOCHAT_DATA_DIR", str(tmp_path))
+    make_run("base")
+    found, why = base_eval.run_core(load_stage("base", "t"), base_eval.parser.parse_args(["--core-max-per-task", "2"]), Dist(), 4000)
+    assert why is None and [task["n"] for task in found["tasks"]] == [2, 2, 2]
+
+
+def test_the_real_files(base):
+    """All 22 tasks as they are published: every file is read, every prompt is made, cropped prompts are counted."""
+    folder = Path(os.environ.get("NANOCHAT_SHARED_DATA", Path(__file__).parent.parent.parent / "shared" / "data")) / "icl"
+    if not folder.is_dir():
+        pytest.skip(f"needs the files of the 22 tasks in {folder} (NANOCHAT_SHARED_DATA names the folder above)")
+    gpt, _, _ = make_run()
+    found = evaluate(gpt, tiny_tokenizer(), folder, most=2)
+    assert len(found["tasks"]) == 22 and found["missing"] == [] and math.isfinite(found["core"])
+    cropped = {task["label"]: task["cropped"] for task in found["tasks"]}
+    assert cropped["copa"] == 0 and cropped["boolq"] == 1, "one short question; ten passages in a row of 512 tokens"
