@@ -5,6 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 source runs/setup.sh
+set_up
 
 if command -v cargo > /dev/null && cargo --version > /dev/null 2>&1; then
     (cd rustbpe && cargo test --quiet)

@@ -1,14 +1,13 @@
 #!/usr/bin/env bash
 # Set-up: a Python, a virtual environment in .venv, the packages, rustbpe. `bash runs/setup.sh` does only this;
-# speedrun.sh and runtests.sh source it from the project's folder. What is already there is skipped in no time:
-# .venv/stamp-* hold a checksum of the files that each part was installed from.
+# speedrun.sh and runtests.sh source it in the project's folder and call set_up. What is already there is skipped in no
+# time: .venv/stamp-* hold a checksum of the files that each part was installed from.
 #
 #   PYTHON=...         the Python to make .venv with (default: the first of 3.10 or newer)
 #   RUSTBPE_WHEEL=...  a wheel of rustbpe built elsewhere, for machines without Rust:
 #                      python -m pip wheel ./rustbpe --no-deps -w rustbpe/dist
 #                      (a wheel in rustbpe/dist is found by itself where Rust is missing)
 set -euo pipefail
-[[ "${BASH_SOURCE[0]}" != "$0" ]] || cd "$(dirname "$0")/.."
 
 fail() {
     echo "error: $*" >&2
@@ -129,4 +128,7 @@ set_up() {
     unset -f pip
 }
 
-set_up
+if [[ "${BASH_SOURCE[0]}" == "$0" ]]; then
+    cd "$(dirname "$0")/.."
+    set_up
+fi
