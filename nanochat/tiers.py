@@ -203,6 +203,8 @@ def disk(recipe, shards):
 def check_machine(found, recipe, disk):
     """Refuse a run, not a plan, that this machine cannot do. disk = GB that the run needs."""
     if recipe.device == "cuda" and found.gpus < recipe.processes:
-        raise UserError(f"tier {recipe.tier} needs {recipe.processes} GPU(s), this machine shows {found.gpus}" + (f" ({found.trouble})" if found.trouble else "") + ": use another TIER, or add --plan to see the commands only")
+        trouble = f" ({found.trouble})" if found.trouble else ""
+        raise UserError(f"tier {recipe.tier} needs {recipe.processes} GPU(s), this machine shows {found.gpus}{trouble}: use another TIER, or "
+                        "add --plan to see the commands only")
     if found.disk < disk:
         raise UserError(f"the run needs about {disk:.0f} GB in {base_dir()}, {found.disk:.0f} GB are free: make room, or set NANOCHAT_BASE_DIR to a larger place")

@@ -97,7 +97,8 @@ def stages(recipe, wishes):
         return Stage(name, (*many, f"scripts.{name}", "--tag", tag, *flags), needs, (folder,), flag("--run", wishes.run))
 
     def read(name, stage, *flags):
-        return Stage(name, (*many, "scripts.base_eval", "--stage", stage, "--tag", tag, *text, "--tokens", str(recipe.eval_tokens), *flags, *device), ("report_start",))
+        tokens = ("--tokens", str(recipe.eval_tokens))
+        return Stage(name, (*many, "scripts.base_eval", "--stage", stage, "--tag", tag, *text, *tokens, *flags, *device), ("report_start",))
 
     def chat(name, stage):
         memory = "--both" if wishes.memory else "--no-memory"
@@ -106,7 +107,8 @@ def stages(recipe, wishes):
     run = [
         Stage("report_start", (*one, "nanochat.report", "--reset", "--tier", recipe.tier, "--arguments", wishes.told(recipe.tier)), ("chat_sft",)),
         Stage("download", (*one, "nanochat.dataset", "-n", str(tiers.shards(recipe)))),
-        Stage("tok_train", (*one, "scripts.tok_train", *text, "--vocab-size", str(recipe.vocab_size), "--max-chars", str(recipe.tokenizer_chars)), ("download",), ("tokenizer",)),
+        Stage("tok_train", (*one, "scripts.tok_train", *text, "--vocab-size", str(recipe.vocab_size), "--max-chars", str(recipe.tokenizer_chars)),
+              ("download",), ("tokenizer",)),
         Stage("tok_eval", (*one, "scripts.tok_eval", *text), ("report_start",)),
         train("base_train", "--depth", str(recipe.depth), *(() if wishes.memory else ("--plain",)), *text, "--max-seq-len", str(recipe.seq_len),
               *flag("--batch-tokens", recipe.batch_tokens), *flag("--num-tokens", tiers.horizon(recipe)), needs=("tok_train",)),
@@ -118,7 +120,8 @@ def stages(recipe, wishes):
               "--num-steps", str(sft_steps), needs=("mid_train",)),
         read("sft_eval", "sft", "--core", "off", "--samples", "0"),
         chat("chat_eval", "sft"),
-        Stage("mega_eval", (*one, "scripts.mega_eval", "--stage", "sft", "--tag", tag, "--source", wishes.source or recipe.memory_source, *recipe.memory_flags, *device), ("report_start",)),
+        Stage("mega_eval", (*one, "scripts.mega_eval", "--stage", "sft", "--tag", tag, "--source", wishes.source or recipe.memory_source,
+                            *recipe.memory_flags, *device), ("report_start",)),
         Stage("report", (*one, "nanochat.report", "--tag", tag), always=True),
     ]
     left_out = set() if wishes.memory else {"mega_eval"}

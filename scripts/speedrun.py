@@ -25,7 +25,8 @@ from nanochat.run import duration
 from scripts.plan import TALK, Wishes, downloads, keys, stages, told
 
 parser = argparse.ArgumentParser(prog="speedrun.sh", description="Train, evaluate and report, from nothing to a model that talks",
-                                 epilog="Environment: TIER=8gpu|1gpu|cpu, MC=0|1, RUN=name, TAG=name, SOURCE=text, CONVERSATIONS=file.jsonl, NANOCHAT_BASE_DIR=folder; README.md says more.")
+                                 epilog="Environment: TIER=8gpu|1gpu|cpu, MC=0|1, RUN=name, TAG=name, SOURCE=text, CONVERSATIONS=file.jsonl, "
+                                        "NANOCHAT_BASE_DIR=folder; README.md says more.")
 parser.add_argument("--plan", action="store_true", help="print the plan with all commands, and do nothing")
 parser.add_argument("--brief", action="store_true", help="print the plan without the commands, and do nothing")
 
@@ -155,7 +156,8 @@ def main():
     with alone(folder):
         begun = any(read_stamp(folder, stage) for stage in run) # then part of what it needs is there already
         tiers.check_machine(found, recipe, 0 if begun else tiers.disk(recipe, downloads(recipe, run)))
-        seconds = run_stages(run, folder, base_dir(), f"{wishes.told(recipe.tier, RUN=wishes.run, NANOCHAT_BASE_DIR=os.environ.get('NANOCHAT_BASE_DIR', ''))} bash speedrun.sh")
+        again = wishes.told(recipe.tier, RUN=wishes.run, NANOCHAT_BASE_DIR=os.environ.get("NANOCHAT_BASE_DIR", ""))
+        seconds = run_stages(run, folder, base_dir(), f"{again} bash speedrun.sh")
     print(f"\nDone in {duration(seconds)}. The report is report.md. Talk to the model:\n  source .venv/bin/activate\n" + "\n".join(f"  {line}" for line in TALK))
 
 
