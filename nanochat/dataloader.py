@@ -113,7 +113,7 @@ class Maker:
         ended = set()
         while len(ended) < len(self.lanes) and (self.max_rows is None or number < self.max_rows):
             lane = self.lanes[number % self.count]
-            row = lane.next_row() if lane.number not in ended else None
+            row = lane.next_row()
             if row is None:
                 ended.add(lane.number)
             else:

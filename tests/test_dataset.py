@@ -66,6 +66,7 @@ def test_slices_end_at_a_line_end_then_at_a_lone_space_then_anywhere(monkeypatch
         return [piece for _, _, piece in slices(text)]
     assert cut("one\ntwo\n\nthree four") == ["one\ntwo\n\n", "three four"]  # not between the two line ends
     assert cut("aaaa bbb  cccc") == ["aaaa bbb  ", "cccc"]  # two spaces are no border: the second belongs to the word
+    assert cut("abcdef\ng\n  xyz") == ["abcdef\n", "g\n  xyz"]  # the later line end has more space after it
     assert cut("aaaaa bbbbbb") == ["aaaaa", " bbbbbb"]
     assert cut("a" * 25) == ["a" * 10, "a" * 10, "a" * 5]
     assert cut("") == []
@@ -116,6 +117,11 @@ def test_split_names_parts_them_and_leaves_none_empty(names):
     more = split_names(sorted(names | {"new"}), "train")
     low = [name for name in names if name_hash(name) >= 0.05]
     assert set(more) >= set(low) - {min(names, key=name_hash)}, "a new file must not move the others to val"
+
+
+def test_even_if_all_names_hash_low_there_is_training_text():
+    low = [f"n{i}" for i in range(1000) if name_hash(f"n{i}") < dataset.VAL_SHARE]
+    assert len(low) > 10 and len(split_names(low, "train")) == 1 and len(split_names(low[:2], "val")) == 1
 
 
 def test_shards_have_their_last_by_name_as_val(tmp_path):
