@@ -1,0 +1,157 @@
+"""
+The house rules, read off the files themselves: who may import whom, how long a file may be, and what must never be committed
+(secrets, addresses of package registries, paths of somebody's machine). Each checker is also shown an offender of its own making.
+"""
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("nanochat", "megacontext", "tasks", "scripts", "tests", "bench")
+MAY_IMPORT = {"nanochat": set(), "megacontext": {"nanochat"}, "tasks": {"nanochat"}, "scripts": {"nanochat", "megacontext", "tasks"}}
+
+
+def imports(source):
+    """{(package, module)} of ours that a file imports anywhere, inside functions too; module "" is the package itself."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide where a name comes from"
+            names = [node.module] if "." in node.module else [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        found |= {tuple((name + ".").split(".")[:2]) for name in names if name.split(".")[0] in PACKAGES}
+    return found
+
+
+def breaches(package, order, sources):
+    """Lines that say which file of a package imports what it must not. order: its files, top first; sources: {file: text}."""
+    found = []
+    for n, name in enumerate(order):
+        for other, module in sorted(imports(sources[name])):
+            if other == package:
+                if module not in order[:n]:
+                    found.append(f"{package}/{name}.py imports {module}, which is not above it")
+            elif other not in MAY_IMPORT[package]:
+                found.append(f"{package}/{name}.py imports {other}")
+    return found
+
+
+def order_of(package):
+    """The files of a package in the order of its README."""
+    return re.findall(r"^\| `(\w+)\.py` \| \S", (ROOT / package / "README.md").read_text(), re.M)
+
+
+def sources_of(package):
+    return {path.stem: path.read_text() for path in (ROOT / package).glob("*.py") if path.stem != "__init__"}
+
+
+@pytest.mark.parametrize("package", ["nanochat", "megacontext"])
+def test_a_file_imports_only_from_files_above_it(package):
+    order, sources = order_of(package), sources_of(package)
+    assert sorted(order) == sorted(sources), "each file has one line in the README of its package"
+    assert not breaches(package, order, sources)
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_packages_look_down_only(package):
+    """Any order inside a package will do here: scripts share a few modules, and nobody but a script imports a script."""
+    sources = sources_of(package)
+    assert not [line for line in breaches(package, list(sources), sources) if "not above" not in line]
+
+
+def test_scripts_share_helpers_and_no_script_runs_another():
+    shared = {module for source in sources_of("scripts").values() for package, module in imports(source) if package == "scripts"}
+    commands = {name for name, source in sources_of("scripts").items() if '__name__ == "__main__"' in source}
+    assert not shared & commands
+
+
+def test_an_offender_is_found():
+    sources = {"a": "import torch\n", "b": "from nanochat import a\nfrom nanochat.c import x\n", "c": "def f():\n    import megacontext.tree\n    from tasks import common\n"}
+    assert breaches("nanochat", ["a", "b", "c"], sources) == [
+        "nanochat/b.py imports c, which is not above it", "nanochat/c.py imports megacontext", "nanochat/c.py imports tasks"]
+
+
+def test_nanochat_lives_without_megacontext():
+    """Every module of it loads where megacontext, tasks and scripts cannot be imported at all."""
+    code = ("import importlib, sys\nfor name in ('megacontext', 'tasks', 'scripts'):\n    sys.modules[name] = None\n"
+            f"for name in {sorted(sources_of('nanochat'))}:\n    importlib.import_module('nanochat.' + name)\n")
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def too_long(name, source):
+    """Files are asked to be two at some 400 lines, functions at some 60; here is where asking ends."""
+    lines = source.count("\n")
+    found = [f"{name}: {lines} lines"] if lines > 450 else []
+    functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    return found + [f"{name}, {node.name}: {node.end_lineno - node.lineno + 1} lines" for node in functions if node.end_lineno - node.lineno >= 80]
+
+
+def test_files_and_functions_stay_short():
+    assert not [line for package in MAY_IMPORT for name, source in sources_of(package).items() for line in too_long(f"{package}/{name}.py", source)]
+    assert too_long("x", "def f():\n" + "    pass\n" * 80) == ["x, f: 81 lines"] and too_long("x", "\n" * 451) == ["x: 451 lines"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What must never be committed. Patterns are written so that they do not match themselves.
+
+SECRETS = {
+    "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
+    "an AWS key": r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
+    "a GitHub token": r"\bgh[pousr]_[A-Za-z0-9]{36}|\bgithub_pat_[A-Za-z0-9_]{60}",
+    "a Hugging Face token": r"\bhf_[A-Za-z0-9]{30,}",
+    "an API key": r"\bsk-[A-Za-z0-9_-]{20,}|\bAIza[0-9A-Za-z_-]{35}|\bxox[abpr]-[0-9A-Za-z-]{10,}",
+    "a web token": r"\beyJ[A-Za-z0-9_-]{15,}\.eyJ[A-Za-z0-9_-]{15,}\.",
+    "a password in an address": r"\w+://[^/\s:@'\"{}]+:[^/\s:@'\"{}]{3,}@",
+    "a secret by name": r"(?i)\b(?:wandb_api_key|hf_token|api_key|secret_key|password|passwd)\s*[=:]\s*['\"]?[A-Za-z0-9+/_-]{16,}",
+}
+HOSTS = r"(?i)\b(?:py[p]i\.org|pythonhoste[d]\.org|crate[s]\.io|static\.rust-lan[g]\.org|npmj[s]\.(?:org|com)|proxy\.golan[g]\.org|repo1?\.mave[n]|anacond[a]\.(?:com|org)|deb\.debia[n]\.org|download\.pytorc[h]\.org)"
+PLACES = r"(?<![\w.])/(?:roo[t]|wor[k]|opt/wheel[s]|home/[a-z]\w*|Users/[A-Za-z]\w*|mnt/[a-z]\w*)/\w"
+
+
+def offences(text):
+    found = [what for what, pattern in SECRETS.items() if re.search(pattern, text)]
+    found += [f"a package registry: {match[0]}" for match in re.finditer(HOSTS, text)]
+    return found + [f"a place on one machine: {match[0]}" for match in re.finditer(PLACES, text)]
+
+
+def tracked():
+    """Paths of all files that git tracks, or would after `git add`."""
+    listed = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout, so nobody says which files are part of the project")
+    return [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def test_nothing_is_tracked_that_must_not_be():
+    found = []
+    for path in tracked():
+        data = path.read_bytes()
+        found += [f"{path.relative_to(ROOT)}: {what}" for what in offences(data.decode("utf-8", errors="ignore"))]
+        if len(data) > 1_000_000:
+            found.append(f"{path.relative_to(ROOT)}: {len(data):,} bytes, more than a source file has")
+    assert not found
+
+
+@pytest.mark.parametrize("text", [
+    "-----BEGIN RSA " + "PRIVATE KEY-----", "AKIA" + "ABCDEFGHIJKLMNOP", "ghp_" + "a1" * 18, "hf_" + "Ab1" * 11, "sk-" + "proj-" + "a1b2" * 6, "https://me:" + "hunter2@example.org/x",
+    "WANDB_API_KEY=" + "0123456789abcdef" * 2, "password = '" + "correct-horse-battery" + "'", "pip install -i https://pypi" + ".org/simple", "index.crates" + ".io", "cd /root" + "/project", "/home" + "/alice/data"])
+def test_an_offence_is_seen(text):
+    assert offences(f"before {text} after")
+
+
+@pytest.mark.parametrize("text", ["https://huggingface.co/datasets/x/resolve/main", "http://127.0.0.1:8000", "~/.cache/nanochat", "tasks-3", "dir:/path/to/texts", "password = getpass()", "work/root/home", "sk-learn"])
+def test_what_is_harmless_is_let_be(text):
+    assert not offences(text)
+
+
+def test_the_scripts_of_the_shell_parse():
+    for name in (".ci/run", "runtests.sh", "speedrun.sh", "runs/setup.sh"):
+        subprocess.run(["bash", "-n", name], cwd=ROOT, check=True)
+        assert (ROOT / name).read_text().startswith("#!/usr/bin/env bash\n")
