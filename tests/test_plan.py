@@ -296,6 +296,29 @@ def test_two_tags_keep_their_models(runs):
     assert sorted(path.name for path in (runs.base / "models").iterdir()) == ["one", "two"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("memory", [True, False])
+def test_a_whole_run_in_miniature(base, tmp_path, monkeypatch, memory):
+    """The real commands, on next to nothing: every stage ends well, nothing is missing in the report, and a second run does nothing."""
+    tiny = replace(tiers.CPU, depth=1, vocab_size=1024, seq_len=256, long_len=1024, tokens=20480, batch_tokens=1024, mid_steps=2, sft_steps=2, save_every=5, eval_tokens=4096,
+                   chat_flags=("--seconds", "0.2"), memory_flags=("--documents", "2", "--recall-lengths", "512", "--recall-problems", "1"))
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.chdir(tmp_path)
+    stamps, run = base / "stages", plan.stages(tiny, Wishes(memory=memory))
+    stamps.mkdir(parents=True)
+    speedrun.run_stages(run, stamps, base, "again")
+    report = (tmp_path / "report.md").read_text()
+    assert report == (base / "report/report.md").read_text()
+    missing = [line for line in report.partition("## Missing")[2].partition("##")[0].splitlines() if line.startswith("- ")]
+    assert all("mega" in line for line in missing) and len(missing) == (0 if memory else 1)
+    (tmp_path / "report.md").unlink()
+    began = {path.name: path.stat().st_mtime_ns for path in stamps.iterdir()}
+    speedrun.run_stages(run, stamps, base, "again")
+    assert {path.name for path in stamps.iterdir() if path.stat().st_mtime_ns != began[path.name]} == {"report.json"}
+
+
 def test_two_runs_do_not_share_a_folder(base, tmp_path):
     with speedrun.alone(tmp_path):
         with pytest.raises(UserError, match="another speedrun"):
