@@ -36,7 +36,7 @@ def main():
 
     momenta = checkpoint.load(checkpoint_dir("mid", mid.tag), mid.meta["step"]).optimizer
     train("sft", args.tag or mid.tag, args, place, (mid.gpt, mid.gistnet, mid.lensnet), mid.tokenizer, plan, mix("train"), mix("val"),
-          identity=dict(source=args.source, mid=mid.tag), rates=args.lr, warmdown=1.0, final=0.0, first_optimizer=momenta)
+          identity=dict(source=args.source, mid=mid.tag, lr=mid.meta["lr"]), rates=args.lr * mid.meta["lr"], warmdown=1.0, final=0.0, first_optimizer=momenta)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def main():
                                      (Everything(conversations(args.source, split, base.tokenizer, args.max_seq_len, args.hub, seed), base.tokenizer), 1 - args.documents)])
     momenta = checkpoint.load(checkpoint_dir("base", base.tag), base.meta["step"]).optimizer
     train("mid", args.tag or base.tag, args, place, (base.gpt, base.gistnet, base.lensnet), base.tokenizer, plan, mix("train", args.seed), mix("val", args.seed),
-          identity=dict(source=args.source, base=base.tag), rates=args.lr, warmdown=1.0, final=0.1, first_optimizer=momenta)
+          identity=dict(source=args.source, base=base.tag, lr=base.meta["lr"]), rates=args.lr * base.meta["lr"], warmdown=1.0, final=0.1, first_optimizer=momenta)
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def stages(recipe, wishes):
               ("download",), ("tokenizer",)),
         Stage("tok_eval", (*one, "scripts.tok_eval", *text), ("report_start",)),
         train("base_train", "--depth", str(recipe.depth), *(() if wishes.memory else ("--plain",)), *text, "--max-seq-len", str(recipe.seq_len),
-              *flag("--batch-tokens", recipe.batch_tokens), *flag("--num-tokens", tiers.horizon(recipe)), needs=("tok_train",)),
+              *flag("--batch-tokens", recipe.batch_tokens), *flag("--num-tokens", tiers.horizon(recipe)), *flag("--lr", recipe.lr), needs=("tok_train",)),
         read("base_eval", "base", "--core", recipe.core),
         train("mid_train", "--base-tag", tag, *long_text, *hub, "--max-seq-len", str(recipe.long_len), *flag("--num-steps", recipe.mid_steps), needs=("base_train",)),
         read("mid_eval", "mid", "--core", "off", "--samples", "0"),
