@@ -72,6 +72,18 @@ def test_scripts_share_helpers_and_no_script_runs_another():
     assert not shared & commands
 
 
+def test_the_readme_has_a_phrase_for_each_script():
+    listed = re.findall(r"^\| `(\w+\.\w+)` \| \S", (ROOT / "README.md").read_text(), re.M)
+    assert sorted(listed) == sorted(path.name for path in (ROOT / "scripts").iterdir() if path.is_file() and path.name != "__init__.py")
+
+
+def test_every_path_that_a_readme_names_is_there():
+    """Words in backquotes that look like one of our paths."""
+    for readme in [*ROOT.glob("*/README.md"), ROOT / "README.md", ROOT / "runs/multinode.md"]:
+        for name in re.findall(r"`((?:nanochat|megacontext|scripts|tasks|tests|runs|bench|rustbpe)/[\w/.]*\w)`", readme.read_text()):
+            assert (ROOT / name).exists() or name == "rustbpe/dist", f"{readme.relative_to(ROOT)} names {name}"
+
+
 def test_an_offender_is_found():
     sources = {"a": "import torch\n", "b": "from nanochat import a\nfrom nanochat.c import x\n", "c": "def f():\n    import megacontext.tree\n    from tasks import common\n"}
     assert breaches("nanochat", ["a", "b", "c"], sources) == [
