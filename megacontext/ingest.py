@@ -1,5 +1,5 @@
 """
-Text into the tree: tokens appended, and for every block that is complete its gist, its LensNet key, and so on up the levels.
+Text into the tree: tokens appended, and for every block that is complete its gist, and so on up the levels.
 
 The base model is not asked: ingest costs GistNet alone, which is what makes reading a code base many times faster than
 prefilling it. Ingesting piece by piece gives what ingesting at once gives, because a gist depends on its own block and on the
@@ -15,7 +15,7 @@ NODES_AT_ONCE = 256 # 8,192 tokens: bounds the memory of a bulk ingest
 
 
 @torch.no_grad()
-def ingest(gpt, gistnet, lensnet, tree, ids, progress=None):
+def ingest(gpt, gistnet, tree, ids, progress=None):
     """
     Append ids (a list or 1-D array of token ids) and every node that they complete, then commit. `progress(done)` is called with the
     tokens summarised so far. Commits every NODES_AT_ONCE blocks, so a kill loses little and never leaves a block without its gist.
@@ -23,22 +23,22 @@ def ingest(gpt, gistnet, lensnet, tree, ids, progress=None):
     step = NODES_AT_ONCE * BLOCK
     for start in range(0, len(ids), step):
         tree.append_tokens(ids[start:start + step])
-        complete(gpt, gistnet, lensnet, tree)
+        complete(gpt, gistnet, tree)
         tree.commit()
         if progress is not None:
             progress(min(start + step, len(ids)))
 
 
 @torch.no_grad()
-def complete(gpt, gistnet, lensnet, tree):
-    """Write the gists and keys of all nodes whose children are all there and that have none yet."""
+def complete(gpt, gistnet, tree):
+    """Write the gists of all nodes whose children are all there and that have none yet."""
     level = 1
     below = tree.length // BLOCK # nodes that level 1 should have
     while below:
         for first in range(tree.count(level), below, NODES_AT_ONCE):
             last = min(first + NODES_AT_ONCE, below)
             gists = token_gists(gpt, gistnet, tree, first, last) if level == 1 else upper_gists(gpt, gistnet, tree, level, first, last)
-            tree.append_gists(level, gists.float().cpu().numpy(), lensnet.key(gists).float().cpu().numpy())
+            tree.append_gists(level, gists.float().cpu().numpy())
         level, below = level + 1, below // BLOCK
 
 

@@ -5,12 +5,17 @@ One signed score an entry: the nats that the next tokens are expected to gain if
 over the entries at hand. > 0 wants detail (expand a gist, keep raw tokens), < 0 can give it up. Scores add up to about zero, so
 what they ask for and what they offer balance.
 
-Dual cross-attention, as in the MegaContext notes: the tail (the newest raw tokens) reads the entries, then the entries read the
-tail back, so an old entry knows what is being asked now. An entry also gets its best match with any single tail token (late
-interaction: Khattab and Zaharia, 2020). What an entry brings is one narrow key, computed once from its gist when the text is
-ingested and kept in the tree; a refocus touches keys and the tail only.
+What the next tokens need is most often what followed last time, so the question is where the newest tokens have been seen before.
+The tail (the newest raw tokens) and the entries meet in the space of token embeddings, where a gist is close to the mean of
+its children, and each side reads the other: an entry looks for its best and its average match among the newest 2, 8, 32, 64 tokens
+(late interaction: Khattab and Zaharia, 2020), and each token spreads its attention over the entries, so that a token that matches everywhere
+says nothing. A small head weighs these against distance, level, and the same matches of the entry before (what followed a match may
+be in the next block). Nothing has to be stored beside the gists.
 
-M = readings, E = entries, n = tail tokens, D = model width, w = key width
+With learnt keys and two cross-attention layers in place of the matches, as in the MegaContext notes, the same labels gave 0.50 of the
+oracle's gain against 0.64 so (LOG.md, 2026-11-21): few labels cannot teach a network what the embeddings already know.
+
+M = readings, E = entries, n = tail tokens, D = model width, F = features
 """
 from dataclasses import asdict, dataclass
 
@@ -18,17 +23,18 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanochat.attention import attend, norm
+from nanochat.attention import norm
 
-TAIL = 64 # newest tokens that ask; a question of a few lines
+TAIL = 64            # newest tokens that ask: a question of a few lines
+RECENT = (2, 8, 32, TAIL)
+MATCHES = 3 * len(RECENT)
+PLACES = 4 + 3       # of distance, and one for each level shown
 
 
 @dataclass(frozen=True)
 class LensConfig:
     width: int        # D, same as the GPT it serves
-    key: int = 64     # w
-    heads: int = 4
-    levels: int = 2   # highest level with its own embedding; higher ones share the last
+    hidden: int = 32  # of the head
 
     @classmethod
     def for_gpt(cls, config):
@@ -38,58 +44,56 @@ class LensConfig:
         return asdict(self)
 
 
-class CrossAttention(nn.Module):
-    def __init__(self, width, heads):
-        super().__init__()
-        self.heads = heads
-        self.q, self.kv = nn.Linear(width, width, bias=False), nn.Linear(width, 2 * width, bias=False)
-        self.out = nn.Linear(width, width, bias=False)
-
-    def forward(self, x, context, seen):
-        """x (M, a, w) reads context (M, b, w) where seen (M, b); a reading with nothing to see must not be asked for."""
-        q, k, v = self.q(norm(x)), *self.kv(norm(context)).chunk(2, dim=-1)
-        q, k, v = (t.view(t.size(0), t.size(1), self.heads, -1).transpose(1, 2) for t in (q, k, v))
-        y = attend(q, k, v, seen[:, None, None].expand(-1, 1, q.size(2), -1))
-        return x + self.out(y.transpose(1, 2).flatten(2))
-
-
 class LensNet(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        w = config.key
-        self.entry_key = nn.Linear(config.width, w, bias=False)
-        self.level_embedding = nn.Parameter(torch.zeros(config.levels + 1, w))
-        self.distance = nn.Linear(2, w, bias=True)
-        self.token = nn.Linear(config.width, w, bias=False)
-        self.token_before = nn.Linear(config.width, w, bias=False)
-        self.tail_reads, self.entries_read = CrossAttention(w, config.heads), CrossAttention(w, config.heads)
-        self.ask, self.offer = nn.Linear(w, w, bias=False), nn.Linear(w, w, bias=False)
-        self.up, self.score = nn.Linear(w + 1, 2 * w, bias=False), nn.Linear(2 * w, 1, bias=False)
+        self.channel_scale = nn.Parameter(torch.ones(config.width)) # which channels of an embedding tell blocks apart
+        self.sharpness = nn.Parameter(torch.tensor(20.0))           # of a token's attention over entries; cosines are small
+        self.up = nn.Linear(2 * MATCHES + PLACES, config.hidden)
+        self.score = nn.Linear(config.hidden, 1, bias=False)
         nn.init.zeros_(self.score.weight)
 
-    def key(self, gists):
-        """gists (..., D) -> keys (..., w), to be kept beside the gists."""
-        return self.entry_key(gists)
-
-    def forward(self, tail, tail_seen, keys, levels, distances, seen):
+    def forward(self, tail, tail_seen, gists, levels, distances, seen):
         """
         tail (M, n, D)       embeddings of the newest tokens, oldest first; tail_seen (M, n) bool
-        keys (M, E, w)       of the entries; a raw block brings the key of its gist
-        levels (M, E)        0 = shown raw, 1 = a gist of tokens, 2 = a gist of gists
+        gists (M, E, D)      of the entries in the order of the timeline; a raw block brings its gist
+        levels (M, E)        0 = shown raw, 1 = a gist of tokens, 2 and more = a gist of gists
         distances (M, E)     tokens between the entry's centre and now, > 0
         seen (M, E) bool     False = no such entry
         Returns scores (M, E) in nats over the next block; entries not seen get 0.
         """
-        before = F.pad(tail, (0, 0, 1, 0))[:, :-1]
-        asks = self.token(tail) + self.token_before(before) # (M, n, w), a token in the light of the one before
-        far = torch.log1p(distances.float())
-        marks = self.level_embedding[levels.clamp(max=self.config.levels)]
-        entries = keys + marks + self.distance(torch.stack([far / 8, (far / 8).square()], dim=-1).to(keys.dtype))
-        asks = self.tail_reads(asks, entries, seen)
-        entries = self.entries_read(entries, asks, tail_seen)
-        match = norm(self.offer(keys)) @ norm(self.ask(asks)).transpose(1, 2) # (M, E, n), within +-w
-        match = match.masked_fill(~tail_seen[:, None], -1e4).amax(dim=-1, keepdim=True) / self.config.key
-        scores = self.score(F.relu(self.up(torch.cat([norm(entries), match * 4], dim=-1))).square()).squeeze(-1)
-        scores = scores.masked_fill(~seen, 0.0)
-        return (scores - scores.sum(1, keepdim=True) / seen.sum(1, keepdim=True).clamp(min=1)).masked_fill(~seen, 0.0)
+        tail, gists = tail.float(), gists.float()
+        likeness = norm(gists * self.channel_scale) @ norm(tail).transpose(1, 2) / self.config.width # (M, E, n), cosines
+        likeness = likeness.masked_fill(~tail_seen[:, None], 0.0)
+        count = seen.sum(1)[:, None, None].clamp(min=1)
+        spread = torch.softmax((likeness * self.sharpness).masked_fill(~seen[:, :, None], float("-inf")).nan_to_num(neginf=-1e4), dim=1) * count
+        matches = torch.stack([f(part[..., -k:]) for k in RECENT for part, f in ((likeness, _mean), (likeness, _best), (spread, _mean))], dim=-1)
+        matches = among(matches, seen)
+        before = F.pad(matches, (0, 0, 1, 0))[:, :-1]
+        far = torch.log(distances.float())
+        place = torch.stack([far - 5, (far - 5).square(), torch.exp(-distances / 64), torch.exp(-distances / 256)], dim=-1)
+        shown = F.one_hot(levels.clamp(max=2), 3).float()
+        scores = self.score(F.gelu(self.up(torch.cat([matches, before, place, shown], dim=-1)))).squeeze(-1)
+        return (scores - _mean_over(scores, seen)) * seen
+
+
+def _mean(x):
+    return x.mean(dim=-1)
+
+
+def _best(x):
+    return x.amax(dim=-1)
+
+
+def _mean_over(x, seen):
+    """Mean over the entries that are there, (M, 1)."""
+    return (x * seen).sum(1, keepdim=True) / seen.sum(1, keepdim=True).clamp(min=1)
+
+
+def among(features, seen):
+    """Features (M, E, F) as deviations from the other entries' of the same reading, in standard deviations; 0 where not seen."""
+    there = seen[..., None]
+    count = there.sum(1, keepdim=True).clamp(min=1)
+    centred = (features - (features * there).sum(1, keepdim=True) / count) * there
+    return centred / (centred.square().sum(1, keepdim=True) / count + 1e-8).sqrt()

@@ -166,10 +166,10 @@ def lens_scores(lensnet, entries, docs, table, block, K):
     first = index.clamp(min=0)
     tail = entries.x[:, :T].gather(1, first.flatten(1)[:, :, None].expand(-1, -1, D)).view(B * P, TAIL, D)
     same = docs.gather(1, (first // K).flatten(1)).view(B, P, TAIL) == docs.gather(1, block)[:, :, None]
-    keys = lensnet.key(entries.x[:, T:T + Q + G])[:, None].expand(-1, P, -1, -1)
+    gists = entries.x[:, None, T:T + Q + G].expand(-1, P, -1, -1)
     some = seen.any(-1).flatten() # readings with no entry at all have no scores
     scores = entries.x.new_zeros(B * P, Q + G)
     flat = lambda t: t.flatten(0, 1)[some]
     if some.any():
-        scores[some] = lensnet(tail[some], flat(same & (index >= 0)), flat(keys), flat(levels), flat(distances), flat(seen)).to(scores.dtype)
+        scores[some] = lensnet(tail[some], flat(same & (index >= 0)), flat(gists), flat(levels), flat(distances), flat(seen)).to(scores.dtype)
     return scores.view(B, P, -1)

@@ -2,7 +2,7 @@
 The runtime session: unbounded history in, next-token logits out, at the cost of one working context.
 
 Every 32 tokens, one tick:
-    ingest    the finished block gets its gist and key; the tree grows            (ingest.py)
+    ingest    the finished block gets its gist; the tree grows                     (ingest.py)
     refocus   LensNet scores the entries, the allocator expands and collapses      (lensnet.py, allocator.py)
     assemble  keys and values of the entries in view, in timeline order, into one cache
     decode    tokens are read behind that cache like in any GPT with a KV cache
@@ -15,7 +15,7 @@ forgotten, cost a forward. Keys are kept unturned and are turned to the position
 A session is a stream (nanochat.engine): feed(ids) -> logits, length. A prompt much longer than the tail is not read by the GPT
 at all but its end: GistNet summarises it, and LensNet opens what the question asks for.
 
-L = layers, H = kv heads, d = head width, n = entries, w = LensNet's key width
+L = layers, H = kv heads, d = head width, n = entries
 """
 import json
 import time
@@ -93,7 +93,7 @@ class Session:
             skip += self.tail
             start = time.perf_counter()
             self.kv.pop((0, self.tree.length // BLOCK), None) # of the live block as far as it went
-            ingest(self.gpt, self.gistnet, self.lensnet, self.tree, ids[:skip], progress)
+            ingest(self.gpt, self.gistnet, self.tree, ids[:skip], progress)
             self._count("ingest", start, ingested_tokens=skip)
             self._assemble()
             ids, prompt = ids[skip:], True
@@ -117,7 +117,7 @@ class Session:
         self._count("read", start, read_tokens=n)
         if self.tree.length % BLOCK == 0:
             start = time.perf_counter()
-            complete(self.gpt, self.gistnet, self.lensnet, self.tree)
+            complete(self.gpt, self.gistnet, self.tree)
             if self.tree.length % COMMIT == 0:
                 self.tree.commit()
             self._count("ingest", start)
@@ -171,13 +171,13 @@ class Session:
             return scores
         spans = [self.spans[i] for i in done]
         tail = embed_tokens(self.gpt, self.tree, max(0, length - ASKING), length).x
-        keys = torch.as_tensor(self.tree.keys_of(spans), dtype=self.gpt.dtype, device=device)
+        gists = torch.as_tensor(self.tree.gists_of(spans), dtype=self.gpt.dtype, device=device)
         levels = torch.tensor([span.level for span in spans], device=device)
         here = self._mapped(np.array([span.centre for span in spans]))[0]
         distances = (self._mapped(np.array([length]))[0] - here).clamp(min=1) # as the GPT sees them, within what was trained
         seen = torch.ones(1, len(spans), dtype=torch.bool, device=device)
         tail_seen = torch.ones(1, tail.size(1), dtype=torch.bool, device=device)
-        got = self.lensnet(tail, tail_seen, keys[None], levels[None], distances[None], seen)[0].tolist()
+        got = self.lensnet(tail, tail_seen, gists[None], levels[None], distances[None], seen)[0].tolist()
         for i, score in zip(done, got):
             scores[i] = score
         return scores

@@ -37,9 +37,9 @@ class Loaded:
 
     @cached_property
     def identity(self):
-        """A fingerprint of everything that gists and keys depend on: a tree made by other networks must not be read."""
+        """A fingerprint of everything that gists depend on: a tree made by other networks must not be read."""
         digest = hashlib.sha256()
-        parts = [("embed", self.gpt.embed_table.weight), ("previous", self.gpt.previous.weight), *self.gistnet.named_parameters(), *self.lensnet.named_parameters()]
+        parts = [("embed", self.gpt.embed_table.weight), ("previous", self.gpt.previous.weight), *self.gistnet.named_parameters()]
         for name, tensor in parts:
             digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
@@ -95,7 +95,7 @@ def open_tree(loaded, path=None, mode="a"):
     made_by = dict(model=loaded.identity, tokenizer=loaded.tokenizer.fingerprint[:16])
     if path is not None and Path(path).exists():
         return MegaTree.open(path, mode, **made_by)
-    header = make_header(loaded.gpt.config.width, loaded.lensnet.config.key, **made_by)
+    header = make_header(loaded.gpt.config.width, 0, **made_by)
     return MegaTree.in_memory(header) if path is None else MegaTree.create(path, header)
 
 

@@ -89,7 +89,7 @@ def main():
                 print0(f"{path}: already there")
                 continue
             with tqdm(total=len(ids), initial=len(have), unit="tok", desc=Path(path).name) as bar:
-                ingest(loaded.gpt, loaded.gistnet, loaded.lensnet, tree, ids[len(have):], lambda done: bar.update(done + len(have) - bar.n))
+                ingest(loaded.gpt, loaded.gistnet, tree, ids[len(have):], lambda done: bar.update(done + len(have) - bar.n))
         stat(tree, tokenizer)
 
 

@@ -110,7 +110,7 @@ def test_lensnet_learns_a_rule_that_can_be_learnt():
         distances = torch.randint(32, 2000, (M, E), generator=g)
         wanted = -torch.log(distances.float())
         wanted = wanted - wanted.mean(1, keepdim=True)
-        got = o.lensnet(torch.randn(M, n, 32, generator=g), torch.ones(M, n, dtype=torch.bool), torch.randn(M, E, 16, generator=g),
+        got = o.lensnet(torch.randn(M, n, 32, generator=g), torch.ones(M, n, dtype=torch.bool), torch.randn(M, E, 32, generator=g),
                         torch.ones(M, E, dtype=torch.long), distances, torch.ones(M, E, dtype=torch.bool))
         loss = (got - wanted).square().mean() / wanted.square().mean()
         optimizer.zero_grad()
@@ -124,7 +124,7 @@ def test_scores_balance_and_ignore_who_is_not_there():
     _, _, lensnet = tiny_networks()
     args = lambda keys: (torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(1)), torch.ones(1, 5, dtype=torch.bool), keys,
                          torch.ones(1, 9, dtype=torch.long), torch.arange(10, 100, 10)[None], torch.arange(9)[None] < 7)
-    keys = torch.randn(1, 9, 16)
+    keys = torch.randn(1, 9, 32)
     scores = lensnet(*args(keys))
     other = keys.clone()
     other[:, 7:] += 5
@@ -135,7 +135,7 @@ def test_lensnet_is_not_causal():
     """An old entry must see what is asked now: elsewhere its score did not depend on anything newer, so it could not."""
     _, _, lensnet = tiny_networks()
     tail = torch.randn(1, 5, 32, requires_grad=True)
-    scores = lensnet(tail, torch.ones(1, 5, dtype=torch.bool), torch.randn(1, 9, 16), torch.ones(1, 9, dtype=torch.long), torch.arange(100, 10, -10)[None], torch.ones(1, 9, dtype=torch.bool))
+    scores = lensnet(tail, torch.ones(1, 5, dtype=torch.bool), torch.randn(1, 9, 32), torch.ones(1, 9, dtype=torch.long), torch.arange(100, 10, -10)[None], torch.ones(1, 9, dtype=torch.bool))
     assert torch.autograd.grad(scores[0, 0], tail)[0][0, -1].abs().max() > 0
 
 
