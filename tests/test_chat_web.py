@@ -316,7 +316,7 @@ def test_one_session_writes_one_answer_at_a_time(served):
 
 
 def test_a_full_house_says_so(served):
-    app = app_of(lambda: FakeMemory("a" * 500, pause=0.02), sessions=1, workers=1, waiting=2)
+    app = app_of(lambda: FakeMemory("a" * 5000, pause=0.02), sessions=1, workers=1, waiting=2)
     url = served(app)
 
     async def guests():
