@@ -2,7 +2,7 @@
 How fast and how lean is our trainer beside the two everyone has? One corpus, one pattern, one vocabulary size; every run
 in a process of its own, so that its peak memory is its own.
 
-python bench/tokenizer.py ../shared/data/books /usr/lib/python3 --vocab-size 32768 --threads 1 2
+python bench/tokenizer.py path/to/books /usr/lib/python3 --vocab-size 32768 --threads 1 2
 
 ours    rustbpe of this repository (pip install ./rustbpe)
 pypi    rustbpe of PyPI

@@ -42,11 +42,22 @@ parser.add_argument("--device", default="")
 DEPTHS = (0.0, 0.5, 0.9)
 
 
-def sample_rows(tokenizer, texts, T, count, rng):
-    """count rows (count, T + 1), each a stretch of one document that starts on a block; documents in turn, none twice before all were used."""
-    long = [ids for ids in texts if len(ids) > T]
+def long_documents(source, tokenizer, T, most=100):
+    """Ids of the first documents that have more than T tokens, `most` of them."""
+    long = []
+    for text in source.documents():
+        ids = [tokenizer.bos] + tokenizer.encode(text)
+        if len(ids) > T:
+            long.append(ids)
+        if len(long) == most:
+            break
     if len(long) < 2:
         raise UserError(f"only {len(long)} of the validation documents have {T + 1} tokens or more: lower --seq-len or give another --source")
+    return long
+
+
+def sample_rows(long, T, count, rng):
+    """count rows (count, T + 1), each a stretch of one document that starts on a block; documents in turn, none twice before all were used."""
     order = rng.permutation(len(long))
     rows = []
     for i in range(count):
@@ -75,11 +86,11 @@ def main():
     gpt, gistnet, lensnet, tokenizer = loaded.gpt, loaded.gistnet, loaded.lensnet, loaded.tokenizer
     T = args.seq_len if args.seq_len > 0 else gpt.config.seq_len
     W = args.budget if args.budget > 0 else T // 4
-    texts = [[tokenizer.bos] + tokenizer.encode(text) for text in open_source(args.source, "val").documents()]
+    texts = long_documents(open_source(args.source, "val"), tokenizer, T)
     losses, prices, found, correlation, signs = [], {1: [], 2: []}, [], [], []
     for seed in range(args.seeds):
         rng = np.random.default_rng(seed)
-        rows = sample_rows(tokenizer, texts, T, args.documents, rng).to(device)
+        rows = sample_rows(texts, T, args.documents, rng).to(device)
         several = rows.split(4) if len(rows) % 4 != 1 else rows.split(len(rows))
         parts = [trailing(gpt, gistnet, lensnet, part, W, rng) for part in several]
         losses.append({name: float(np.mean([part[name] for part in parts])) for name in parts[0]})

@@ -17,6 +17,7 @@ from tasks.smoltalk import SmolTalk
 from tasks.spellingbee import SimpleSpelling, SpellingBee
 
 SHORTEST = 320   # tokens of a long-context conversation
+SHORTEST_SHIFT = 1024 # rows that can hold two classes and the questions about them
 SPARE = 64       # tokens of a row left to the special tokens of a few turns
 TEXTS = 400      # documents that questions are asked about: enough not to be learnt by heart, few enough to parse in seconds
 
@@ -36,10 +37,14 @@ class Everything:
 
 
 class Parts:
-    """Several sources as one, (items, weight) each; weights are shares of the tokens."""
+    """Several sources as one, (items, weight) each; weights are shares of the tokens. A source that is a mix itself is taken apart."""
 
     def __init__(self, parts):
-        self.parts = parts
+        self.parts = []
+        for items, weight in parts:
+            inner = getattr(items, "parts", None) or [(items, 1.0)]
+            whole = sum(share for _, share in inner)
+            self.parts += [(item, weight * share / whole) for item, share in inner]
 
 
 def texts_of(source, split):
@@ -65,7 +70,9 @@ def conversations(source, split, tokenizer, seq_len, hub, seed=0):
              Passkey(filler, size=500, **settings), MultiKey(filler, size=1500, questions=4, **settings)]
     try:
         code = Sources(texts, measure)
-        tasks += [CodeQuestions(code, size=1500, questions=3, **settings), TopicShift(code, size=500, **settings | dict(length=(seq_len // 2, seq_len - SPARE)))]
+        tasks.append(CodeQuestions(code, size=1500, questions=3, **settings))
+        if seq_len >= SHORTEST_SHIFT:
+            tasks.append(TopicShift(code, size=500, **settings | dict(length=(SHORTEST_SHIFT // 2, seq_len - SPARE))))
     except ValueError: # no Python in the source: nothing to ask about code
         pass
     if hub:

@@ -4,6 +4,7 @@ One stage of training, from networks and data to a checkpoint folder: what base_
 Resume, loader, log, validation, saving and the last line of the run live here; what a stage trains on, and how much of it, is
 its script's business. The flags that all three take are here too.
 """
+import math
 import resource
 import sys
 from dataclasses import dataclass
@@ -92,7 +93,7 @@ def train(stage, tag, args, place, networks, tokenizer, plan, items, val_items, 
 
     folder = checkpoint_dir(stage, tag)
     identity = dict(identity, batch_tokens=plan.batch_tokens, steps=plan.steps, seed=args.seed)
-    begin, loader_state = 0, None
+    begin, loader_state, lanes = 0, None, math.lcm(8, dist.world)
     if args.resume and checkpoint.steps(folder):
         saved = checkpoint.load(folder)
         checkpoint.check_match(saved.meta, networks=about, **identity)
@@ -100,11 +101,12 @@ def train(stage, tag, args, place, networks, tokenizer, plan, items, val_items, 
             module.load_state_dict(saved.tensors[name])
         optimizer.load_state_dict(saved.optimizer)
         begin, loader_state = saved.step, saved.meta["loader"]
+        lanes = loader_state["settings"]["lanes"]
         print0(f"resume      from step {begin} of {folder}")
     elif first_optimizer is not None:
         optimizer.load_state_dict(first_optimizer, partial=True)
-    loader = Loader(items, tokenizer, rows, args.max_seq_len, align=32, rank=dist.rank, world=dist.world, seed=args.seed, state=loader_state)
-    val = val_loader(val_items, tokenizer, rows, args.max_seq_len, align=32, rank=dist.rank, world=dist.world, max_rows=max(1, args.eval_tokens // args.max_seq_len))
+    loader = Loader(items, tokenizer, rows, args.max_seq_len, align=32, rank=dist.rank, world=dist.world, lanes=lanes, seed=args.seed, state=loader_state)
+    val = val_loader(val_items, tokenizer, rows, args.max_seq_len, align=32, rank=dist.rank, world=dist.world, lanes=lanes, max_rows=max(1, args.eval_tokens // args.max_seq_len))
     log = Log(folder, wandb_project=f"nanochat-{stage}", run=args.run, config=vars(args), main=dist.main)
     print0(f"output      checkpoints and log.jsonl in {folder}")
 

@@ -78,9 +78,9 @@ def test_merges_of_real_text():
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.text(alphabet=st.one_of(st.sampled_from("".join(TRICKY)), st.characters(exclude_categories=["Cs"])), max_size=40))
+@given(st.text(alphabet=st.one_of(st.sampled_from("".join(TRICKY)), st.characters(exclude_categories=["Cs", "Cn"])), max_size=40))
 def test_split_is_the_pattern(text):
-    """The pattern as Python's regex module reads it; characters newer than its Unicode are left to cargo's tests."""
+    """The pattern as Python's regex module reads it; unassigned characters, on which tables of different age differ, are left to cargo's tests."""
     newer = {c for c in text if regex.match(r"\p{Cn}", c)}
     if not newer:
         assert rustbpe.split_text(text) == regex.findall(PATTERN, text)
