@@ -86,7 +86,7 @@ def load_stage(stage, tag=None, step=None, device="cpu", dtype=None, seq_len=Non
     checkpoint.check_match(networks, tokenizer=tokenizer.fingerprint)
     for name, module in modules(gpt, gistnet, lensnet).items():
         module.load_state_dict(saved.tensors[name])
-        module.to(device=device, dtype=dtype).eval()
+        module.to(device=device, dtype=None if name == "lensnet" else dtype).eval() # LensNet is tiny and works in fp32 throughout
     return Loaded(gpt, gistnet, lensnet, tokenizer, saved.meta | {"step": saved.step}, stage, tag)
 
 

@@ -165,3 +165,13 @@ def test_pins_are_obeyed():
     memory = session(budget=320, pins=Pins(raw=((0, 20),)))
     memory.feed(some_ids(1500))
     assert memory.spans[0] == Span(0, 0)
+
+
+def test_half_precision_weights_do():
+    """What chat loads on a machine with bf16: GPT and GistNet in bf16, LensNet in fp32."""
+    gpt, gistnet, lensnet = tiny_networks()
+    memory = session((gpt.bfloat16(), gistnet.bfloat16(), lensnet), budget=192)
+    memory.feed(some_ids(1500))
+    for t in some_ids(70):
+        assert torch.isfinite(memory.feed([t])).all()
+    check(memory.spans, 1570, 192)
