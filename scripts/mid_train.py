@@ -30,10 +30,13 @@ def main():
     base = load_stage("base", args.base_tag or None, seq_len=args.max_seq_len)
     steps = given(args.num_steps) or max(1, base.meta["steps"] // 10)
     plan = schedule.plan(base.gpt.config.layers, base.tokenizer.vocab_size, args.max_seq_len, steps=steps, batch_tokens=given(args.batch_tokens) or base.meta["batch_tokens"])
-    mix = lambda split, seed: Parts([(open_source(args.source, split), args.documents),
-                                     (Everything(conversations(args.source, split, base.tokenizer, args.max_seq_len, args.hub, seed), base.tokenizer), 1 - args.documents)])
+
+    def mix(split):
+        talk = conversations(args.source, split, base.tokenizer, args.max_seq_len, args.hub, args.seed)
+        return Parts([(open_source(args.source, split), args.documents), *((Everything(task, base.tokenizer), share * (1 - args.documents)) for task, share in talk.parts)])
+
     momenta = checkpoint.load(checkpoint_dir("base", base.tag), base.meta["step"]).optimizer
-    train("mid", args.tag or base.tag, args, place, (base.gpt, base.gistnet, base.lensnet), base.tokenizer, plan, mix("train", args.seed), mix("val", args.seed),
+    train("mid", args.tag or base.tag, args, place, (base.gpt, base.gistnet, base.lensnet), base.tokenizer, plan, mix("train"), mix("val"),
           identity=dict(source=args.source, base=base.tag, lr=base.meta["lr"]), rates=args.lr * base.meta["lr"], warmdown=1.0, final=0.1, first_optimizer=momenta)
 
 

@@ -7,7 +7,7 @@ The GPU tiers add SmolTalk, MMLU and GSM8K from the data hub, or from NANOCHAT_D
 """
 from nanochat.dataset import open_source
 from tasks.arithmetic import Arithmetic
-from tasks.codeqa import CodeQuestions, Sources, TopicShift
+from tasks.codeqa import CodeQuestions, Sources, TopicShift, read_source
 from tasks.common import TaskMixture
 from tasks.gsm8k import GSM8K
 from tasks.haystack import Filler
@@ -18,6 +18,7 @@ from tasks.spellingbee import SimpleSpelling, SpellingBee
 
 SHORTEST = 320   # tokens of a long-context conversation
 SHORTEST_SHIFT = 1024 # rows that can hold two classes and the questions about them
+LEAST_PYTHON = 10      # files; a source of other text is not asked about code
 SPARE = 64       # tokens of a row left to the special tokens of a few turns
 TEXTS = 400      # documents that questions are asked about: enough not to be learnt by heart, few enough to parse in seconds
 
@@ -59,24 +60,26 @@ def texts_of(source, split):
 
 def conversations(source, split, tokenizer, seq_len, hub, seed=0):
     """
-    The mixture for rows of seq_len tokens, as one shuffled Task.
+    What rows of seq_len tokens talk about: (items, share of the tokens) pairs. Short conversations get as many tokens as long ones:
+    dealt by number, a sum of twenty tokens would drown among texts of a thousand, and hardly anything the assistant says would be trained.
     source   where the long texts come from;  hub   also SmolTalk, MMLU and GSM8K
     """
     measure = lambda text: len(tokenizer.encode(text))
     texts = texts_of(source, split)
     settings = dict(length=(SHORTEST, seq_len - SPARE), seed=seed, split=split)
     filler = Filler(texts, measure)
-    tasks = [Arithmetic(size=2000, seed=seed, split=split), SimpleSpelling(size=1000, seed=seed, split=split), SpellingBee(size=1000, seed=seed, split=split),
-             Passkey(filler, size=500, **settings), MultiKey(filler, size=1500, questions=4, **settings)]
-    try:
-        code = Sources(texts, measure)
-        tasks.append(CodeQuestions(code, size=1500, questions=3, **settings))
+    short = [task(size=4000, seed=seed, split=split) for task in (Arithmetic, SimpleSpelling, SpellingBee)]
+    long = [Passkey(filler, size=500, **settings), MultiKey(filler, size=1500, questions=4, **settings)]
+    python = [text for text in texts if read_source(text)[0]] # files that define something with an answer
+    if len(python) >= LEAST_PYTHON:
+        code = Sources(python, measure)
+        long.append(CodeQuestions(code, size=1500, questions=3, **settings))
         if seq_len >= SHORTEST_SHIFT:
-            tasks.append(TopicShift(code, size=500, **settings | dict(length=(SHORTEST_SHIFT // 2, seq_len - SPARE))))
-    except ValueError: # no Python in the source: nothing to ask about code
-        pass
+            long.append(TopicShift(code, size=500, **settings | dict(length=(SHORTEST_SHIFT // 2, seq_len - SPARE))))
+    parts = [(TaskMixture(short, seed=seed), 0.5), (TaskMixture(long, seed=seed), 0.5)]
     if hub:
         train = split == "train"
-        tasks += [SmolTalk(split="train" if train else "test"), MMLU(split="auxiliary_train" if train else "test", stop=100_000 if train else 1000)]
-        tasks += [GSM8K(split="train" if train else "test")] * (4 if train else 1)
-    return TaskMixture(tasks, seed=seed)
+        chat = [SmolTalk(split="train" if train else "test"), MMLU(split="auxiliary_train" if train else "test", stop=100_000 if train else 1000)]
+        chat += [GSM8K(split="train" if train else "test")] * (4 if train else 1)
+        parts = [(items, 0.15) for items, _ in parts] + [(TaskMixture(chat, seed=seed), 0.7)]
+    return Parts(parts)
