@@ -33,7 +33,7 @@ def make_run(*stages, seq_len=512, memory=True, seed=0):
     tokenizer.save()
     torch.manual_seed(seed)
     config = GPTConfig(tokenizer.vocab_size, seq_len, layers=2, heads=2, kv_heads=2, width=32, bos=tokenizer.bos)
-    networks = build(config, memory, GistConfig(32, inner=16, heads=2, layers=2, left=16), LensConfig(32, key=16, heads=2))
+    networks = build(config, memory, GistConfig(32, inner=16, heads=2, layers=2, left=16), LensConfig(32, hidden=8))
     for network in networks:
         if network is not None:
             stir(network)
