@@ -1,6 +1,7 @@
 """
 From a checkpoint to something that talks: the networks, the tokenizer, and a stream to feed.
-What every script that uses a trained model shares.
+What every script that uses a trained model shares. megacontext/ is imported only where memory is asked for: without that folder the
+plain model still trains and talks.
 """
 import hashlib
 from dataclasses import dataclass
@@ -9,10 +10,6 @@ from pathlib import Path
 
 import torch
 
-from megacontext.gistnet import GistConfig, GistNet
-from megacontext.lensnet import LensConfig, LensNet
-from megacontext.runtime import LEAST_BUDGET, Session
-from megacontext.tree import MegaTree, make_header
 from nanochat import checkpoint
 from nanochat.common import UserError, checkpoint_dir
 from nanochat.engine import PlainStream
@@ -23,8 +20,8 @@ from nanochat.tokenizer import Tokenizer
 @dataclass
 class Loaded:
     gpt: GPT
-    gistnet: GistNet | None   # None: trained without memory
-    lensnet: LensNet | None
+    gistnet: torch.nn.Module | None   # None: trained without memory
+    lensnet: torch.nn.Module | None
     tokenizer: Tokenizer
     meta: dict
     stage: str
@@ -50,11 +47,15 @@ def modules(gpt, gistnet=None, lensnet=None):
 
 
 def build(config, memory, gist_config=None, lens_config=None):
-    """A GPT and, with memory, the GistNet and LensNet that fit it. Returns (gpt, gistnet, lensnet)."""
+    """A GPT and, with memory, the GistNet and LensNet that fit it; their configs as dicts or None. Returns (gpt, gistnet, lensnet)."""
     gpt = GPT(config)
     if not memory:
         return gpt, None, None
-    return gpt, GistNet(gist_config or GistConfig.for_gpt(config)), LensNet(lens_config or LensConfig.for_gpt(config))
+    from megacontext.gistnet import GistConfig, GistNet
+    from megacontext.lensnet import LensConfig, LensNet
+    gist_config = GistConfig(**gist_config) if gist_config else GistConfig.for_gpt(config)
+    lens_config = LensConfig(**lens_config) if lens_config else LensConfig.for_gpt(config)
+    return gpt, GistNet(gist_config), LensNet(lens_config)
 
 
 def describe(gpt, gistnet, lensnet, tokenizer):
@@ -80,8 +81,7 @@ def load_stage(stage, tag=None, step=None, device="cpu", dtype=None, seq_len=Non
     saved = checkpoint.load(checkpoint_dir(stage, tag), step, device="cpu", optimizer=False)
     networks = saved.meta["networks"]
     config = GPTConfig(**(networks["gpt"] | ({"seq_len": seq_len} if seq_len else {})))
-    memory = networks["gistnet"] is not None
-    gpt, gistnet, lensnet = build(config, memory, memory and GistConfig(**networks["gistnet"]), memory and LensConfig(**networks["lensnet"]))
+    gpt, gistnet, lensnet = build(config, networks["gistnet"] is not None, networks["gistnet"], networks["lensnet"])
     tokenizer = Tokenizer.load()
     checkpoint.check_match(networks, tokenizer=tokenizer.fingerprint)
     for name, module in modules(gpt, gistnet, lensnet).items():
@@ -92,6 +92,7 @@ def load_stage(stage, tag=None, step=None, device="cpu", dtype=None, seq_len=Non
 
 def open_tree(loaded, path=None, mode="a"):
     """A tree in memory, or the one on disk at path, made if it is not there yet. One that other networks made is refused."""
+    from megacontext.tree import MegaTree, make_header
     made_by = dict(model=loaded.identity, tokenizer=loaded.tokenizer.fingerprint[:16])
     if path is not None and Path(path).exists():
         return MegaTree.open(path, mode, **made_by)
@@ -109,6 +110,7 @@ def open_stream(loaded, memory=True, budget=None, tree=None):
         return PlainStream(loaded.gpt)
     if loaded.gistnet is None:
         raise UserError(f"the checkpoint {loaded.stage}/{loaded.tag} was trained without memory: use --no-memory, or train with MC=1")
+    from megacontext.runtime import LEAST_BUDGET, Session
     budget = budget or max(LEAST_BUDGET, loaded.gpt.config.seq_len // 2)
     held = open_tree(loaded, None if tree is None else Path(tree) / "tree")
     if tree is not None and Session.saved_length(tree) == held.length > 0:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 
-from megacontext.losses import CoTraining, CoTrainingOptions, parse_curriculum
 from nanochat import checkpoint, cost, hardware, schedule
 from nanochat.common import UserError, checkpoint_dir, cleanup, print0, setup
 from nanochat.dataloader import Loader, gather_state, val_loader
@@ -85,8 +84,7 @@ def train(stage, tag, args, place, networks, tokenizer, plan, items, val_items, 
     accumulate = schedule.accumulation(plan.batch_tokens, rows, args.max_seq_len, dist.world)
     extra = {name: module for name, module in named.items() if name != "gpt"}
     optimizer = make_optimizer(gpt, extra, dist, dtype=place.amp, lr_scale=plan.lr_mult * rates, weight_decay=0.28 * plan.weight_decay_mult)
-    options = CoTrainingOptions(seed=args.seed, curriculum=parse_curriculum(args.curriculum))
-    objective = CoTraining(gpt, gistnet, lensnet, options) if memory else PlainObjective(gpt)
+    objective = co_training(gpt, gistnet, lensnet, args) if memory else PlainObjective(gpt)
     counts = {name: sum(p.numel() for p in module.parameters()) for name, module in named.items()}
     print0(f"model       d{config.layers}: " + ", ".join(f"{name} {count / 1e6:.2f}M" for name, count in counts.items()) + " parameters")
     print0(f"plan        {plan.steps} steps x {plan.batch_tokens} tokens = {plan.tokens / 1e6:.2f}M; {accumulate} x {rows} rows x {args.max_seq_len} tokens on each process")
@@ -135,6 +133,11 @@ def train(stage, tag, args, place, networks, tokenizer, plan, items, val_items, 
     loader.close()
     cleanup()
     return last
+
+
+def co_training(gpt, gistnet, lensnet, args):
+    from megacontext.losses import CoTraining, CoTrainingOptions, parse_curriculum # only where memory is asked for
+    return CoTraining(gpt, gistnet, lensnet, CoTrainingOptions(seed=args.seed, curriculum=parse_curriculum(args.curriculum)))
 
 
 def peak_memory(device):

@@ -72,3 +72,23 @@ def test_a_checkpoint_of_another_run_is_refused(place):
     done = subprocess.run([sys.executable, "-m", "scripts.base_train", *TINY, "--source", f"dir:{place[1]}", "--tag", "one", "--seed", "7", "--resume"],
                           cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and "seed" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_without_the_memory_package_the_plain_model_trains_and_talks(place):
+    """nanochat stands alone: with megacontext/ deleted (here: impossible to import), a plain run ends, loads and answers."""
+    program = f"""
+import runpy, sys
+sys.modules["megacontext"] = None
+sys.argv = ["base_train", *{TINY!r}, "--source", "dir:{place[1]}", "--tag", "alone", "--plain"]
+try:
+    runpy.run_module("scripts.base_train", run_name="__main__")
+except SystemExit as end:
+    assert not end.code
+from scripts.load import load_stage, open_stream
+loaded = load_stage("base", "alone")
+print("logits", tuple(open_stream(loaded, memory=False).feed([loaded.tokenizer.bos]).shape))
+"""
+    env = dict(os.environ, NANOCHAT_BASE_DIR=str(place[0]), OMP_NUM_THREADS="1")
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "logits (320,)" in done.stdout

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import torch
 
-from megacontext.gistnet import GistConfig
-from megacontext.lensnet import LensConfig
 from nanochat import checkpoint
 from nanochat.common import checkpoint_dir
 from nanochat.gpt import GPTConfig
@@ -33,7 +31,7 @@ def make_run(*stages, seq_len=512, memory=True, seed=0):
     tokenizer.save()
     torch.manual_seed(seed)
     config = GPTConfig(tokenizer.vocab_size, seq_len, layers=2, heads=2, kv_heads=2, width=32, bos=tokenizer.bos)
-    networks = build(config, memory, GistConfig(32, inner=16, heads=2, layers=2, left=16), LensConfig(32, hidden=8))
+    networks = build(config, memory, dict(width=32, inner=16, heads=2, layers=2, left=16), dict(width=32, hidden=8))
     for network in networks:
         if network is not None:
             stir(network)
