@@ -132,8 +132,9 @@ class Session:
         return self.gpt.head(self.gpt.trunk(embed_tokens(self.gpt, self.tree, start, start + n), positions, see, self.cache)[0, -1])
 
     def _read_again(self):
-        """After a refocus: the newest block and the live one are read again, so that they see what was opened."""
-        first = max(0, (self.tree.length - 1) // BLOCK - 1) * BLOCK
+        """After a refocus: the live block, and a raw block just before it, are read again, so that they see what was opened."""
+        spans = self.spans[-2:] if self.spans[-1].live else self.spans[-1:]
+        first = min(span.start for span in spans if span.level == 0)
         self.cache.rewind(self.cache.length - (self.tree.length - first))
         return self._forward(first)
 

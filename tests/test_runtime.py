@@ -175,3 +175,24 @@ def test_half_precision_weights_do():
     for t in some_ids(70):
         assert torch.isfinite(memory.feed([t])).all()
     check(memory.spans, 1570, 192)
+
+
+@pytest.mark.parametrize("length", [2016, 2017, 2030])
+def test_the_cache_holds_the_context_after_the_end_of_a_prompt_was_read_again(length):
+    """
+    The re-reading once went two blocks back whatever stood there: at a small budget the block before the last can be a gist, and
+    its entry and 31 others were overwritten. After a prompt, the cache must be what a fresh splice of the context gives.
+    """
+    memory = session(budget=192)
+    memory.feed(some_ids(length - 40))
+    memory.score = lambda: [5.0 if span.level == 1 else -1.0 for span in memory.spans]
+    memory.focus = Focus()
+    memory.feed(some_ids(40, seed=1))
+    assert memory.stats["edits"] and (length % BLOCK or memory.spans[-2].level == 1), "the case must have edits, and a gist before the last block"
+    memory._read_again()
+    end = memory.cache.length
+    before = memory.cache.k[..., :end, :].clone(), memory.cache.v[..., :end, :].clone()
+    memory._keep_live()
+    memory._load(memory.spans)
+    assert memory.cache.length == end
+    assert torch.allclose(memory.cache.k[..., :end, :], before[0], atol=1e-4) and torch.allclose(memory.cache.v[..., :end, :], before[1], atol=1e-4)
