@@ -111,6 +111,23 @@ def trailing(gpt, gistnet, lensnet, rows, W, rng):
     return nats
 
 
+@torch.no_grad()
+def by_budget(gpt, gistnet, rows, budgets):
+    """
+    Loss against visible budget: rows (B, T + 1) -> {budget: {"window" and "recency": nats per token over the last quarter}}, and under T
+    {"full": ...}, every token raw. A budget that cannot hold a gist of every block has no "recency".
+    """
+    inputs, targets = rows[:, :-1], rows[:, 1:]
+    (B, T), device = inputs.shape, inputs.device
+    Q, last = T // BLOCK, slice(T * 3 // 4, T)
+    entries = row_entries(gpt, gistnet, inputs, torch.zeros(B, Q, dtype=torch.long, device=device), BLOCK)
+    found = {T: {"full": gpt(inputs, targets, "none")[:, last].mean().item()}}
+    for W in budgets:
+        tables = {"window": window_table(Q, W)} | ({"recency": recency_table(Q, W)} if W - BLOCK >= Q - 1 else {})
+        found[W] = {name: row_nats(gpt, entries, targets, torch.from_numpy(table).to(device)[None].expand(B, -1, -1))[:, last].mean().item() for name, table in tables.items()}
+    return found
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # What a gist costs, and whether LensNet knows
 

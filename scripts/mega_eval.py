@@ -1,7 +1,8 @@
 """
-Does the memory pay? Three tables, and one JSON line with all of their numbers:
+Does the memory pay? Five tables, and one JSON line with all of their numbers:
 
     trailing loss    at equal visible budget: a sliding window, gists by recency, LensNet's choice, controls, full attention
+    by budget        bits per byte against the visible budget, window and gists beside full attention
     dNLL@32          what a gist costs in place of what it stands for, by level
     LensNet          how much of the oracle's gain it gets, beside recency, random, embedding and BM25
     recall           a passkey in a history many times the budget, by length and depth (conversation stages)
@@ -11,12 +12,13 @@ python -m scripts.mega_eval --stage base --source dir:books --seq-len 2048 --bud
 """
 import argparse
 import json
+import math
 import time
 
 import numpy as np
 import torch
 
-from megacontext.evaluate import gist_price, lens_quality, trailing
+from megacontext.evaluate import by_budget, gist_price, lens_quality, trailing
 from megacontext.runtime import LEAST_BUDGET
 from megacontext.span import BLOCK
 from nanochat import report
@@ -87,33 +89,41 @@ def main():
     T = args.seq_len if args.seq_len > 0 else gpt.config.seq_len
     W = args.budget if args.budget > 0 else T // 4
     texts = long_documents(open_source(args.source, "val"), tokenizer, T)
-    losses, prices, found, correlation, signs = [], {1: [], 2: []}, [], [], []
+    losses, prices, found, correlation, signs, curve = [], {1: [], 2: []}, [], [], [], []
+    budgets = sorted({T // 16, T // 8, T // 4, T // 2})
+    bytes_of = torch.as_tensor(tokenizer.token_bytes(), device=device)
     for seed in range(args.seeds):
         rng = np.random.default_rng(seed)
         rows = sample_rows(texts, T, args.documents, rng).to(device)
         several = rows.split(4) if len(rows) % 4 != 1 else rows.split(len(rows))
         parts = [trailing(gpt, gistnet, lensnet, part, W, rng) for part in several]
         losses.append({name: float(np.mean([part[name] for part in parts])) for name in parts[0]})
-        for level, price in gist_price(gpt, gistnet, rows[:4], rng).items():
+        few, last = rows[:4], slice(T * 3 // 4, T)
+        bits = (bytes_of[few[:, 1:][:, last]].float().mean() * math.log(2)).item() # nats per token / this = bits per byte
+        curve.append({W: {name: value / bits for name, value in row.items()} for W, row in by_budget(gpt, gistnet, few, budgets).items()})
+        for level, price in gist_price(gpt, gistnet, few, rng).items():
             prices[level].append(float(np.mean(price)))
-        gains, corr, right = lens_quality(gpt, gistnet, lensnet, rows[:4], W, rng)
+        gains, corr, right = lens_quality(gpt, gistnet, lensnet, few, W, rng)
         found.append({name: float(np.mean(gain)) for name, gain in gains.items()})
         correlation += corr
         signs += right
         print0(f"seed {seed}: " + ", ".join(f"{name} {value:.4f}" for name, value in losses[-1].items()) + f" ({time.time() - began:.0f} s)")
 
     loss = {name: spread([sample[name] for sample in losses]) for name in losses[0]}
+    by = {W: {name: spread([sample[W][name] for sample in curve]) for name in curve[0][W]} for W in curve[0]}
     gap = {name: spread([sample["window"] - sample[name] for sample in losses]) for name in losses[0]} # paired: rows are the same
     lens = {name: spread([sample[name] for sample in found]) for name in found[0]}
     helps = all(sample["oracle"] > 0 for sample in found) # else nothing was worth opening, and a share of nothing means nothing
     regret = {name: spread([1 - sample[name] / sample["oracle"] for sample in found]) for name in found[0]} if helps else None
     price = {level: spread(values) for level, values in prices.items() if values}
-    data = dict(stage=args.stage, tag=loaded.tag, source=args.source, seq_len=T, budget=W, seeds=args.seeds, trailing=loss, better_than_window=gap, dnll_32=price,
+    data = dict(stage=args.stage, tag=loaded.tag, source=args.source, seq_len=T, budget=W, seeds=args.seeds, trailing=loss, better_than_window=gap, bpb_by_budget=by, dnll_32=price,
                 lens_gain=lens, lens_regret=regret, lens_correlation=float(np.mean(correlation)) if correlation else None, lens_signs=float(np.mean(signs)) if signs else None)
     tables = [
         f"Rows of {T} tokens from {args.source} (validation), {args.documents} rows for each of {args.seeds} seeds; every method sees {W} entries, full sees all. "
         "Nats per token over the last quarter; +- is the standard deviation over seeds.",
         report.table(["method", "loss", "better than the window by"], [[name, told(loss[name]), told(gap[name])] for name in loss]),
+        f"Bits per byte of the last quarter against the visible budget (4 rows of each seed); all {T} tokens raw: {told(by[T]['full'])}.",
+        report.table(["budget", "window", "recency with gists"], [[str(W), told(by[W]["window"]), told(by[W]["recency"]) if "recency" in by[W] else None] for W in budgets]),
         "What is lost over the next 32 tokens, in nats per token, when one thing is shown more coarsely (dNLL@32):",
         report.table(["level", "dNLL@32"], [[f"{32 ** level} tokens as one gist", told(p)] for level, p in price.items()]),
         f"Two gists opened: gain in nats over the next block, and regret against the oracle (0 = as good, 1 = no gain). LensNet's scores correlate "
