@@ -325,18 +325,18 @@ class Session:
         (folder / "session.json.new").replace(folder / "session.json")
 
     @staticmethod
-    def saved_length(folder):
-        """Tokens of history of the session saved in a folder, None if there is none."""
+    def saved(folder):
+        """What save() wrote about the session in a folder (a dict: length, budget, spans, ...), None if there is none."""
         path = Path(folder) / "session.json"
-        return json.loads(path.read_text())["length"] if path.exists() else None
+        return json.loads(path.read_text()) if path.exists() else None
 
     @classmethod
     def open(cls, folder, gpt, gistnet, lensnet, tree, **settings):
         """Continue a saved session: the same next tokens, in another process."""
         folder = Path(folder)
-        if not (folder / "session.json").exists():
+        state = cls.saved(folder)
+        if state is None:
             raise UserError(f"no saved session in {folder}: expected session.json there")
-        state = json.loads((folder / "session.json").read_text())
         if state["length"] != tree.length:
             raise UserError(f"the session in {folder} was saved at {state['length']} tokens, its tree holds {tree.length}: they do not belong together")
         settings = dict(budget=state["budget"], n_diff=state["n_diff"], margin=state["margin"], pins=Pins(**{k: tuple(map(tuple, v)) for k, v in state["pins"].items()})) | settings

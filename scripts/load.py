@@ -103,16 +103,17 @@ def open_tree(loaded, path=None, mode="a"):
 def open_stream(loaded, memory=True, budget=None, tree=None):
     """
     What the engine feeds: a session with unbounded memory, or the plain GPT behind a KV cache of one row.
-    budget None = half of the longest row it was trained on, or the least that a session takes; tree = a folder that keeps (or already holds) the session. A session
-    that was not saved after its last tokens is assembled anew from its tree, which has them all.
+    budget None = as it was saved, else half of the longest row that was trained on, or the least that a session takes.
+    tree = a folder that keeps, or already holds, the session. One that was not saved after its last tokens, or had another budget,
+    is assembled anew from its tree, which has them all.
     """
     if not memory:
         return PlainStream(loaded.gpt)
     if loaded.gistnet is None:
         raise UserError(f"the checkpoint {loaded.stage}/{loaded.tag} was trained without memory: use --no-memory, or train with MC=1")
     from megacontext.runtime import LEAST_BUDGET, Session
-    budget = budget or max(LEAST_BUDGET, loaded.gpt.config.seq_len // 2)
     held = open_tree(loaded, None if tree is None else Path(tree) / "tree")
-    if tree is not None and Session.saved_length(tree) == held.length > 0:
+    saved = tree and Session.saved(tree)
+    if saved and saved["length"] == held.length and budget in (None, saved["budget"]):
         return Session.open(tree, loaded.gpt, loaded.gistnet, loaded.lensnet, held)
-    return Session(loaded.gpt, loaded.gistnet, loaded.lensnet, held, budget)
+    return Session(loaded.gpt, loaded.gistnet, loaded.lensnet, held, budget or (saved or {}).get("budget") or max(LEAST_BUDGET, loaded.gpt.config.seq_len // 2))
