@@ -74,7 +74,10 @@ def visibility(table, K, copies=None):
 
 
 def visibility_rule(table, K):
-    """The same rule, without copies, as a FlexAttention mask function: nothing of size N x N is ever built."""
+    """
+    The same rule, without copies, as a FlexAttention mask function: nothing of size N x N is ever built. Training does not use it yet:
+    it is equal to the mask (tests/test_layout.py), but no GPU has run it.
+    """
     Q = table.size(1)
     T, G = Q * K, Q // FAN
 
