@@ -100,6 +100,7 @@ def train(stage, tag, args, place, networks, tokenizer, plan, items, val_items, 
         optimizer.load_state_dict(saved.optimizer)
         begin, loader_state = saved.step, saved.meta["loader"]
         lanes = loader_state["settings"]["lanes"]
+        checkpoint.set_rng_state(saved.meta["rng"])
         print0(f"resume      from step {begin} of {folder}")
     elif first_optimizer is not None:
         optimizer.load_state_dict(first_optimizer, partial=True)
@@ -117,7 +118,7 @@ def train(stage, tag, args, place, networks, tokenizer, plan, items, val_items, 
         return last
 
     def save(step):
-        meta = dict(identity, networks=about, args=vars(args), loader=gather_state(loader))
+        meta = dict(identity, networks=about, args=vars(args), loader=gather_state(loader), rng=checkpoint.rng_state())
         checkpoint.save(folder, step, named, optimizer, meta, keep=2, main=dist.main)
 
     last = {}
