@@ -20,7 +20,7 @@ from nanochat import hardware
 from nanochat.common import UserError, run_main, setup
 from nanochat.conversation import Conversation, Progress
 from nanochat.engine import Engine, Sampler
-from scripts.load import load_stage, open_stream
+from scripts.load import add_flags, load_stage, open_stream
 
 CHUNK = 8192 # tokens of a long text fed at once: how often its progress is shown, and how soon Ctrl-C is heard
 
@@ -34,15 +34,7 @@ parser = argparse.ArgumentParser(description="Talk to a trained model in the ter
 # what is said
 parser.add_argument("-p", "--prompt", default=None, help="answer this and leave (- = read it from standard input)")
 parser.add_argument("--file", default=None, help="a text file in front of the first message")
-# the model
-parser.add_argument("--stage", default="sft", help="base, mid, sft or rl")
-parser.add_argument("--tag", default=None, help="name of the checkpoint folder (default: the newest)")
-parser.add_argument("--step", type=int, default=None, help="step of the checkpoint (default: the last)")
-parser.add_argument("--device", default="", help="cuda, mps or cpu (empty = the best there is)")
-parser.add_argument("--dtype", default="auto", help="of the weights: auto, bf16, fp16 or fp32")
-# memory
-parser.add_argument("--no-memory", action="store_true", help="the plain model: it forgets what does not fit into its context")
-parser.add_argument("--budget", type=int, default=None, help="most entries, tokens and gists alike, that the model reads at once (default: half its longest row)")
+add_flags(parser)
 parser.add_argument("--tree", default=None, help="a folder that keeps the memory; an existing one is continued")
 # how it speaks
 parser.add_argument("--temperature", type=float, default=0.6, help="0 = always the likeliest token")

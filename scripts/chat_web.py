@@ -43,7 +43,7 @@ from nanochat.common import UserError, run_main, setup
 from nanochat.conversation import Conversation, Progress
 from nanochat.engine import Engine
 from nanochat.tokenizer import turns
-from scripts.load import load_stage, open_stream
+from scripts.load import add_flags, load_stage, open_stream
 
 CHUNK = 8192       # tokens of a long message read at once: how often progress is told and a hang-up is heard
 VIEW_EVERY = 16    # tokens between two snapshots of the memory
@@ -51,15 +51,7 @@ KEEP_ALIVE_S = 15  # proxies cut connections that are silent for longer
 PAGE = Path(__file__).with_name("ui.html")
 
 parser = argparse.ArgumentParser(description="Talk to a trained model in the browser", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-# the model
-parser.add_argument("--stage", default="sft", help="base, mid, sft or rl")
-parser.add_argument("--tag", default=None, help="name of the checkpoint folder (default: the newest)")
-parser.add_argument("--step", type=int, default=None, help="step of the checkpoint (default: the last)")
-parser.add_argument("--device", default="", help="cuda, mps or cpu (empty = the best there is)")
-parser.add_argument("--dtype", default="auto", help="of the weights: auto, bf16, fp16 or fp32")
-# memory
-parser.add_argument("--no-memory", action="store_true", help="the plain model: it forgets what does not fit into its context")
-parser.add_argument("--budget", type=int, default=None, help="most entries, tokens and gists alike, that the model reads at once (default: half its longest row)")
+add_flags(parser)
 # serving
 parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 = all of this machine's")
 parser.add_argument("--port", type=int, default=8000)

@@ -42,6 +42,19 @@ class Loaded:
         return digest.hexdigest()[:16]
 
 
+def add_flags(parser):
+    """The flags of every script that talks: which model, and how much it reads at once."""
+    # the model
+    parser.add_argument("--stage", default="sft", help="base, mid, sft or rl")
+    parser.add_argument("--tag", default=None, help="name of the checkpoint folder (default: the newest)")
+    parser.add_argument("--step", type=int, default=None, help="step of the checkpoint (default: the last)")
+    parser.add_argument("--device", default="", help="cuda, mps or cpu (empty = the best there is)")
+    parser.add_argument("--dtype", default="auto", help="of the weights: auto, bf16, fp16 or fp32")
+    # memory
+    parser.add_argument("--no-memory", action="store_true", help="the plain model: it forgets what does not fit into its context")
+    parser.add_argument("--budget", type=int, default=None, help="most entries, tokens and gists alike, that the model reads at once (default: as it was saved, else half its longest row)")
+
+
 def modules(gpt, gistnet=None, lensnet=None):
     return {"gpt": gpt} | ({"gistnet": gistnet, "lensnet": lensnet} if gistnet is not None else {})
 
