@@ -125,8 +125,9 @@ def open_stream(loaded, memory=True, budget=None, tree=None):
     if loaded.gistnet is None:
         raise UserError(f"the checkpoint {loaded.stage}/{loaded.tag} was trained without memory: use --no-memory, or train with MC=1")
     from megacontext.runtime import LEAST_BUDGET, Session
+    from megacontext.state import saved as saved_in
     held = open_tree(loaded, None if tree is None else Path(tree) / "tree")
-    saved = tree and Session.saved(tree)
+    saved = tree and saved_in(tree)
     if saved and saved["length"] == held.length and budget in (None, saved["budget"]):
         return Session.open(tree, loaded.gpt, loaded.gistnet, loaded.lensnet, held)
     return Session(loaded.gpt, loaded.gistnet, loaded.lensnet, held, budget or (saved or {}).get("budget") or max(LEAST_BUDGET, loaded.gpt.config.seq_len // 2))
