@@ -14,6 +14,7 @@ import argparse
 import signal
 import sys
 import threading
+from collections import deque
 from contextlib import contextmanager
 
 from nanochat import hardware
@@ -22,10 +23,12 @@ from nanochat.conversation import Conversation, Progress
 from nanochat.engine import Engine, Sampler
 from scripts.load import add_flags, load_stage, open_stream
 
+TURNS = 20   # that /back can go back: each keeps what the model had in view
 CHUNK = 8192 # tokens of a long text fed at once: how often its progress is shown, and how soon Ctrl-C is heard
 
 HELP = """/read FILE   put a text file in front of your next message
 /memory      the working context: how many entries of each level, where
+/back        forget your last message and its answer
 /new         forget this conversation and start another
 /help        this list
 /quit        leave (so does Ctrl-D; Ctrl-C stops an answer)"""
@@ -130,13 +133,16 @@ def main():
         stream = open_stream(loaded, not args.no_memory, args.budget, args.tree)
         return Conversation(engine, stream, None if args.no_memory else CHUNK)
 
-    def say(conversation, message):
-        answer(conversation, message, settings, sys.stdout)
+    def keep(conversation):
         if args.tree is not None:
             conversation.finish()
             conversation.stream.save(args.tree)
 
-    conversation = begin()
+    def say(conversation, message):
+        answer(conversation, message, settings, sys.stdout)
+        keep(conversation)
+
+    conversation, marks = begin(), deque(maxlen=TURNS)
     if args.prompt is not None:
         say(conversation, before + (sys.stdin.read() if args.prompt == "-" else args.prompt))
         return
@@ -160,6 +166,14 @@ def main():
                 print(f"the memory in {args.tree} goes on: leave, and start with another --tree")
             else:
                 conversation, before = begin(), ""
+                marks.clear()
+        elif command == "/back":
+            if marks:
+                conversation.rewind(marks.pop())
+                keep(conversation)
+                print(f"back to {conversation.stream.length:,} tokens")
+            else:
+                print("nothing to go back to: no message was said here yet" if not conversation.turns else f"the last {TURNS} messages are gone: no further back")
         elif command == "/read":
             try:
                 before += read_text(rest.strip()) + "\n\n"
@@ -170,6 +184,7 @@ def main():
             print(f"no command {command}: /help lists them")
         elif line:
             print("\nmodel: ", end="", flush=True)
+            marks.append(conversation.mark())
             say(conversation, before + line)
             before = ""
 

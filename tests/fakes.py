@@ -108,6 +108,12 @@ class FakeMemory:
     def save(self, folder):
         self.saved.append(folder)
 
+    def mark(self):
+        return len(self.fed)
+
+    def rewind(self, mark):
+        del self.fed[mark:]
+
 
 class FakeLoaded:
     """What scripts.load.load_stage returns, as far as the chat scripts look."""

@@ -93,6 +93,15 @@ def test_a_kept_memory_is_written_after_every_answer(monkeypatch, capsys, tmp_pa
     assert stream.fed[-1] == END, "a saved memory ends with a finished answer"
 
 
+def test_back_takes_the_last_message_back(monkeypatch, capsys, tmp_path):
+    tree = str(tmp_path / "memory")
+    out, (stream,) = run(monkeypatch, capsys, "--tree", tree, lines=["/back", "one", "two", "/back", "three", "/back", "/back", "/back", "four"])
+    spoken = tokenizer.decode(stream.fed)
+    assert "four" in spoken and not any(word in spoken for word in ("one", "two", "three"))
+    assert spoken.count("<|bos|>") == 1 and out.count("nothing to go back to") == 2
+    assert len(stream.saved) == 4 + 3, "what was taken back is taken back on disk too"
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--temperature", "-1"], "temperature"), (["--top-k", "0"], "top_k"), (["--top-p", "2"], "top_p"), (["--file", "/nowhere"], "cannot read"),
     (["--no-memory", "--tree", "x"], "--tree"),
