@@ -36,7 +36,7 @@ class Batch:
         ids = torch.tensor([[token or 0] for token in tokens], device=device)
         first = torch.tensor([[place == 0] for place in places], device=device)
         entries = self.gpt.embed(ids, torch.tensor(before, device=device), first)
-        positions = torch.cat([session.shown.mapped([place]) for session, place in zip(self.sessions, places)])
+        positions = torch.cat([session.shown.mapped_token(place) for session, place in zip(self.sessions, places)])
         rows = Rows(self.cache, torch.tensor([session.shown.cache.length for session in self.sessions], device=device))
         logits = self.gpt.head(self.gpt.trunk(entries, positions, rows.see, rows)[:, -1])
         share = (time.perf_counter() - start) / len(tokens)

@@ -2,7 +2,7 @@
 The runtime session: unbounded history in, next-token logits out, at the cost of one working context.
 
 Every 32 tokens, one tick:
-    ingest     the finished block gets its gist; the tree grows                     (ingest.py)
+    ingest     finished blocks that are about to leave the raw tail get their gists (ingest.py)
     score      LensNet says which entries deserve detail                            (lensnet.py)
     allocate   the focus allocator expands and collapses within the budget          (allocator.py)
     splice     keys and values of the entries come into view or leave it            (shown.py, kv_store.py)
@@ -32,6 +32,7 @@ from megacontext.state import State, load_state, save_state
 from megacontext.telemetry import Telemetry
 from megacontext.shown import Shown
 from megacontext.working_context import Pins, advance, assemble, check, cost
+from nanochat.attention import norm
 from nanochat.common import UserError
 from nanochat.gpt import Entries, causal_after
 from nanochat.kv_cache import KVCache
@@ -61,6 +62,7 @@ class Session:
         self.shown = Shown(gpt, budget, positions)
         self.store = KVStore(gpt.device, kept * budget, kept_in_ram * budget)
         self.spans, self.scores, self.edits, self.focus = [], [], [], Focus()
+        self.looks = {} # span in view -> what LensNet compares with the tail, (D,)
         self.telemetry, self.told = telemetry or Telemetry(), {}
         self.stats = dict(ticks=0, edits=0, read_tokens=0, ingested_tokens=0) | {f"{stage}_ms": 0.0 for stage in STAGES}
         if state is not None:
@@ -118,7 +120,7 @@ class Session:
         n, have = self.tree.length - start, self.shown.cache.length
         see = "all" if n == 1 else causal_after(have, n, self.gpt.device)
         entries = embed_tokens(self.gpt, self.tree, start, start + n)
-        return self.gpt.head(self.shown.read(entries, np.arange(start, start + n), see)[0, -1])
+        return self.gpt.head(self.shown.read(entries, range(start, start + n), see)[0, -1])
 
     def grown(self):
         """Tokens were appended to the tree and read: the context follows, and a finished block makes a tick."""
@@ -127,11 +129,18 @@ class Session:
         if self.tree.length % BLOCK == 0:
             self.shown.seal(self.spans[-1])
             start = time.perf_counter()
-            complete(self.gpt, self.gistnet, self.tree)
+            first, last = self.tree.pending(1)
+            if last - first > self.tail // BLOCK or self.pins.never: # what is in the tail cannot collapse: its gists are written together, later
+                complete(self.gpt, self.gistnet, self.tree)
             if self.tree.length % COMMIT == 0:
                 self.tree.commit()
             self._count("ingest", start)
             self.refocus()
+
+    def flush(self):
+        """Write the gists of every finished block, and commit."""
+        complete(self.gpt, self.gistnet, self.tree)
+        self.tree.commit()
 
     def _read_again(self):
         """After a refocus: the live block, and a raw block just before it, are read again, so that they see what was opened."""
@@ -174,7 +183,9 @@ class Session:
         if not spans or not self.n_diff:
             return [0.0] * len(self.spans)
         tail = embed_tokens(self.gpt, self.tree, max(0, length - ASKING), length).x
-        gists = torch.as_tensor(self.tree.gists_of(spans), dtype=self.gpt.dtype, device=device)
+        self.looks = {span: self.looks[span] if span in self.looks else None for span in spans}
+        self._look([span for span in spans if self.looks[span] is None])
+        gists = torch.stack(list(self.looks.values()))
         levels = torch.tensor([span.level for span in spans], device=device)
         here = self.shown.mapped([span.centre for span in spans])[0]
         distances = (self.shown.mapped([length])[0] - here).clamp(min=1) # as the GPT sees them, within what was trained
@@ -183,11 +194,20 @@ class Session:
         scores = self.lensnet(tail, tail_seen, gists[None], levels[None], distances[None], seen)[0].tolist()
         return scores + [0.0] * (len(self.spans) - len(spans)) # the live block is the last
 
+    def _look(self, spans):
+        """What LensNet compares with the tail: of a gist, itself; of raw tokens, their mean, as in training."""
+        gists = [span for span in spans if span.level]
+        if gists:
+            rows = torch.as_tensor(self.tree.gists_of(gists), dtype=self.gpt.dtype, device=self.gpt.device)
+            self.looks |= dict(zip(gists, rows.unbind()))
+        self.looks |= {span: norm(embed_tokens(self.gpt, self.tree, span.start, span.stop).x[0].mean(dim=0)) for span in spans if not span.level}
+
     # ------------------------------------------------------------------------------------------------------------------
     # Keys and values
 
     def _assemble(self):
         """A fresh working context for the tree as it is, by recency."""
+        complete(self.gpt, self.gistnet, self.tree)
         self.shown.lift() # the live block as far as it went: what follows is read with it
         self.spans = assemble(self.tree.length, self.budget - BLOCK, tail=self.tail)
         self.scores = [0.0] * len(self.spans)
@@ -224,7 +244,7 @@ class Session:
         """
         gpt = self.gpt
         spans = [span for span in new if span.level]
-        spans += [span.parent() for span in self.spans if span.level == 0 and not span.live]
+        spans += [span.parent() for span in self.spans if span.level == 0 and span.index < self.tree.count(1)]
         spans = [span for span in spans if span not in self.store]
         x = torch.as_tensor(self.tree.gists_of(spans), dtype=gpt.dtype, device=gpt.device)
         means = [self._value_means(span) for span in spans]
@@ -291,7 +311,7 @@ class Session:
         if state.length > self.length:
             raise UserError(f"cannot rewind to {state.length} tokens: this session has {self.length}")
         self.tree.truncate(state.length)
-        self.shown = Shown(self.gpt, self.budget, self.shown.policy)
+        self.shown, self.looks = Shown(self.gpt, self.budget, self.shown.policy), {}
         self.store = KVStore(self.gpt.device, self.store.near.size, self.store.far.size) # blocks past the mark will be other blocks
         self._restore(state)
 
@@ -305,7 +325,7 @@ class Session:
         Write the session beside its tree: which spans are in view, and their keys and values, so that the next token is the same.
         The tree itself is on disk already if it was created there.
         """
-        self.tree.commit()
+        self.flush()
         save_state(self.mark(), folder)
 
     @classmethod
@@ -319,7 +339,7 @@ class Session:
     def _restore(self, state):
         self.spans, self.scores, self.focus, self.edits = list(state.spans), list(state.scores), state.focus, []
         check(self.spans, self.tree.length, self.budget)
-        self.shown.frame = state.frame
+        self.shown.set_frame(state.frame)
         self.shown.add([(span, k, v) for span, (k, v) in state.kv.items()])
         k, v = state.loose
         self.shown.lay(k, v, np.arange(state.length - k.size(2), state.length))

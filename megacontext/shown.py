@@ -29,9 +29,9 @@ class Shown:
         self.unturned = torch.zeros_like(self.cache.k[:, 0]) # (L, H, capacity, d)
         self.places = np.zeros(capacity)                     # of each entry on the timeline
         self.spans = []                                      # in the order of the cache; loose entries follow
-        self.frame = 0
         self.hold = max(BLOCK, config.seq_len // 16 // BLOCK * BLOCK) # tokens that a frame lasts
         self.trained = config.seq_len - self.hold - BLOCK             # so that positions past the frame are trained ones too
+        self.set_frame(0)
 
     @property
     def settled(self):
@@ -51,10 +51,18 @@ class Shown:
         mapped = self.policy(np.asarray(timeline, dtype=np.float64), self.frame, self.trained)
         return torch.as_tensor(mapped, dtype=torch.float32, device=self.gpt.device)[None]
 
+    def mapped_token(self, place):
+        """mapped() of one token about as new as the frame, at less cost: there, every policy keeps distances."""
+        return torch.full((1, 1), self.head + (place - self.frame), device=self.gpt.device)
+
     def turned(self, k, timeline, back=False):
         """Keys (L, H, n, d) turned to where the timeline positions (n,) are mapped now, or back from there."""
         cos, sin = rope_angles(self.mapped(timeline), self.gpt.config.head_width)
         return rotate(k, cos, -sin if back else sin)
+
+    def set_frame(self, length):
+        """Positions are mapped for a history of `length` tokens; nothing must be in view yet, or be turned after this."""
+        self.frame, self.head = length, float(self.policy(float(length), length, self.trained)) # head: where the next token stands
 
     def reframe(self, length, now=False):
         """Map positions for a history of `length` tokens, if the frame has been held long enough or `now`."""
@@ -63,7 +71,7 @@ class Shown:
             return
         n, here = self.cache.length, self.places[:self.cache.length]
         before = self.policy(here, self.frame, self.trained)
-        self.frame = length
+        self.set_frame(length)
         if n and not np.array_equal(before, self.policy(here, length, self.trained)):
             self.cache.k[:, 0, :, :n] = self.turned(self.unturned[:, :, :n], here)
 
@@ -102,7 +110,8 @@ class Shown:
     def read(self, entries, timeline, see):
         """Read entries (1, n) that stand at timeline positions (n,); they stay in view, loose. Returns hidden states (1, n, D)."""
         start = self.cache.length
-        hidden = self.gpt.trunk(entries, self.mapped(timeline), see, self.cache)
+        positions = self.mapped(timeline) if len(timeline) > 1 else self.mapped_token(timeline[0])
+        hidden = self.gpt.trunk(entries, positions, see, self.cache)
         self.note(start, timeline)
         return hidden
 

@@ -5,7 +5,8 @@ import torch
 
 from megacontext.allocator import Focus
 from megacontext.layout import GIST, HIDDEN, NODE, RAW, entry_positions, visibility
-from megacontext.losses import row_entries
+from megacontext.losses import lens_scores, row_entries
+from megacontext.positions import POLICIES
 from megacontext.batch import Batch
 from megacontext.runtime import Session
 from megacontext.shown import Shown
@@ -148,6 +149,8 @@ def test_in_pieces_or_at_once_the_tree_is_the_same():
     bulk.feed(ids)
     for t in ids:
         slow.feed([t])
+    assert 0 < slow.tree.pending(1)[1] - slow.tree.pending(1)[0] <= slow.tail // BLOCK, "the tail's gists are written later, together"
+    bulk.flush(), slow.flush()
     for level in (1, 2):
         n = bulk.tree.count(level)
         assert n == slow.tree.count(level) == len(ids) // BLOCK ** level
@@ -261,6 +264,33 @@ def test_positions_stay_within_the_trained_range_between_two_frames():
         assert 0 <= here.min() and here.max() < 512
         frames.add(memory.shown.frame)
     assert 1 < len(frames) <= 200 // memory.shown.hold + 2
+
+
+@pytest.mark.parametrize("policy", POLICIES.values())
+def test_one_token_is_mapped_as_many_are(policy):
+    """What decoding uses, against the policy itself, at a length where float32 cannot tell neighbours apart."""
+    shown = Shown(tiny_networks(seq_len=512)[0], 224, policy)
+    for length in (0, 100, 5000, 2 ** 24 + 1000):
+        shown.set_frame(length)
+        for place in range(length, length + shown.hold + BLOCK):
+            assert abs(shown.mapped_token(place) - shown.mapped([place])) <= max(1e-3, 2e-7 * abs(shown.mapped([place]).item()))
+
+
+def test_the_session_scores_as_lensnet_was_trained():
+    """The same context, once as a session scores it and once as a row of the training layout does: raw blocks, gists and a gist of gists."""
+    networks, Q = tiny_networks(seq_len=8192), 72
+    memory, ids = session(networks, budget=256), some_ids(Q * BLOCK)
+    for t in ids:
+        memory.feed([t])
+    assert {span.level for span in memory.spans} == {0, 1, 2}
+    line = np.full((Q + 1, Q + 1), HIDDEN)
+    for span in memory.spans:
+        line[Q, span.start // BLOCK:span.stop // BLOCK] = (RAW, GIST, NODE)[span.level]
+    docs = torch.zeros(1, Q + 1, dtype=torch.long)
+    entries = row_entries(*networks[:2], torch.tensor([ids + [0] * BLOCK]), docs, BLOCK)
+    scores = lens_scores(networks[2], entries, docs, torch.from_numpy(line)[None], torch.tensor([[Q]]), BLOCK)[0, 0]
+    expected = [scores[Q + 1 + span.index if span.level == 2 else span.index].item() for span in memory.spans]
+    assert np.allclose(memory.score(), expected, atol=1e-3)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
