@@ -5,7 +5,6 @@ plain model still trains and talks.
 """
 import hashlib
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -26,20 +25,21 @@ class Loaded:
     meta: dict
     stage: str
     tag: str
+    identity: str = ""                # which gists are its own; "" where there is no GistNet
 
     @property
     def modules(self):
         """The networks by the names they have in a checkpoint."""
         return modules(self.gpt, self.gistnet, self.lensnet)
 
-    @cached_property
-    def identity(self):
-        """A fingerprint of everything that gists depend on: a tree made by other networks must not be read."""
-        digest = hashlib.sha256()
-        parts = [("embed", self.gpt.embed_table.weight), ("previous", self.gpt.previous.weight), *self.gistnet.named_parameters()]
-        for name, tensor in parts:
-            digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
+
+def fingerprint(gpt, gistnet):
+    """Of everything that gists depend on: a tree made by other networks must not be read."""
+    digest = hashlib.sha256()
+    parts = [("embed", gpt.embed_table.weight), ("previous", gpt.previous.weight), *gistnet.named_parameters()]
+    for name, tensor in parts:
+        digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def add_flags(parser):
@@ -99,8 +99,10 @@ def load_stage(stage, tag=None, step=None, device="cpu", dtype=None, seq_len=Non
     checkpoint.check_match(networks, tokenizer=tokenizer.fingerprint)
     for name, module in modules(gpt, gistnet, lensnet).items():
         module.load_state_dict(saved.tensors[name])
+    identity = fingerprint(gpt, gistnet) if gistnet is not None else "" # before rounding: in bf16 it is still the same model
+    for name, module in modules(gpt, gistnet, lensnet).items():
         module.to(device=device, dtype=None if name == "lensnet" else dtype).eval() # LensNet is tiny and works in fp32 throughout
-    return Loaded(gpt, gistnet, lensnet, tokenizer, saved.meta | {"step": saved.step}, stage, tag)
+    return Loaded(gpt, gistnet, lensnet, tokenizer, saved.meta | {"step": saved.step}, stage, tag, identity)
 
 
 def open_tree(loaded, path=None, mode="a"):
