@@ -105,22 +105,47 @@ def load_stage(stage, tag=None, step=None, device="cpu", dtype=None, seq_len=Non
     return Loaded(gpt, gistnet, lensnet, tokenizer, saved.meta | {"step": saved.step}, stage, tag, identity)
 
 
-def open_tree(loaded, path=None, mode="a"):
-    """A tree in memory, or the one on disk at path, made if it is not there yet. One that other networks made is refused."""
+def open_tree(loaded, path=None, mode="a", gist_dtype=None):
+    """
+    A tree in memory, or the one on disk at path, made if it is not there yet. One whose gists other networks wrote is refused.
+    gist_dtype None = as it is, bfloat16 in a new one.
+    """
     from megacontext.tree import MegaTree, make_header
-    made_by = dict(model=loaded.identity, tokenizer=loaded.tokenizer.fingerprint[:16])
-    if path is not None and Path(path).exists():
-        return MegaTree.open(path, mode, **made_by)
-    header = make_header(loaded.gpt.config.width, 0, **made_by)
-    return MegaTree.in_memory(header) if path is None else MegaTree.create(path, header)
+    if path is None or not Path(path).exists():
+        header = make_header(loaded.gpt.config.width, 0, gist_dtype or "bfloat16", model=loaded.identity, tokenizer=loaded.tokenizer.fingerprint[:16])
+        return MegaTree.in_memory(header) if path is None else MegaTree.create(path, header)
+    tree = MegaTree.open(path, mode, tokenizer=loaded.tokenizer.fingerprint[:16])
+    model, kept, wrong = tree.header.get("model"), tree.header["gist_dtype"], None
+    again = f"write them again: python -m scripts.mega_ingest --tree {Path(path).parent} --renew --stage {loaded.stage} --tag {loaded.tag}"
+    if model != loaded.identity:
+        wrong = f"another model wrote the gists of {path}: expected {loaded.identity} ({loaded.stage}/{loaded.tag}), found {model}. Use the checkpoint that wrote them, or {again}"
+    elif gist_dtype not in (None, kept):
+        wrong = f"{path} keeps its gists as {kept}, not as {gist_dtype}. Leave --gist-dtype out, or {again} --gist-dtype {gist_dtype}"
+    if wrong:
+        tree.close(commit=False)
+        raise UserError(wrong)
+    return tree
+
+
+def renew_tree(loaded, folder, gist_dtype=None):
+    """
+    Give the memory in a folder to these networks, for megacontext.ingest.catch_up to write its gists: the tokens stay, the gists go, and so
+    do the keys and values of a saved session, which are the old model's. Nothing happens if it is theirs. gist_dtype None = as it was.
+    """
+    from megacontext.tree import MegaTree
+    with MegaTree.open(Path(folder) / "tree", tokenizer=loaded.tokenizer.fingerprint[:16]) as tree:
+        wanted = dict(model=loaded.identity, width=loaded.gpt.config.width, gist_dtype=gist_dtype or tree.header["gist_dtype"])
+        if wanted.items() - tree.header.items():
+            (Path(folder) / "kv.safetensors").unlink(missing_ok=True)
+            tree.reset_gists(**wanted)
 
 
 def open_stream(loaded, memory=True, budget=None, tree=None):
     """
     What the engine feeds: a session with unbounded memory, or the plain GPT behind a KV cache of one row.
     budget None = as it was saved, else half of the longest row that was trained on, or the least that a session takes.
-    tree = a folder that keeps, or already holds, the session. One that was not saved after its last tokens, or had another budget,
-    is assembled anew from its tree, which has them all.
+    tree = a folder that keeps, or already holds, the session. One that was not saved after its last tokens, had another budget, or whose
+    gists were written again is assembled anew from its tree, which has them all.
     """
     if not memory:
         return PlainStream(loaded.gpt)
@@ -128,7 +153,10 @@ def open_stream(loaded, memory=True, budget=None, tree=None):
         raise UserError(f"the checkpoint {loaded.stage}/{loaded.tag} was trained without memory: use --no-memory, or train with MC=1")
     from megacontext.runtime import LEAST_BUDGET, Session
     held = open_tree(loaded, None if tree is None else Path(tree) / "tree")
+    if not held.whole:
+        held.close(commit=False)
+        raise UserError(f"the gists in {tree} are not all written, a --renew was interrupted. Go on with it: python -m scripts.mega_ingest --tree {tree} --renew")
     saved = tree and Session.saved(tree)
-    if saved and saved["length"] == held.length and budget in (None, saved["budget"]):
+    if saved and (Path(tree) / "kv.safetensors").exists() and saved["length"] == held.length and budget in (None, saved["budget"]):
         return Session.open(tree, loaded.gpt, loaded.gistnet, loaded.lensnet, held)
     return Session(loaded.gpt, loaded.gistnet, loaded.lensnet, held, budget or (saved or {}).get("budget") or max(LEAST_BUDGET, loaded.gpt.config.seq_len // 2))
