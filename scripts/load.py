@@ -53,6 +53,7 @@ def add_flags(parser):
     # memory
     parser.add_argument("--no-memory", action="store_true", help="the plain model: it forgets what does not fit into its context")
     parser.add_argument("--budget", type=int, default=None, help="most entries, tokens and gists alike, that the model reads at once (default: as it was saved, else half its longest row)")
+    parser.add_argument("--telemetry", default=None, help="a file that gets a line of JSON for every tick of the memory, appended")
 
 
 def modules(gpt, gistnet=None, lensnet=None):
@@ -140,12 +141,23 @@ def renew_tree(loaded, folder, gist_dtype=None):
             tree.reset_gists(**wanted)
 
 
-def open_stream(loaded, memory=True, budget=None, tree=None):
+def make_telemetry(args):
+    """What a session of a script with add_flags tells of its ticks to, None without memory."""
+    if args.no_memory:
+        if args.telemetry is not None:
+            raise UserError("--telemetry tells what the memory does and --no-memory has none: use one of them")
+        return None
+    from megacontext.telemetry import Telemetry
+    return Telemetry(args.telemetry)
+
+
+def open_stream(loaded, memory=True, budget=None, tree=None, telemetry=None):
     """
     What the engine feeds: a session with unbounded memory, or the plain GPT behind a KV cache of one row.
     budget None = as it was saved, else half of the longest row that was trained on, or the least that a session takes.
     tree = a folder that keeps, or already holds, the session. One that was not saved after its last tokens, had another budget, or whose
     gists were written again is assembled anew from its tree, which has them all.
+    telemetry = a megacontext.telemetry.Telemetry that is told of every tick (default: one that keeps to memory).
     """
     if not memory:
         return PlainStream(loaded.gpt)
@@ -158,5 +170,6 @@ def open_stream(loaded, memory=True, budget=None, tree=None):
         raise UserError(f"the gists in {tree} are not all written, a --renew was interrupted. Go on with it: python -m scripts.mega_ingest --tree {tree} --renew")
     saved = tree and Session.saved(tree)
     if saved and (Path(tree) / "kv.safetensors").exists() and saved["length"] == held.length and budget in (None, saved["budget"]):
-        return Session.open(tree, loaded.gpt, loaded.gistnet, loaded.lensnet, held)
-    return Session(loaded.gpt, loaded.gistnet, loaded.lensnet, held, budget or (saved or {}).get("budget") or max(LEAST_BUDGET, loaded.gpt.config.seq_len // 2))
+        return Session.open(tree, loaded.gpt, loaded.gistnet, loaded.lensnet, held, telemetry=telemetry)
+    budget = budget or (saved or {}).get("budget") or max(LEAST_BUDGET, loaded.gpt.config.seq_len // 2)
+    return Session(loaded.gpt, loaded.gistnet, loaded.lensnet, held, budget, telemetry=telemetry)
