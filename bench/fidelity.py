@@ -4,7 +4,8 @@ python -m bench.fidelity --stage sft --source stdlib
 python -m bench.fidelity --stage base --source dir:books --history 65536 --budget 1024 --places 16
 
     gist dtype   nats per token of the next --next tokens, read one by one by a session on a tree of --history tokens whose gists are
-                 kept as fp32, bf16 or int8; and the difference to fp32
+                 kept as fp32, bf16 or int8; and the difference to fp32. The control reads gists of another place: where that costs
+                 nothing, the model makes no use of its gists, and the row of int8 says little
     splicing     the session as it runs beside exact=True, which reads all raw blocks again from the earliest edit on: KL(exact || fast) in
                  nats, how often both have the same likeliest token, and the difference in nats per token, over what is read after a refocus
                  that edited something (--read tokens in all)
@@ -30,7 +31,8 @@ from nanochat.dataset import open_source
 from scripts.load import load_stage
 
 TEXT = 1_000_000 # tokens of validation text that places are drawn from, at most
-DTYPES = {"float32": "fp32", "bfloat16": "bf16", "int8": "int8"} # the first is what the others are compared with
+DTYPES = {"float32": "fp32", "bfloat16": "bf16", "int8": "int8"}
+CONTROL = "bf16, of another place"
 
 parser = argparse.ArgumentParser(description="What gist formats and splicing cost in nats", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 parser.add_argument("--stage", default="sft", help="base, mid, sft or rl")
@@ -47,8 +49,8 @@ parser.add_argument("--device", default="", help="cuda, mps or cpu (empty = the 
 
 def main():
     args = parser.parse_args()
-    if min(args.seeds, args.places, args.next, args.read) < 1 or args.history < 0:
-        raise UserError("--seeds, --places, --next and --read must be at least 1, --history at least 0")
+    if min(args.seeds, args.next, args.read) < 1 or args.places < 2 or args.history < 0:
+        raise UserError("--seeds, --next and --read must be at least 1, --places at least 2, --history at least 0")
     began = time.time()
     loaded = load_stage(args.stage, args.tag, device=args.device or pick_device_type())
     if loaded.gistnet is None:
@@ -111,24 +113,34 @@ def pm(numbers, digits=5):
 
 def gist_dtypes(loaded, ids, args):
     """The next tokens read through gists of each format."""
-    means = {dtype: [] for dtype in DTYPES} # one number a seed
+    means = {name: [] for name in (*DTYPES.values(), CONTROL)} # one number a seed
     for places in stretches(ids, args.history + args.next + 1, args):
-        nats = {dtype: [] for dtype in DTYPES}
-        for stretch in places:
+        nats = {name: [] for name in means}
+        for i, stretch in enumerate(places):
             history, read = stretch[:args.history], stretch[args.history:]
-            for dtype in DTYPES:
-                stream = session(loaded, remembered(loaded, history, dtype), args)
+            trees = {name: remembered(loaded, history, dtype) for dtype, name in DTYPES.items()}
+            trees[CONTROL] = with_gists_of(remembered(loaded, places[i - 1][:args.history]), history)
+            for name, tree in trees.items():
+                stream = session(loaded, tree, args)
                 logits = torch.stack([stream.feed([token]) for token in read[:-1]]).float()
-                nats[dtype].append(torch.nn.functional.cross_entropy(logits, torch.tensor(read[1:], device=logits.device)).item())
-        for dtype, values in nats.items():
-            means[dtype].append(statistics.mean(values))
-    reference = means["float32"]
-    data = {DTYPES[dtype]: dict(gist_bytes=row_bytes(loaded.gpt.config.width, dtype), nats=spread(values), more_than_fp32=spread([a - b for a, b in zip(values, reference)]))
-            for dtype, values in means.items()}
-    data["int8_more_than_bf16"] = spread([a - b for a, b in zip(means["int8"], means["bfloat16"])])
-    rows = [[name, data[name]["gist_bytes"], pm(data[name]["nats"]), pm(data[name]["more_than_fp32"])] for name in DTYPES.values()]
+                nats[name].append(torch.nn.functional.cross_entropy(logits, torch.tensor(read[1:], device=logits.device)).item())
+        for name, values in nats.items():
+            means[name].append(statistics.mean(values))
+    sizes = {name: row_bytes(loaded.gpt.config.width, dtype) for dtype, name in DTYPES.items()}
+    data = {name: dict(gist_bytes=sizes.get(name), nats=spread(values), more_than_fp32=spread([a - b for a, b in zip(values, means["fp32"])])) for name, values in means.items()}
+    data["int8_more_than_bf16"] = spread([a - b for a, b in zip(means["int8"], means["bf16"])])
+    rows = [[name, data[name]["gist_bytes"], pm(data[name]["nats"]), pm(data[name]["more_than_fp32"])] for name in means]
     return (f"Gist dtype: the next {args.next} tokens. int8 costs {pm(data['int8_more_than_bf16'])} nats per token more than bf16.\n"
             + report.table(["gists kept as", "bytes a gist", "nats per token", "more than fp32"], rows)), data
+
+
+def with_gists_of(tree, tokens):
+    """A tree of these tokens with the gists of another tree of as many."""
+    swapped = MegaTree.in_memory(tree.header)
+    swapped.append_tokens(tokens)
+    for level in range(1, tree.levels):
+        swapped.append_gists(level, tree.gists(level, 0, tree.count(level)))
+    return swapped
 
 
 def splicing(loaded, ids, args):
