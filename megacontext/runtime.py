@@ -303,8 +303,8 @@ class Session:
         shown = self.shown
         k, v, _ = loose = shown.lift()
         shown.lay(*loose)
-        return State(length=self.length, budget=self.budget, n_diff=self.n_diff, margin=self.margin, pins=self.pins, spans=list(self.spans),
-                     scores=list(self.scores), focus=self.focus, frame=shown.frame, stats=dict(self.stats), kv=shown.pairs(), loose=(k, v))
+        return State(model=self.tree.header.get("model"), length=self.length, budget=self.budget, n_diff=self.n_diff, margin=self.margin, pins=self.pins,
+                     spans=list(self.spans), scores=list(self.scores), focus=self.focus, frame=shown.frame, stats=dict(self.stats), kv=shown.pairs(), loose=(k, v))
 
     def rewind(self, state):
         """Back to a mark of this session: what was read since is forgotten, and the next tokens are those that followed the mark."""
@@ -332,8 +332,8 @@ class Session:
     def open(cls, folder, gpt, gistnet, lensnet, tree, **settings):
         """Continue a saved session: the same next tokens, in another process. settings: those that are to differ from the saved ones."""
         state = load_state(folder, gpt.device)
-        if state.length != tree.length:
-            raise UserError(f"the session in {folder} was saved at {state.length} tokens, its tree holds {tree.length}: they do not belong together")
+        if (state.model, state.length) != (tree.header.get("model"), tree.length):
+            raise UserError(f"the session in {folder} was saved at {state.length} tokens of model {state.model}, its tree holds {tree.length} of {tree.header.get('model')}: they do not belong together")
         return cls(gpt, gistnet, lensnet, tree, state.budget, state=state, **dict(n_diff=state.n_diff, margin=state.margin, pins=state.pins) | settings)
 
     def _restore(self, state):

@@ -22,6 +22,7 @@ FILE = "session.safetensors"
 
 @dataclass(frozen=True)
 class State:
+    model: str    # as the tree's header names who wrote its gists; None where it does not
     length: int   # tokens of history
     budget: int
     n_diff: int
@@ -41,7 +42,7 @@ def save_state(state, folder):
     folder.mkdir(parents=True, exist_ok=True)
     named = {"loose": state.loose} | {f"{span.level}.{span.index}": pair for span, pair in state.kv.items()}
     tensors = {f"{kind}.{name}": tensor.contiguous() for name, pair in named.items() for kind, tensor in zip("kv", pair)}
-    plain = {name: getattr(state, name) for name in ("length", "budget", "n_diff", "margin", "scores", "frame", "stats")}
+    plain = {name: getattr(state, name) for name in ("model", "length", "budget", "n_diff", "margin", "scores", "frame", "stats")}
     plain |= dict(pins=asdict(state.pins), spans=[[s.level, s.index, s.live] for s in state.spans], order=[[s.level, s.index] for s in state.kv],
                   tick=state.focus.tick, edited=[[node.level, node.index, tick] for node, tick in state.focus.edited.items()])
     save_file(tensors, folder / (FILE + ".new"), metadata={"session": json.dumps(plain)})
@@ -67,7 +68,7 @@ def load_state(folder, device="cpu"):
     tensors = load_file(Path(folder) / FILE, device=str(device))
     pair = lambda name: (tensors[f"k.{name}"], tensors[f"v.{name}"])
     kv = {Span(level, index): pair(f"{level}.{index}") for level, index in plain["order"]}
-    return State(length=plain["length"], budget=plain["budget"], n_diff=plain["n_diff"], margin=plain["margin"],
+    return State(model=plain["model"], length=plain["length"], budget=plain["budget"], n_diff=plain["n_diff"], margin=plain["margin"],
                  pins=Pins(**{kind: tuple(map(tuple, ranges)) for kind, ranges in plain["pins"].items()}),
                  spans=[Span(*span) for span in plain["spans"]], scores=plain["scores"],
                  focus=Focus(plain["tick"], {Span(level, index): tick for level, index, tick in plain["edited"]}),
