@@ -31,7 +31,6 @@ from nanochat.kv_cache import KVCache
 SLICE = 4 * BLOCK      # tokens that one decodes before it is another's turn
 WARM_UP = 16 * BLOCK
 PROFILE = 16 * BLOCK   # tokens of the run with timers
-EXACT = 4 * BLOCK      # tokens decoded in exact mode, and as many to warm up
 LARGE = 10_000_000
 CHUNK = 2048           # of a prefill
 
@@ -89,7 +88,6 @@ def disk_bytes(folder):
 # ---------------------------------------------------------------------------------------------------------------------
 # Decoding
 
-@torch.no_grad()
 def decode(step, ids):
     """The milliseconds that each id took, until its next token had come to Python."""
     times = []
@@ -114,27 +112,27 @@ def plain(rig, entries):
     return step
 
 
-def in_turn(rig, rows, sessions, rounds, tokens, seed):
+def in_turn(rig, sessions, rounds, tokens, seed):
     """
-    The sessions and the plain engine decode the same ids, a slice each in turn, in an order drawn anew every time. Adds to the rows;
-    returns the mean of each round, {length or "plain": (rounds,)}.
+    Sessions, {name: Session}, and the plain engine decode the same ids, a slice each in turn, in an order drawn anew every time.
+    Returns {name or "plain": what it took, and of a session what its ticks did}.
     """
-    steps = {row["length"]: lambda id, session=session: session.feed([id]) for row, session in zip(rows, sessions)} | {"plain": plain(rig, rig.budget - BLOCK // 2)}
+    steps = {name: lambda id, session=session: session.feed([id]) for name, session in sessions.items()} | {"plain": plain(rig, rig.budget - BLOCK // 2)}
     for step in steps.values():
         decode(step, np.resize(rig.text, WARM_UP))
-    before = [dict(session.stats) for session in sessions]
+    before = {name: dict(session.stats) for name, session in sessions.items()}
     rng, ms = random.Random(seed), {name: [] for name in steps}
     for ids in np.resize(rig.text, (rounds * tokens // SLICE, SLICE)):
         for name in rng.sample(list(steps), len(steps)):
             ms[name] += decode(steps[name], ids)
-    means = {name: np.array(times).reshape(rounds, tokens).mean(axis=1) for name, times in ms.items()}
-    for row, session, was in zip(rows, sessions, before):
-        times, mean = ms[row["length"]], means[row["length"]]
-        ticks, edits, read = (session.stats[name] - was[name] for name in ("ticks", "edits", "read_tokens"))
-        over = mean / means["plain"] - 1
-        row |= dict(mean_ms=float(np.median(mean)), median_ms=float(np.median(times)), p99_ms=float(np.percentile(times, 99)),
-                    overhead=float(np.median(over)), overhead_rounds=over.tolist(), edits=edits / ticks, again=(read - len(times)) / ticks)
-    return means
+    told = {}
+    for name, times in ms.items():
+        means = np.array(times).reshape(rounds, tokens).mean(axis=1)
+        told[name] = dict(rounds_ms=means.tolist(), mean_ms=float(np.median(means)), median_ms=float(np.median(times)), p99_ms=float(np.percentile(times, 99)))
+    for name, session in sessions.items():
+        ticks, edits, read = (session.stats[count] - before[name][count] for count in ("ticks", "edits", "read_tokens"))
+        told[name] |= dict(edits=edits / ticks, again=(read - rounds * tokens) / ticks)
+    return told
 
 
 def stages(rig, session):
@@ -188,13 +186,6 @@ def held(thing):
     return sum(storages.values())
 
 
-def exact(rig, tree, length, path):
-    """Milliseconds a token, ticks included, of a session that re-reads."""
-    with tree.fork(path, length) as copy:
-        session = rig.session(copy, exact=True)
-        return statistics.mean(decode(lambda id: session.feed([id]), np.resize(rig.text, 2 * EXACT))[EXACT:])
-
-
 def full_attention(rig, length):
     """Milliseconds a token of plain full attention over the whole history, None where it does not fit."""
     return statistics.median(decode(plain(rig, length), rig.text[:10])[2:]) if rig.fits(length) else None
@@ -215,7 +206,6 @@ def first_token(rig, n, path):
     """Seconds from a prompt of n tokens to the first token: by full attention, by a session, and of ingest alone; the median of some runs."""
     ids, took = rig.text[:n].tolist(), {"prefill": [], "session": [], "ingest": [], "next": []}
 
-    @torch.no_grad()
     def prefill():
         cache = KVCache(rig.gpt.config, 1, n, rig.gpt.device, rig.gpt.dtype)
         for start in range(0, n, CHUNK):

@@ -6,15 +6,15 @@ python -m bench.runtime --device cuda --depth 12 --vocab-size 32768 --budget 204
 python -m bench.runtime --stage sft                           (a trained checkpoint that reads the standard library)
 
 Networks at random (speed does not depend on them) read ids from a Zipf distribution; LensNet's last layer, which starts at zero, is
-random too, so that every tick makes as many edits as it may: `edits` says so. One tree grows on disk, by real ingest, from length to length.
-    decoding    a session on a copy of the tree at each length beside the plain engine that reads W - 16 entries, as many as a session has on
-                average between two ticks. They decode the same ids, 4 blocks each in turn, so that a slow phase of the machine meets all; what is
-                told is the median over rounds of a round's mean (of the ratio of means in flatness and overhead). Ticks are in it, and with
-                1,024 tokens a round one commit to disk. median and p99 are of single tokens; a tick falls on every 32nd. The next token always
-                comes to Python. Each length grows by the tokens decoded.
+random too, so that a tick makes edits: `edits` says how many. One tree grows on disk, by real ingest, from length to length.
+    decoding    a session on a copy of the tree at each length, beside the plain engine that reads W - 16 entries: the room of a session is full
+                just before a tick, and 32 entries are free after it; `visible` is what it reads on average. They decode the same ids, 4 blocks
+                each in turn, so that a slow phase of the machine meets all; what is told is the median over rounds of a round's mean (of the
+                ratio of means in flatness and overhead). Ticks are in it, and with 1,024 tokens a round one commit to disk. median and p99 are
+                of single tokens; a tick falls on every 32nd. The next token always comes to Python. Each length grows by what is decoded.
     a tick      where its milliseconds go, from timers around its stages, in a run of its own
     full        plain full attention, reading as many entries as the history has, as far as they fit into half of the free memory
-    exact       a session that re-reads instead of splicing
+    exact       a session that re-reads instead of splicing, in turn with the others
     held        bytes of the session's own tensors; on cuda, and what it takes for a moment beyond them
     rss         of this process, right after ingest to that length and some ticks of a session there, before the rest is measured
     disk        blocks of the tree's folder
@@ -78,6 +78,8 @@ def main():
     machine = hardware.describe(device)
     dtype, reason = hardware.pick_dtype(machine, args.dtype)
     rig = make_rig(args, device, dtype, max(lengths[-1] + 2 * BLOCK, *prompts))
+    if not rig.fits(prompts[0]):
+        raise UserError(f"--prompts {args.prompts}: full attention over {prompts[0]} tokens takes more than half of the free memory. Expected a shorter first prompt")
     config = rig.gpt.config
     print(machine)
     print(f"d{config.layers}, {cost.parameter_counts(config)['total'] / 1e6:.1f}M parameters in {str(dtype).removeprefix('torch.')} ({reason}), "
@@ -98,14 +100,15 @@ def run(rig, lengths, prompts, rounds, args, folder):
         for row in rows:
             tree.fork(folder / str(row["length"]), row["length"]).close()
             row["disk_bytes_per_token"] = measure.disk_bytes(folder / str(row["length"])) / row["length"]
-        sessions = [rig.session(stack.enter_context(MegaTree.open(folder / str(length)))) for length in lengths]
-        means = measure.in_turn(rig, rows, sessions, rounds, args.tokens, args.seed)
-        for row, session in zip(rows, sessions):
-            row |= measure.stages(rig, session)
-        plain_ms = float(np.median(means["plain"]))
+        sessions = {length: rig.session(stack.enter_context(MegaTree.open(folder / str(length)))) for length in lengths}
+        exact = rig.session(stack.enter_context(tree.fork(folder / "exact", first["length"])), exact=True)
+        decoded = measure.in_turn(rig, sessions | {"exact": exact}, rounds, args.tokens, args.seed)
+        plain_ms = decoded["plain"]["mean_ms"]
+        for row in rows:
+            row |= decoded[row["length"]] | measure.stages(rig, sessions[row["length"]])
+            row["overhead"] = ratio(row, decoded["plain"]) - 1
         print_decoding(rows, plain_ms, rig)
-        for row in (first, last):
-            row["exact_ms"] = measure.exact(rig, tree, row["length"], folder / f"exact-{row['length']}")
+        first["exact_ms"] = decoded["exact"]["mean_ms"]
         for row in rows:
             if row["length"] <= QUICK_FULL or not args.quick:
                 row["full_ms"] = measure.full_attention(rig, row["length"])
@@ -117,16 +120,20 @@ def run(rig, lengths, prompts, rounds, args, folder):
         large = measure.open_large(rig, tree, folder / "large")
         print(f"\na tree of {large['tokens']:,} tokens: opened in {large['seconds']:.3f} s, a context of it looked at in {large['look_seconds']:.3f} s, "
               f"{large['rss_mb']:.1f} MB resident")
-    flat = means[last["length"]] / means[first["length"]]
     slope = lambda name: (last[name] - first[name]) * 2 ** 20 / (last["length"] - first["length"])
-    prefilled = [row for row in ttft if row["prefill_s"] is not None][-1]
+    prefilled = [row for row in ttft if row["prefill_s"] is not None][-1] # the longest prompt that fits
     return dict(
-        reference=first["length"], longest=last["length"], plain_ms=plain_ms, flatness=float(np.median(flat)), flatness_rounds=flat.tolist(),
+        reference=first["length"], longest=last["length"], plain_ms=plain_ms, plain_rounds_ms=decoded["plain"]["rounds_ms"], flatness=ratio(last, first),
         held_ratio=last["held_mb"] / first["held_mb"], overhead=first["overhead"], overhead_longest=last["overhead"],
         ingest_speedup=prefilled["prefill_s"] / prefilled["ingest_s"], ttft_speedup=prefilled["prefill_s"] / prefilled["session_s"], speedup_prompt=prefilled["prompt"],
         rss_bytes_per_token=slope("rss_mb"), rss_anon_bytes_per_token=slope("rss_anon_mb"), disk_bytes_per_token=last["disk_bytes_per_token"],
         open_10m_seconds=large["seconds"], open_10m_look_seconds=large["look_seconds"], open_10m_rss_mb=large["rss_mb"], open_10m_tokens=large["tokens"],
         **{name: share for name, share in account[0].items() if name.endswith("_share")}, flops=account, rows=rows, ttft=ttft)
+
+
+def ratio(row, other):
+    """How many times the milliseconds of another: the median over rounds of the ratio within a round."""
+    return float(np.median(np.array(row["rounds_ms"]) / np.array(other["rounds_ms"])))
 
 
 def sizes(flag, text):
