@@ -109,7 +109,7 @@ def test_held_counts_each_storage_once_and_no_network():
     gpt, gistnet, lensnet = tiny_networks()
     session = Session(gpt, gistnet, lensnet, MegaTree.in_memory(make_header(gpt.config.width, 0)), 192)
     empty = measure.held(session)
-    assert empty >= 2 * session.cache.k.numel() * 4
+    assert empty >= 2 * session.shown.cache.k.numel() * 4
     session.mine = [torch.zeros(1000)]
     session.mine += [session.mine[0][:10], {"again": session.mine[0]}]
     assert measure.held(session) == empty + 4000
