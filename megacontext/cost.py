@@ -34,8 +34,11 @@ def embed_flops(config):
 
 
 def embed_again_flops(config, gist_config):
-    """What one token of history costs the GPT in tokens embedded again: each tick those of a block and its left for GistNet, the newest for LensNet."""
-    return embed_flops(config) * (BLOCK + gist_config.left + TAIL) / BLOCK
+    """
+    What one token of history costs the GPT in tokens embedded again, at most: for every block those of the block and its left for GistNet
+    (blocks written together share their lefts), those of the block and the newest for LensNet.
+    """
+    return embed_flops(config) * (2 * BLOCK + gist_config.left + TAIL) / BLOCK
 
 
 def lane_flops(config):
