@@ -69,14 +69,14 @@ def main():
 # ---------------------------------------------------------------------------------------------------------------------
 # What the tables share
 
-def long_text(source, tokenizer):
-    """Ids of validation documents one after the other, TEXT of them at most."""
+def long_text(source, tokenizer, split="val", most=TEXT):
+    """Ids of documents one after the other, `most` of them at most."""
     ids = []
-    for text in open_source(source, "val").documents():
+    for text in open_source(source, split).documents():
         ids += [tokenizer.bos] + tokenizer.encode(text)
-        if len(ids) >= TEXT:
+        if len(ids) >= most:
             break
-    return ids[:TEXT]
+    return ids[:most]
 
 
 def stretches(ids, length, args):
