@@ -221,6 +221,7 @@ class Session:
     # ------------------------------------------------------------------------------------------------------------------
     # Keys and values
 
+    @torch.no_grad()
     def _assemble(self):
         """A fresh working context for the tree as it is, by recency."""
         complete(self.gpt, self.gistnet, self.tree)

@@ -254,6 +254,19 @@ def test_splicing_is_putting_everything_in_again(seed):
     assert edits > 10 and fast.length > 5 * 512, "the case must edit, and go far past the trained range"
 
 
+def test_a_session_on_a_history_keeps_no_graph():
+    """
+    A session that opened a tree read its first context with gradients on: the cache then held all activations of that reading, and what it
+    held was never freed, some hundred MB a session.
+    """
+    memory = session(budget=192)
+    memory.feed(some_ids(3000))
+    again = Session(*tiny_networks(), memory.tree, 192)
+    again.feed([1])
+    assert not again.shown.cache.k.requires_grad and not again.shown.unturned.requires_grad
+    assert not any(k.requires_grad or v.requires_grad for k, v in [*again.shown.pairs().values(), *again.store.near.held.values()])
+
+
 def test_positions_stay_within_the_trained_range_between_two_frames():
     memory = session(tiny_networks(seq_len=512), budget=224)
     memory.feed(some_ids(3000))
