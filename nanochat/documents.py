@@ -170,7 +170,7 @@ class JsonLines:
             record = json.loads(line.decode())
         except UnicodeDecodeError as error:
             raise UserError(f"{where}: not UTF-8 (byte {error.start} of the line): convert the file or drop the line")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error: # the second where brackets are nested thousands deep
             raise UserError(f"{where}: expected a JSON object, got {line[:60]!r} ({error}): repair or drop the line")
         if not isinstance(record, dict) or "text" not in record:
             found = f"the fields {sorted(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"

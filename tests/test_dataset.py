@@ -247,7 +247,9 @@ def test_parquet_text_that_is_not_utf8_is_named(tmp_path):
 @pytest.mark.parametrize("line, words", [
     (b"{broken", "line 3: expected a JSON object"), (b"[1]", "line 3: expected an object with a field `text`, got a list"),
     (b'{"content": "x"}', r"line 3.*fields \['content'\]"), (b'{"text": 5}', "line 3.*got a int"),
-    (b'{"text": "\xff"}', "line 3: not UTF-8"), (b'{"text": "\\ud800"}', "line 3.*surrogate")])
+    (b'{"text": "\xff"}', "line 3: not UTF-8"), (b'{"text": "\\ud800"}', "line 3.*surrogate"),
+    pytest.param(b"[" * 200_000, "line 3: expected a JSON object.*recursion", id="deep"), # json gives up with a RecursionError
+    pytest.param(b'{"text": "x", "more": ' + b'{"a":' * 100_000, "line 3: expected a JSON object", id="deeper")])
 def test_a_bad_line_is_named_by_its_number(tmp_path, line, words):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "one"}\n\n' + line + b'\n{"text": null}\n{"text": "\xc3\xa9"}')
