@@ -6,7 +6,8 @@ Out: objects with len(file) documents, file[i] being a str, or a BigText where t
      `slices(document)`, the pieces of text that are tokenized one at a time
 The idea: any document can be fetched by its number. A parquet file is read a row group at a time, a jsonl file is seen
 through the offsets of its lines, and a text file beyond BIG never becomes a str. What cannot be read is an error that
-names the file and the place; nothing is skipped or repaired.
+names the file and the place; nothing is skipped or repaired. Only a byte-order mark at the start of a file is no part of
+its text, whatever the kind of file.
 """
 
 import json
@@ -24,6 +25,21 @@ BIG = 16 << 20               # bytes; a larger text file is streamed from disk, 
 READ = 1 << 18               # bytes of such a file that are read at a time
 ROW_GROUP_CACHE = 256 << 20  # bytes of decoded row groups kept, shared by all sources of the process
 TABLES = (".jsonl", ".parquet")  # files of many documents
+BOM = b"\xef\xbb\xbf"            # how some editors begin a file of UTF-8
+
+
+def open_bytes(path):
+    """The file, to read from; one that cannot be opened is a UserError."""
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise UserError(f"{path} cannot be opened ({error.strerror}): make it readable, or take it out of the folder")
+
+
+def bom(file):
+    """How many bytes at the start of an open file are a byte-order mark."""
+    return len(BOM) if file.read(len(BOM)) == BOM else 0
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Long documents are tokenized in slices
@@ -84,7 +100,7 @@ class BigText:
         return self.stop - self.start
 
     def slices(self, at=0):
-        with open(self.path, "rb") as file:
+        with open_bytes(self.path) as file:
             file.seek(self.start + at)
             left, tail, text = self.stop - self.start - at, b"", ""
             while left or text:
@@ -100,7 +116,7 @@ class BigText:
                 at, text = at + size, text[len(piece):]
 
     def near(self, goal):
-        with open(self.path, "rb") as file:
+        with open_bytes(self.path) as file:
             file.seek(self.start + goal)
             data = file.read(min(1000, len(self) - goal))
         border = data.find(b"\n") + 1
@@ -134,24 +150,27 @@ class TextFile:
         return 1
 
     def __getitem__(self, i):
-        if self.stop - self.start > BIG:
-            return BigText(self.path, self.start, self.stop)
-        with open(self.path, "rb") as file:
-            file.seek(self.start)
-            data = file.read(self.stop - self.start)
+        with open_bytes(self.path) as file:
+            start = self.start or bom(file)
+            if self.stop - start > BIG:
+                return BigText(self.path, start, self.stop)
+            file.seek(start)
+            data = file.read(self.stop - start)
         try:
             return data.decode()
         except UnicodeDecodeError as error:
-            raise not_utf8(self.path, self.start + error.start)
+            raise not_utf8(self.path, start + error.start)
 
 
 class JsonLines:
     """One JSON object a line, text in its field `text`. Blank lines are no documents. Opening notes where lines start."""
 
     def __init__(self, path):
-        self.path, at = path, 0
+        self.path = path
         self.starts, self.lines = array("q"), array("q")
-        with open(path, "rb") as file:
+        with open_bytes(path) as file:
+            at = bom(file)
+            file.seek(at)
             for number, line in enumerate(file, 1):
                 if line.strip():
                     self.starts.append(at)
@@ -162,7 +181,7 @@ class JsonLines:
         return len(self.starts)
 
     def __getitem__(self, i):
-        with open(self.path, "rb") as file:
+        with open_bytes(self.path) as file:
             file.seek(self.starts[i])
             line = file.readline()
         where = f"{self.path}, line {self.lines[i]}"

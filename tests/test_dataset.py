@@ -273,6 +273,35 @@ def test_text_that_is_not_utf8_is_named_with_its_place(tmp_path, monkeypatch, bi
         list(slices(TextFile(path)[0]))
 
 
+@pytest.mark.parametrize("kind, big", [("txt", False), ("txt", True), ("jsonl", False), ("parquet", False)])
+def test_a_byte_order_mark_is_no_text(tmp_path, monkeypatch, kind, big):
+    """
+    Some editors begin a file with U+FEFF. A .txt was learnt from with it, a .jsonl was refused for it. It is part of no text, but
+    one inside a text is what somebody wrote.
+    """
+    if big:
+        monkeypatch.setattr(documents, "BIG", 10)
+    text, path = "one\n\ufefftwo\n" + "three\n" * 40, tmp_path / f"a.{kind}"
+    write = {"txt": lambda path, rows: path.write_text(rows[0]), "jsonl": lines, "parquet": parquet}[kind]
+    write(path, [text])
+    clean = [texts(open_source(f"dir:{tmp_path}", split)) for split in ("train", "val")]
+    if kind != "parquet": # which has its own beginning
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    marked = [texts(open_source(f"dir:{tmp_path}", split)) for split in ("train", "val")]
+    assert marked == clean and "".join(marked[0] + marked[1]) == text
+    assert isinstance(documents.open_file(path)[0], BigText if big else str)
+
+
+def test_a_file_that_cannot_be_opened_is_named(tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.txt").write_text("some text")
+    source = open_source(f"dir:{tmp_path}")
+    for i in range(3):
+        (tmp_path / f"{i}.txt").unlink()
+    with pytest.raises(UserError, match=r"\d.txt cannot be opened \(No such file"):
+        texts(source)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Specs, mixes, folders
 
