@@ -14,7 +14,6 @@ folder of one document gives its last 5%, cut at a line end.
 """
 
 import argparse
-import hashlib
 import mmap
 import os
 import sysconfig
@@ -23,12 +22,9 @@ from itertools import accumulate
 from pathlib import Path
 
 from nanochat.common import UserError, base_dir, run_main
-from nanochat.documents import TABLES, BigText, Part, TextFile, open_file, slices
+from nanochat.documents import TABLES, BigText, Part, TextFile, open_bytes, open_file, slices, suffix
 from nanochat.download import CLIMBMIX, Shards, download
-
-SPLITS = ("train", "val")
-VAL_SHARE = 0.05
-SUFFIXES = (".txt", ".md", ".py") + TABLES
+from nanochat.folders import SPLITS, VAL_SHARE, find_text, fingerprint, split_folder, split_names
 
 
 def data_dir(folder=None) -> Path:
@@ -46,11 +42,12 @@ class Source:
 
     name         the spec it was opened with
     files        objects with len() and [i], see nanochat/documents.py
-    fingerprint  changes when the set of documents changes; where the folder lies does not matter
+    fingerprint  tells sets of documents apart, as folders.fingerprint says; where the folder lies does not matter
+    notes        lines that the user should see before anything is learnt from it
     """
 
-    def __init__(self, name, files, fingerprint):
-        self.name, self.files, self.fingerprint = name, files, fingerprint
+    def __init__(self, name, files, fingerprint, notes=()):
+        self.name, self.files, self.fingerprint, self.notes = name, files, fingerprint, list(notes)
         self.starts = [0, *accumulate(len(file) for file in files)]
         self.parts = [(self, 1.0)]
 
@@ -99,21 +96,9 @@ class Mix:
                 yield text
 
 
-def name_hash(name):
-    """A file's name as a number in [0, 1): decides its split and its place in the order."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
-
-
-def split_names(names, split):
-    """
-    Names of one split, in the order of their hashes (a shuffle that is the same everywhere).
-    val is every name that hashes below VAL_SHARE; with few names at least one, and train keeps at least one.
-    """
-    assert len(names) >= 2, "one file is split inside"
-    order = sorted(names, key=name_hash)
-    val = sum(name_hash(name) < VAL_SHARE for name in order)
-    val = min(max(val, 1), len(order) - 1)
-    return order[:val] if split == "val" else order[val:]
+def notes(items):
+    """Lines that the user should see before anything is learnt from a source, or from several with weights."""
+    return [f"{part.name}: {note}" for part, _ in items.parts for note in getattr(part, "notes", ())]
 
 
 class Lines:
@@ -146,27 +131,22 @@ def last_lines(path, text, end):
 def split_file(path, split):
     """The only file of a folder: its last 5% of documents are val; a single document gives its last 5%, from a line end."""
     file = open_file(path)
-    if path.suffix in TABLES:
+    if suffix(path) in TABLES:
         if len(file) < 2:
             return Lines(file, split) if len(file) else file
         border = len(file) - max(1, round(VAL_SHARE * len(file)))
         return Part(file, 0, border) if split == "train" else Part(file, border, len(file))
     if not file.stop:
         raise UserError(f"{path} is empty: there is nothing to learn from")
-    with open(path, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as text:
+    with open_bytes(path) as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as text:
         border, size = last_lines(path, text, b"\n"), len(text)
     return TextFile(path, 0, border) if split == "train" else TextFile(path, border, size)
 
 
-def make_source(name, root, names, split):
-    """A Source of the named files under root, each a document or a table of them."""
-    files = [open_file(root / file) for file in names]
-    return finish(name, split, files, [f"{file}:{os.path.getsize(root / file)}" for file in names])
-
-
-def finish(name, split, files, facts):
-    digest = hashlib.sha256("\n".join([split, *facts]).encode()).hexdigest()[:16]
-    source = Source(name, files, digest)
+def make_source(name, root, names, split, notes=(), files=None):
+    """A Source of the named files under root, each a document or a table of them, or of `files`, which are parts of these."""
+    files = files or [open_file(root / file) for file in names]
+    source = Source(name, files, fingerprint(split, root, names), notes)
     if not len(source):
         raise UserError(f"{name} has no documents in its {split} split: add text, or choose another source")
     return source
@@ -181,7 +161,7 @@ def open_stdlib(split):
         folders[:] = sorted(set(folders) - skip)
         for file in files:
             path = Path(folder) / file
-            if path.suffix == ".py" and is_text(path):
+            if suffix(path) == ".py" and is_text(path):
                 names.append(path.relative_to(root).as_posix())
     if len(names) < 2:
         raise UserError(f"this Python keeps no .py files in {root}: use another source, such as dir:PATH")
@@ -203,27 +183,17 @@ def open_dir(path, split, data):
     root = Path(path).expanduser()
     if not root.is_absolute() and not root.is_dir():
         root = data / path
+    kinds = ".txt, .md, .py, .jsonl or .parquet files"
     if not root.is_dir():
         places = f"{path}" if Path(path).is_absolute() else f"{Path(path).absolute()} nor at {data / path}"
-        raise UserError(f"no folder at {places}: expected one with .txt, .md, .py, .jsonl or .parquet files")
-    shards = sorted(shard.name for shard in root.glob("shard_*.parquet"))
-    if shards: # then nothing else in the folder is training text
-        names = shards
-    else:
-        names = sorted(file.relative_to(root).as_posix() for file in root.rglob("*")
-                       if file.suffix in SUFFIXES and file.is_file()
-                       and not any(part.startswith(".") for part in file.relative_to(root).parts))
-    name = f"dir:{path}"
-    if not names:
-        raise UserError(f"{root} holds no text: expected .txt, .md, .py, .jsonl or .parquet files in it or below it")
-    if len(names) == 1:
-        file = root / names[0]
-        return finish(name, split, [split_file(file, split)], [f"{names[0]}:{os.path.getsize(file)}"])
-    if shards:
-        names = names[-1:] if split == "val" else names[:-1]
-    else:
-        names = split_names(names, split)
-    return make_source(name, root, names, split)
+        raise UserError(f"no folder at {places}: expected one with {kinds}")
+    folder, name = find_text(root), f"dir:{path}"
+    if not folder.sizes:
+        raise UserError("; ".join([f"{root} holds no text: expected {kinds} in it or below it", *folder.notes]))
+    if len(folder.sizes) == 1:
+        names = list(folder.sizes)
+        return make_source(name, root, names, split, folder.notes, [split_file(root / names[0], split)])
+    return make_source(name, root, split_folder(folder, split), split, folder.notes)
 
 
 def open_climbmix(split, data):
@@ -283,8 +253,11 @@ def open_source(spec, split="train", data=None):
 
 def check(spec, data):
     """Read every document of both splits, so that a broken file shows now and not in the middle of a run."""
-    for split in SPLITS:
-        for source, weight in open_source(spec, split, data).parts:
+    sources = [open_source(spec, split, data) for split in SPLITS]
+    for note in notes(sources[0]):
+        print(note)
+    for split, whole in zip(SPLITS, sources):
+        for source, _ in whole.parts:
             sizes = [sum(len(text) for _, _, text in slices(source[i])) for i in range(len(source))]
             print(f"{source.name} ({split}): {len(sizes):,} documents, {sizes.count(0):,} of them empty; "
                   f"{sum(sizes):,} characters, {max(sizes):,} in the longest")

@@ -17,6 +17,7 @@ from array import array
 from bisect import bisect_right
 from collections import OrderedDict
 from itertools import accumulate
+from pathlib import Path
 
 from nanochat.common import UserError
 
@@ -237,7 +238,7 @@ class ParquetFile:
         import pyarrow.parquet as pq
         self.path, self.broken = path, (pa.ArrowException, OSError)
         try:
-            with pq.ParquetFile(path) as file:
+            with open_bytes(path) as handle, pq.ParquetFile(handle) as file: # by itself it opens no name that is not UTF-8
                 schema, meta = file.schema_arrow, file.metadata
                 sizes = [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]
         except self.broken as error:
@@ -269,7 +270,7 @@ class ParquetFile:
     def _read(self, group):
         import pyarrow.parquet as pq
         try:
-            with pq.ParquetFile(self.path) as file:
+            with open_bytes(self.path) as handle, pq.ParquetFile(handle) as file:
                 return file.read_row_group(group, columns=["text"]).column("text")
         except self.broken as error:
             raise self._unreadable(error)
@@ -289,4 +290,9 @@ class Part:
 
 
 def open_file(path):
-    return {".jsonl": JsonLines, ".parquet": ParquetFile}.get(path.suffix, TextFile)(path)
+    return {".jsonl": JsonLines, ".parquet": ParquetFile}.get(suffix(path), TextFile)(path)
+
+
+def suffix(path):
+    """What decides how a file is read: .TXT is .txt."""
+    return Path(path).suffix.lower()

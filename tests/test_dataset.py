@@ -11,8 +11,9 @@ from hypothesis import given, settings, strategies as st
 
 from nanochat import dataset, documents
 from nanochat.common import UserError
-from nanochat.dataset import Mix, data_dir, main, name_hash, open_source, parse_spec, split_names
+from nanochat.dataset import Mix, data_dir, main, open_source, parse_spec
 from nanochat.documents import BigText, JsonLines, ParquetFile, TextFile, slices
+from nanochat.folders import name_hash, split_names
 
 SHARED = os.environ.get("NANOCHAT_SHARED_DATA", os.path.join(os.path.dirname(__file__), "..", "..", "shared", "data"))
 

@@ -1,0 +1,108 @@
+"""Laws of a folder of text: nothing in it is missed in silence, links come to an end, a name may be any bytes."""
+
+import os
+import sys
+
+import pytest
+
+from nanochat.common import UserError
+from nanochat.dataset import main, open_source
+from nanochat.folders import find_text, kind
+from tests.test_dataset import lines, parquet, texts
+
+
+def both(folder):
+    """The documents of both splits, sorted."""
+    return sorted(text for split in ("train", "val") for text in texts(open_source(f"dir:{folder}", split)))
+
+
+def fill(folder, **files):
+    """fill(folder, a_txt="text"): a.txt holds text."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name.replace("_", ".")).write_text(text)
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Links, suffixes, what is left out
+
+def test_links_are_followed_and_circles_end(tmp_path):
+    """
+    Text kept on another disk and linked to was missed without a word. With links followed, one that leads back up must not go round
+    for ever, and a folder with two ways to it must not be read twice.
+    """
+    fill(tmp_path / "far" / "deep", c_txt="c", d_txt="d")
+    home = fill(tmp_path / "home", a_txt="a")
+    fill(home / "sub", b_txt="b")
+    (home / "A_link").symlink_to(home / "sub") # comes first by name, but is not what the folder is called
+    (home / "far").symlink_to(tmp_path / "far")
+    (home / "up").symlink_to(home)
+    (home / "sub" / "up").symlink_to("..")
+    (tmp_path / "far" / "home").symlink_to(home)
+    (home / "single.txt").symlink_to(tmp_path / "far" / "deep" / "c.txt") # a file that is linked to is a file
+    folder = find_text(home)
+    assert list(folder.sizes) == ["a.txt", "far/deep/c.txt", "far/deep/d.txt", "single.txt", "sub/b.txt"] and folder.notes == []
+    assert both(home) == ["a", "b", "c", "c", "d"]
+
+
+def test_what_is_left_out_is_told(tmp_path, monkeypatch, capsys):
+    """.json, .jsonl.gz, dead links and closed folders were left out in silence: half of the text could be missing."""
+    home = fill(tmp_path / "home", a_txt="some text\n" * 9, b_md="more text\n" * 9, c_json="{}", d_json="{}", e_jsonl_gz="", f_PDF="", Makefile="")
+    (home / "dead.txt").symlink_to(home / "nowhere.txt")
+    (home / "itself.txt").symlink_to("itself.txt")
+    fill(home / "closed", x_txt="x")
+    scandir = os.scandir
+    def refuse(path):
+        if str(path).endswith("closed"): # chmod stops nobody who runs the tests as root
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+    monkeypatch.setattr(os, "scandir", refuse)
+    told = ["left out: 5 files of other kinds (.json 2, .jsonl.gz 1, .pdf 1, no suffix 1)",
+            "left out: 2 dead links (dead.txt, itself.txt)", "left out: 1 unreadable folder (closed)"]
+    assert find_text(home).notes == told
+    monkeypatch.setattr(sys, "argv", ["dataset", "--check", f"dir:{home}"])
+    main()
+    out = capsys.readouterr().out
+    assert all(out.count(line) == 1 for line in told), "once, not for each split"
+    (home / "a.txt").unlink()
+    (home / "b.md").unlink()
+    with pytest.raises(UserError, match=r"holds no text.*left out: 5 files of other kinds"):
+        open_source(f"dir:{home}")
+
+
+def test_beside_shards_nothing_is_text_and_that_is_told(tmp_path):
+    for i in range(3):
+        parquet(tmp_path / f"shard_{i:05d}.parquet", [f"{i}"])
+    fill(tmp_path / "more", a_txt="not read", b_txt="not read")
+    assert find_text(tmp_path).notes == ["left out: 2 files beside the shards (.txt 2)"] and both(tmp_path) == ["0", "1", "2"]
+
+
+def test_a_suffix_in_capitals_is_the_same_suffix(tmp_path):
+    fill(tmp_path, A_TXT="a", B_Md="b")
+    lines(tmp_path / "C.JSONL", ["c0", "c1"])
+    parquet(tmp_path / "D.Parquet", ["d0", "d1"])
+    assert both(tmp_path) == ["a", "b", "c0", "c1", "d0", "d1"] and find_text(tmp_path).notes == []
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    lines(alone / "C.JSONL", ["c0", "c1"])
+    assert both(alone) == ["c0", "c1"], "split between its lines, not cut like a text"
+
+
+def test_kinds_by_hand():
+    assert [kind(name) for name in ("a.json", "x/B.JSONL.GZ", "c.tar.xz", "notes", "v1.2/readme")] == [".json", ".jsonl.gz", ".tar.xz", "no suffix", "no suffix"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "parquet"])
+def test_a_name_may_be_any_bytes(tmp_path, suffix):
+    """caf\\xe9.txt, of an old disk: its name is no UTF-8, and hashing it ended in a UnicodeEncodeError."""
+    for i in range(3):
+        path = tmp_path / f"{i}.{suffix}"
+        {"txt": lambda path, rows: path.write_text(rows[0]), "jsonl": lines, "parquet": parquet}[suffix](path, [f"{i}"])
+        os.rename(path, os.fsencode(tmp_path) + b"/caf\xe9%d.%s" % (i, suffix.encode()))
+    assert both(tmp_path) == ["0", "1", "2"]
+    os.symlink("nowhere", os.fsencode(tmp_path) + b"/caf\xe9.md")
+    assert find_text(tmp_path).notes == ["left out: 1 dead link (caf\ufffd.md)"]
