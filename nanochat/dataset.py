@@ -24,7 +24,7 @@ from pathlib import Path
 from nanochat.common import UserError, base_dir, run_main
 from nanochat.documents import TABLES, BigText, Part, TextFile, open_bytes, open_file, slices, suffix
 from nanochat.download import CLIMBMIX, Shards, download
-from nanochat.folders import SPLITS, VAL_SHARE, find_text, fingerprint, split_folder, split_names
+from nanochat.folders import SPLITS, VAL_SHARE, find_text, fingerprint, some, split_folder, split_names, split_notes
 
 
 def data_dir(folder=None) -> Path:
@@ -136,8 +136,6 @@ def split_file(path, split):
             return Lines(file, split) if len(file) else file
         border = len(file) - max(1, round(VAL_SHARE * len(file)))
         return Part(file, 0, border) if split == "train" else Part(file, border, len(file))
-    if not file.stop:
-        raise UserError(f"{path} is empty: there is nothing to learn from")
     with open_bytes(path) as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as text:
         border, size = last_lines(path, text, b"\n"), len(text)
     return TextFile(path, 0, border) if split == "train" else TextFile(path, border, size)
@@ -147,8 +145,8 @@ def make_source(name, root, names, split, notes=(), files=None):
     """A Source of the named files under root, each a document or a table of them, or of `files`, which are parts of these."""
     files = files or [open_file(root / file) for file in names]
     source = Source(name, files, fingerprint(split, root, names), notes)
-    if not len(source):
-        raise UserError(f"{name} has no documents in its {split} split: add text, or choose another source")
+    if not any(len(source[i]) for i in range(len(source))):
+        raise UserError(f"{name} has no text in its {split} split ({some(names)}): add text, or choose another source")
     return source
 
 
@@ -193,7 +191,7 @@ def open_dir(path, split, data):
     if len(folder.sizes) == 1:
         names = list(folder.sizes)
         return make_source(name, root, names, split, folder.notes, [split_file(root / names[0], split)])
-    return make_source(name, root, split_folder(folder, split), split, folder.notes)
+    return make_source(name, root, split_folder(folder, split), split, folder.notes + split_notes(folder))
 
 
 def open_climbmix(split, data):

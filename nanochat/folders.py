@@ -18,6 +18,7 @@ from nanochat.documents import TABLES, suffix
 
 SPLITS = ("train", "val")
 VAL_SHARE = 0.05
+USUAL = 0.01, 0.2  # share of validation in all bytes; outside of it something is said
 SUFFIXES = (".txt", ".md", ".py") + TABLES
 PACKED = (".gz", ".bz2", ".xz", ".zst")
 
@@ -78,16 +79,17 @@ def find_text(root):
     files, broken, closed = walk(root)
     shards = [name for name in files if re.fullmatch(r"shard_[^/]*\.parquet", name)]
     text = set(shards or (name for name in files if suffix(name) in SUFFIXES))
+    empty = {name for name in text if files[name] == 0 and suffix(name) != ".parquet"} # an empty parquet file is a broken one
     others = Counter(kind(name) for name in files.keys() - text)
     notes = []
     if others:
         order = sorted(others, key=lambda name: (-others[name], name))
         kinds = ", ".join(f"{name} {others[name]}" for name in order[:8]) + ", ..." * (len(order) > 8)
         notes.append(f"left out: {many(others.total(), 'file')} {'beside the shards' if shards else 'of other kinds'} ({kinds})")
-    for names, what in ((broken, "dead link"), (closed, "unreadable folder")):
+    for names, what in ((empty, "empty file"), (broken, "dead link"), (closed, "unreadable folder")):
         if names:
             notes.append(f"left out: {many(len(names), what)} ({some(names)})")
-    return Folder(root, {name: files[name] for name in sorted(text)}, notes, bool(shards))
+    return Folder(root, {name: files[name] for name in sorted(text - empty)}, notes, bool(shards))
 
 
 def many(count, what):
@@ -133,6 +135,18 @@ def split_folder(folder, split):
     if folder.shards:
         return names[-1:] if split == "val" else names[:-1]
     return split_names(names, split)
+
+
+def split_notes(folder):
+    """A line where validation is far from its usual share: two files are split as one and one, however large they are."""
+    if folder.shards:
+        return []
+    val, total = sum(folder.sizes[name] for name in split_folder(folder, "val")), sum(folder.sizes.values())
+    low, high = USUAL
+    if low <= val / total <= high:
+        return []
+    return [f"validation is {val:,} of {total:,} bytes, {val / total:.1%} where some 5% are usual: files are kept whole, and their names "
+            f"choose. With more files, or all text in one, it comes closer"]
 
 
 def fingerprint(split, root, names):

@@ -351,18 +351,15 @@ def test_folders_come_from_the_flag_then_the_environment_then_the_base(tmp_path,
         open_source("dir:books")
 
 
-def test_empty_files_are_documents_of_no_text_and_an_empty_source_says_so(tmp_path):
-    for name in "abc":
-        (tmp_path / f"{name}.txt").write_text("")
-    assert texts(open_source(f"dir:{tmp_path}", "val")) == [""]
-    for name in "abc":
-        (tmp_path / f"{name}.txt").unlink()
-    for kind in ("txt", "jsonl"):
-        path = tmp_path / f"only.{kind}"
-        path.write_text("")
-        with pytest.raises(UserError, match="no documents|is empty"):
-            open_source(f"dir:{tmp_path}")
-        path.unlink()
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_an_empty_source_says_so(tmp_path, kind):
+    path = tmp_path / f"only.{kind}"
+    path.write_text("")
+    with pytest.raises(UserError, match=rf"holds no text.*1 empty file \(only.{kind}\)"):
+        open_source(f"dir:{tmp_path}")
+    path.write_text("\n" if kind == "jsonl" else "\ufeff")
+    with pytest.raises(UserError, match="no text in its train split|single line"):
+        open_source(f"dir:{tmp_path}")
 
 
 def test_climbmix_needs_its_last_shard(tmp_path):

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from nanochat import folders
 from nanochat.common import UserError
 from nanochat.dataset import main, open_source
 from nanochat.folders import find_text, kind
@@ -48,7 +49,7 @@ def test_links_are_followed_and_circles_end(tmp_path):
 
 def test_what_is_left_out_is_told(tmp_path, monkeypatch, capsys):
     """.json, .jsonl.gz, dead links and closed folders were left out in silence: half of the text could be missing."""
-    home = fill(tmp_path / "home", a_txt="some text\n" * 9, b_md="more text\n" * 9, c_json="{}", d_json="{}", e_jsonl_gz="", f_PDF="", Makefile="")
+    home = fill(tmp_path / "home", a_txt="some text\n" * 9, b_md="more text\n" * 9, c_json="{}", d_json="{}", e_jsonl_gz="", f_PDF="", Makefile="", g_txt="")
     (home / "dead.txt").symlink_to(home / "nowhere.txt")
     (home / "itself.txt").symlink_to("itself.txt")
     fill(home / "closed", x_txt="x")
@@ -58,7 +59,7 @@ def test_what_is_left_out_is_told(tmp_path, monkeypatch, capsys):
             raise PermissionError(13, "Permission denied")
         return scandir(path)
     monkeypatch.setattr(os, "scandir", refuse)
-    told = ["left out: 5 files of other kinds (.json 2, .jsonl.gz 1, .pdf 1, no suffix 1)",
+    told = ["left out: 5 files of other kinds (.json 2, .jsonl.gz 1, .pdf 1, no suffix 1)", "left out: 1 empty file (g.txt)",
             "left out: 2 dead links (dead.txt, itself.txt)", "left out: 1 unreadable folder (closed)"]
     assert find_text(home).notes == told
     monkeypatch.setattr(sys, "argv", ["dataset", "--check", f"dir:{home}"])
@@ -106,3 +107,50 @@ def test_a_name_may_be_any_bytes(tmp_path, suffix):
     assert both(tmp_path) == ["0", "1", "2"]
     os.symlink("nowhere", os.fsencode(tmp_path) + b"/caf\xe9.md")
     assert find_text(tmp_path).notes == ["left out: 1 dead link (caf\ufffd.md)"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Splits
+
+def test_a_file_without_bytes_is_no_document(tmp_path):
+    """
+    Twelve modules and an empty sub102/__init__.py, whose name hashes lowest: it was all of validation, and a run of hours ended in
+    "no target stands for any byte", at every --resume anew.
+    """
+    names = [f"module{i}.py" for i in range(12)]
+    assert min([*names, "sub102/__init__.py"], key=folders.name_hash) == "sub102/__init__.py"
+    for name in names:
+        (tmp_path / name).write_text(f"x = '{name}'\n" * 20)
+    (tmp_path / "sub102").mkdir()
+    (tmp_path / "sub102" / "__init__.py").touch()
+    val = open_source(f"dir:{tmp_path}", "val")
+    assert all(text.startswith("x = ") for text in texts(val))
+    assert val.notes == ["left out: 1 empty file (sub102/__init__.py)"]
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_split_without_text_is_told_at_once(tmp_path, monkeypatch, split):
+    """Rows may be empty though their file is not. `--check` printed "0 characters" and ended as if all were well."""
+    names = ["a.jsonl", "b.jsonl"]
+    (empty,) = folders.split_names(names, split)
+    for name in names:
+        lines(tmp_path / name, ["", "", ""] if name == empty else ["text", "", "more"])
+    other = "val" if split == "train" else "train"
+    assert texts(open_source(f"dir:{tmp_path}", other)) == ["text", "", "more"]
+    with pytest.raises(UserError, match=rf"no text in its {split} split \({empty}\)"):
+        open_source(f"dir:{tmp_path}", split)
+    monkeypatch.setattr(sys, "argv", ["dataset", "--check", f"dir:{tmp_path}"])
+    with pytest.raises(UserError, match="no text"):
+        main()
+
+
+def test_a_lopsided_split_is_told(tmp_path, capsys, monkeypatch):
+    """A file of a megabyte and one of two bytes were split as 1,000,000 and 2 characters without a word."""
+    (small,) = folders.split_names(["a.txt", "b.txt"], "val")
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("x\n" if name == small else "line\n" * 200_000)
+    monkeypatch.setattr(sys, "argv", ["dataset", "--check", f"dir:{tmp_path}"])
+    main()
+    assert "validation is 2 of 1,000,002 bytes, 0.0% where some 5% are usual" in capsys.readouterr().out
+    (tmp_path / small).write_text("line\n" * 20_000)
+    assert open_source(f"dir:{tmp_path}").notes == [], "9% is near enough"
