@@ -14,13 +14,14 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nanochat.documents import TABLES, suffix
+from nanochat.documents import TABLES, open_bytes, suffix
 
 SPLITS = ("train", "val")
 VAL_SHARE = 0.05
 USUAL = 0.01, 0.2  # share of validation in all bytes; outside of it something is said
 SUFFIXES = (".txt", ".md", ".py") + TABLES
 PACKED = (".gz", ".bz2", ".xz", ".zst")
+PROBE = 8192  # bytes at either end of a file that its fingerprint looks at
 
 
 @dataclass
@@ -150,6 +151,17 @@ def split_notes(folder):
 
 
 def fingerprint(split, root, names):
-    """In hex: changes when one of the named files is added, taken out, renamed or changes its size, but not when the folder is moved."""
-    facts = [split, *(f"{name}:{os.path.getsize(root / name)}" for name in names)]
-    return hashlib.sha256("\n".join(facts).encode(errors="surrogateescape")).hexdigest()[:16]
+    """
+    Of the named files, in hex: changes when one is added, taken out, renamed or edited, but not when the folder is moved or copied. Of
+    a file it sees the size and PROBE bytes at either end: an edit of the middle alone that keeps the size goes unnoticed.
+    """
+    digest = hashlib.sha256(split.encode())
+    for name in names:
+        with open_bytes(root / name) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            ends = file.read(PROBE)
+            file.seek(max(PROBE, size - PROBE))
+            ends += file.read(PROBE)
+        digest.update(f"\n{name}:{size}:".encode(errors="surrogateescape") + hashlib.sha256(ends).digest())
+    return digest.hexdigest()[:16]

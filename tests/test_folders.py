@@ -1,6 +1,8 @@
-"""Laws of a folder of text: nothing in it is missed in silence, links come to an end, a name may be any bytes."""
+"""Laws of a folder of text: nothing in it is missed in silence, links come to an end, a name may be any bytes, an edit is noticed."""
 
 import os
+import random
+import shutil
 import sys
 
 import pytest
@@ -8,7 +10,7 @@ import pytest
 from nanochat import folders
 from nanochat.common import UserError
 from nanochat.dataset import main, open_source
-from nanochat.folders import find_text, kind
+from nanochat.folders import find_text, fingerprint, kind
 from tests.test_dataset import lines, parquet, texts
 
 
@@ -154,3 +156,42 @@ def test_a_lopsided_split_is_told(tmp_path, capsys, monkeypatch):
     assert "validation is 2 of 1,000,002 bytes, 0.0% where some 5% are usual" in capsys.readouterr().out
     (tmp_path / small).write_text("line\n" * 20_000)
     assert open_source(f"dir:{tmp_path}").notes == [], "9% is near enough"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fingerprints
+
+def test_an_edit_of_the_same_size_changes_the_fingerprint(tmp_path):
+    """It was made of names and sizes: a corrected word of the same length let a run resume as if nothing had changed."""
+    fill(tmp_path, a_txt="the cat sat\n" * 50, b_txt="on the mat\n" * 50)
+    before = open_source(f"dir:{tmp_path}", "train").fingerprint, open_source(f"dir:{tmp_path}", "val").fingerprint
+    for name in ("a.txt", "b.txt"):
+        path = tmp_path / name
+        text = path.read_text()
+        path.write_text(text[:300] + "#" + text[301:])
+    after = open_source(f"dir:{tmp_path}", "train").fingerprint, open_source(f"dir:{tmp_path}", "val").fingerprint
+    assert before[0] != after[0] and before[1] != after[1]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_fingerprints(tmp_path, seed):
+    """Moved, copied and touched it stays; any byte in PROBE bytes of an end, a name or a size changes it."""
+    rng = random.Random(seed)
+    home, size = tmp_path / "home", rng.choice([1, 100, folders.PROBE - 1, folders.PROBE, folders.PROBE + 1, 2 * folders.PROBE, 3 * folders.PROBE])
+    fill(home, a_txt="other")
+    data = bytearray(rng.randbytes(size))
+    (home / "b.txt").write_bytes(data)
+    names = ["a.txt", "b.txt"]
+    before = fingerprint("train", home, names)
+    shutil.copytree(home, tmp_path / "copy")
+    os.utime(tmp_path / "copy" / "b.txt", (1, 1))
+    assert fingerprint("train", tmp_path / "copy", names) == before
+    at = rng.choice([rng.randrange(min(size, folders.PROBE)), size - 1 - rng.randrange(min(size, folders.PROBE))])
+    data[at] ^= 1
+    (home / "b.txt").write_bytes(data)
+    data[at] ^= 1
+    (tmp_path / "copy" / "b.txt").write_bytes(data + b"x")
+    (home / "c.txt").write_bytes(data)
+    found = [before, fingerprint("train", home, names), fingerprint("train", tmp_path / "copy", names), fingerprint("train", home, ["a.txt", "c.txt"]),
+             fingerprint("val", home, ["a.txt", "c.txt"]), fingerprint("train", home, names[:1])]
+    assert len(set(found)) == len(found)
