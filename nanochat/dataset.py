@@ -178,13 +178,12 @@ def is_text(path):
 
 def open_dir(path, split, data):
     """A folder of one's own text. A relative path is looked up here first, then in the data folder."""
-    root = Path(path).expanduser()
-    if not root.is_absolute() and not root.is_dir():
-        root = data / path
+    here = Path(os.path.expanduser(path))
+    places = [here] if here.is_absolute() else [here.absolute(), data / here]
+    root = next((place for place in places if os.path.isdir(place)), None)
     kinds = ".txt, .md, .py, .jsonl or .parquet files"
-    if not root.is_dir():
-        places = f"{path}" if Path(path).is_absolute() else f"{Path(path).absolute()} nor at {data / path}"
-        raise UserError(f"no folder at {places}: expected one with {kinds}")
+    if root is None:
+        raise UserError(f"no folder at {' nor at '.join(map(str, places))}: expected one with {kinds}")
     folder, name = find_text(root), f"dir:{path}"
     if not folder.sizes:
         raise UserError("; ".join([f"{root} holds no text: expected {kinds} in it or below it", *folder.notes]))

@@ -344,7 +344,7 @@ def test_folders_come_from_the_flag_then_the_environment_then_the_base(tmp_path,
     lines(tmp_path / "env" / "books" / "a.jsonl", ["x", "y"])
     monkeypatch.chdir(tmp_path)
     assert texts(open_source("dir:books")) == ["x"]
-    with pytest.raises(UserError, match="nor at"):
+    with pytest.raises(UserError, match=f"no folder at {tmp_path}/nowhere nor at {tmp_path}/env/nowhere:"):
         open_source("dir:nowhere")
     (tmp_path / "books").mkdir()
     with pytest.raises(UserError, match="holds no text"): # the folder here comes first
@@ -360,6 +360,20 @@ def test_an_empty_source_says_so(tmp_path, kind):
     path.write_text("\n" if kind == "jsonl" else "\ufeff")
     with pytest.raises(UserError, match="no text in its train split|single line"):
         open_source(f"dir:{tmp_path}")
+
+
+def test_a_folder_that_is_not_there_is_named_as_it_was_looked_for(tmp_path, monkeypatch):
+    """dir:~/nope was said to be missing at <here>/~/nope; a name too long for any disk was a traceback."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(UserError, match=f"no folder at {tmp_path}/nope: expected"):
+        open_source("dir:~/nope")
+    for path in ("x" * 300, "/" + "x" * 300, "~nobody-of-that-name/x", str(tmp_path / "file" / "below")):
+        (tmp_path / "file").touch()
+        with pytest.raises(UserError, match="no folder at "):
+            open_source(f"dir:{path}")
+    (tmp_path / "home").mkdir()
+    lines(tmp_path / "home" / "a.jsonl", ["x", "y"])
+    assert texts(open_source("dir:~/home")) == ["x"]
 
 
 def test_climbmix_needs_its_last_shard(tmp_path):
