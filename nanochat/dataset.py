@@ -22,9 +22,11 @@ from itertools import accumulate
 from pathlib import Path
 
 from nanochat.common import UserError, base_dir, run_main
-from nanochat.documents import TABLES, BigText, Part, TextFile, open_bytes, open_file, slices, suffix
+from nanochat.documents import TABLES, Part, TextFile, excerpt, open_bytes, open_file, slices, suffix
 from nanochat.download import CLIMBMIX, Shards, download
 from nanochat.folders import SPLITS, VAL_SHARE, find_text, fingerprint, some, split_folder, split_names, split_notes
+
+FAIR = 10_000  # characters that a document may give to a Sample before others had their turn
 
 
 def data_dir(folder=None) -> Path:
@@ -64,11 +66,7 @@ class Source:
     def documents(self):
         """Every document once, as str, in order. (A BigText comes as its slices, one str each.)"""
         for i in range(len(self)):
-            document = self[i]
-            if isinstance(document, BigText):
-                yield from (text for _, _, text in document.slices())
-            else:
-                yield document
+            yield from excerpt(self[i])
 
 
 class Mix:
@@ -79,21 +77,71 @@ class Mix:
         self.fingerprint = "+".join(f"{source.fingerprint}*{weight:g}" for source, weight in parts)
 
     def documents(self):
-        """
-        Every document of every part once. The next one comes from the part that is furthest behind its share of the
-        characters so far; parts that have ended no longer take part, so the end of a pass may be off the weights.
-        """
-        streams = [(source.documents(), weight) for source, weight in self.parts]
-        given = [0] * len(streams)
-        alive = list(range(len(streams)))
-        while alive:
-            i = min(alive, key=lambda i: given[i] / streams[i][1])
-            text = next(streams[i][0], None)
-            if text is None:
-                alive.remove(i)
-            else:
-                given[i] += len(text)
+        """Every document of every part once, as by_weight() mixes them."""
+        return by_weight([(source.documents(), weight) for source, weight in self.parts])
+
+
+def by_weight(streams):
+    """
+    Texts of several (iterator, weight) as one stream. The next one comes from the iterator that is furthest behind its share of
+    the characters so far; those that have ended no longer take part, so the end of a pass may be off the weights.
+    """
+    given, alive = [0] * len(streams), list(range(len(streams)))
+    while alive:
+        i = min(alive, key=lambda i: given[i] / streams[i][1])
+        text = next(streams[i][0], None)
+        if text is None:
+            alive.remove(i)
+        else:
+            given[i] += len(text)
+            yield text
+
+
+class Sample:
+    """
+    Some of a source's text, for those who cannot take all of it: at most max_chars characters, in the weights of a mix, from as many
+    documents as there are. First comes the beginning of each, its equal share of what is wanted or FAIR characters if that is
+    more; then, as short documents leave room, as much again of those that have it, then twice as much, and so on.
+
+    max_chars  None = the whole source
+    doc_cap    most characters of one document, in one round (None = the rule above)
+    Iterate it once; afterwards `documents` and `chars` say how many there were.
+    """
+
+    def __init__(self, source, max_chars=None, doc_cap=None):
+        self.source, self.max_chars, self.doc_cap = source, max_chars, doc_cap
+        self.documents = self.chars = 0
+
+    def __iter__(self):
+        whole = sum(weight for _, weight in self.source.parts)
+        for text in by_weight([(self._of(source, weight / whole), weight) for source, weight in self.source.parts]):
+            text = text if self.max_chars is None else text[:self.max_chars - self.chars]
+            self.chars += len(text)
+            if text:
                 yield text
+            if self.chars == self.max_chars:
+                return
+
+    def _of(self, source, share):
+        """Texts of one part of the source, which is to give this share of the characters."""
+        if self.doc_cap is not None or self.max_chars is None:
+            yield from self._round(source, 0, self.doc_cap)
+            return
+        start, stop = 0, max(FAIR, int(share * self.max_chars) // len(source))
+        while (yield from self._round(source, start, stop)):
+            start, stop = stop, 2 * stop
+
+    def _round(self, source, start, stop):
+        """Characters [start, stop) of every document, as far as it has them; returns whether any may have more."""
+        more = False
+        for i in range(len(source)):
+            self.documents += start == 0
+            given = 0
+            for text in excerpt(source[i], start, stop):
+                given += len(text)
+                yield text
+            more = more or stop is not None and given == stop - start
+        return more
 
 
 def notes(items):

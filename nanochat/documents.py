@@ -80,6 +80,20 @@ def slices(document, at=0):
         at += len(text)
 
 
+def excerpt(document, start=0, stop=None):
+    """Characters [start, stop) of a document: one str, or of a BigText a str for each slice that has some."""
+    if not isinstance(document, BigText):
+        yield document[start:stop]
+        return
+    at = 0
+    for _, _, text in document.slices():
+        if part := text[max(0, start - at):stop if stop is None else max(0, stop - at)]:
+            yield part
+        at += len(text)
+        if stop is not None and at >= stop:
+            return
+
+
 def near(document, share):
     """A place to start at, past a share of the document: after a line end within the next 1,000 characters, if there is."""
     goal = int(share * len(document))

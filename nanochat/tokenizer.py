@@ -48,6 +48,10 @@ FORMAT, VERSION = "nanochat-tokenizer", 1
 STRETCH = 1 << 16  # characters, see stretches()
 
 
+class TooLittleText(ValueError):
+    """There are fewer pairs in the text than merges were asked for."""
+
+
 @dataclass
 class Cut:
     """What `render` left out so far because a conversation was longer than max_tokens."""
@@ -100,8 +104,8 @@ class Tokenizer:
                              f"tokens: ask for at least {256 + len(SPECIAL_TOKENS)}")
         merges = rustbpe.train(texts, ordinary - 256, threads=threads, progress=progress)
         if len(merges) < ordinary - 256:
-            raise ValueError(f"the text ran out of pairs after {len(merges)} of {ordinary - 256} merges: bring more text, "
-                             f"or ask for a vocabulary of {256 + len(merges) + len(SPECIAL_TOKENS)}")
+            raise TooLittleText(f"the text ran out of pairs after {len(merges)} of {ordinary - 256} merges: bring more text, "
+                                f"or ask for a vocabulary of {256 + len(merges) + len(SPECIAL_TOKENS)}")
         tokens = [bytes([byte]) for byte in range(256)]
         for left, right in merges:
             tokens.append(tokens[left] + tokens[right])

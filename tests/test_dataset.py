@@ -11,7 +11,7 @@ from hypothesis import given, settings, strategies as st
 
 from nanochat import dataset, documents
 from nanochat.common import UserError
-from nanochat.dataset import Mix, data_dir, main, open_source, parse_spec
+from nanochat.dataset import Mix, Sample, Source, data_dir, main, notes, open_source, parse_spec
 from nanochat.documents import BigText, JsonLines, ParquetFile, TextFile, slices
 from nanochat.folders import name_hash, split_names
 
@@ -301,6 +301,79 @@ def test_a_file_that_cannot_be_opened_is_named(tmp_path):
         (tmp_path / f"{i}.txt").unlink()
     with pytest.raises(UserError, match=r"\d.txt cannot be opened \(No such file"):
         texts(source)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(st.sampled_from("ab \n.é"), max_size=100), st.integers(0, 110), st.none() | st.integers(0, 110))
+def test_an_excerpt_is_those_characters(tmp_path_factory, text, start, stop):
+    path = tmp_path_factory.mktemp("excerpt") / "text.txt"
+    path.write_text(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents, "SLICE", 12)
+        parts = list(documents.excerpt(BigText(path, 0, len(text.encode())), start, stop))
+        assert all(parts) and "".join(parts) == text[start:stop] == "".join(documents.excerpt(text, start, stop))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples
+
+@pytest.mark.parametrize("big", [False, True])
+def test_a_sample_of_one_book_is_the_book(tmp_path, monkeypatch, big):
+    """A cap of 10,000 characters a document left that much of a whole book, and the tokenizer's training asked for more text."""
+    if big:
+        monkeypatch.setattr(documents, "BIG", 1000)
+        monkeypatch.setattr(documents, "SLICE", 3000)
+    text = "".join(f"line {i} of a book\n" for i in range(5000))
+    (tmp_path / "book.txt").write_text(text)
+    source = open_source(f"dir:{tmp_path}")
+    whole = "".join(texts(source))
+    for max_chars, doc_cap, size in ((None, None, len(whole)), (10**9, None, len(whole)), (50_001, None, 50_001), (10**9, 5001, 5001), (300, 5001, 300)):
+        sample = Sample(source, max_chars, doc_cap)
+        assert "".join(sample) == whole[:size] and (sample.documents, sample.chars) == (1, size), "slices of a document are one document"
+
+
+def test_a_sample_by_hand(monkeypatch):
+    """
+    Of 4 documents and 60 characters each may give 15. The short ones have but 3, so 36 are taken: a second round brings up to 15 more of
+    each, which is 1 and 15, and a third up to 30 more, of which 8 are still wanted.
+    """
+    monkeypatch.setattr(dataset, "FAIR", 5)
+    source = Source("by hand", [["A" * 16], ["bbb", "ccc"], ["D" * 99]], "")
+    sample = Sample(source, 60)
+    assert list(sample) == ["A" * 15, "bbb", "ccc", "D" * 15, "A", "D" * 15, "D" * 8] and (sample.documents, sample.chars) == (4, 60)
+    assert list(Sample(source, 12)) == ["A" * 5, "bbb", "ccc", "D"], "5 are fair, though a quarter of 12 is less"
+    assert list(Sample(source, 40, doc_cap=4)) == ["A" * 4, "bbb", "ccc", "D" * 4], "a cap is a cap"
+    assert "".join(Sample(source)) == "".join(source.documents())
+    assert sorted("".join(Sample(source, 999))) == sorted("".join(source.documents())), "and there it ends"
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 60), min_size=1, max_size=12), st.integers(1, 400), st.integers(1, 30))
+def test_a_sample_takes_all_it_may_and_from_everyone(sizes, most, fair):
+    source = Source("sizes", [[chr(65 + i) * size for i, size in enumerate(sizes)]], "")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dataset, "FAIR", fair)
+        sample = Sample(source, most)
+        taken = "".join(sample)
+    assert len(taken) == sample.chars == min(most, sum(sizes)), "never less than is there"
+    given = [taken.count(chr(65 + i)) for i in range(len(sizes))]
+    share = max(fair, most // len(sizes))
+    while most >= sum(min(size, share) for size in sizes) and share < max(sizes):
+        share *= 2
+    assert max(given) <= share, "nobody gives more than the round allows in which it ends"
+    assert all(got >= min(size, share // 2) for got, size in zip(given, sizes)) or share == max(fair, most // len(sizes)), "and the one before it is complete"
+
+
+def test_a_sample_of_a_mix_keeps_the_weights(tmp_path):
+    """A few books at 0.7 beside many short files: with one share for all documents the books gave a tenth of the text."""
+    for name, count, size in (("books", 3, 40_000), ("notes", 400, 100)):
+        (tmp_path / name).mkdir()
+        for i in range(count):
+            (tmp_path / name / f"{i}.txt").write_text(name[0] * size)
+    mix = open_source(f"dir:{tmp_path}/books:0.7,dir:{tmp_path}/notes:0.3")
+    taken = "".join(Sample(mix, 60_000))
+    assert abs(taken.count("b") - 42_000) <= 100 and len(taken) == 60_000
+    assert [note.count("validation is") for note in notes(mix)] == [1], "both parts are asked; three books of one size are split as one and two"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
