@@ -16,6 +16,7 @@ folder of one document gives its last 5%, cut at a line end.
 import argparse
 import mmap
 import os
+import shlex
 import sysconfig
 from bisect import bisect_right
 from itertools import accumulate
@@ -30,9 +31,20 @@ FAIR = 10_000  # characters that a document may give to a Sample before others h
 
 
 def data_dir(folder=None) -> Path:
-    """Where data lives: the flag, else NANOCHAT_DATA_DIR, else base_dir()/data."""
+    """Where data lives: the argument, else NANOCHAT_DATA_DIR, else base_dir()/data."""
     folder = folder or os.environ.get("NANOCHAT_DATA_DIR")
-    return Path(folder).expanduser() if folder else base_dir() / "data"
+    return Path(os.path.expanduser(folder)) if folder else base_dir() / "data"
+
+
+def add_data_dir(parser):
+    """The flag of every script that opens text; its main() hands the value to use_data_dir()."""
+    parser.add_argument("--data-dir", default="", help="where downloads and relative sources are (empty = NANOCHAT_DATA_DIR, else data/ in the base)")
+
+
+def use_data_dir(folder):
+    """What --data-dir says holds for all that this process opens, sources and tasks alike, as if the environment had said it."""
+    if folder:
+        os.environ["NANOCHAT_DATA_DIR"] = str(data_dir(folder).absolute())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -296,9 +308,9 @@ def open_source(spec, split="train", data=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
 
-def check(spec, data):
+def check(spec):
     """Read every document of both splits, so that a broken file shows now and not in the middle of a run."""
-    sources = [open_source(spec, split, data) for split in SPLITS]
+    sources = [open_source(spec, split) for split in SPLITS]
     for note in notes(sources[0]):
         print(note)
     for split, whole in zip(SPLITS, sources):
@@ -314,20 +326,24 @@ def main():
     parser.add_argument("-n", type=int, default=0, help="shards to have for training (-1 = all); the validation shard is added")
     parser.add_argument("-w", type=int, default=4, help="shards to fetch at the same time")
     parser.add_argument("--url", default=CLIMBMIX.url, help="where the shards are")
-    parser.add_argument("--data-dir", default="", help="the data folder (default: NANOCHAT_DATA_DIR, else data/ in the base)")
     parser.add_argument("--check", metavar="SOURCE", default="", help="read all of a source, such as dir:PATH, and report")
+    add_data_dir(parser)
     args = parser.parse_args()
-    data, last = data_dir(args.data_dir), CLIMBMIX.shards - 1
+    use_data_dir(args.data_dir)
+    last = CLIMBMIX.shards - 1
     if not args.n and not args.check:
         raise UserError("nothing to do: give -n SHARDS to download, or --check SOURCE")
     if args.n < -1 or args.n > last or args.w < 1:
         raise UserError(f"expected -n of -1 to {last} and -w of at least 1, got -n {args.n} -w {args.w}")
     if args.n:
-        count = last if args.n == -1 else args.n
-        paths = download([*range(count), last], data / "climbmix", Shards(args.url, CLIMBMIX.shards), args.w)
-        print(f"{len(paths)} shards in {data / 'climbmix'}")
+        count, folder = last if args.n == -1 else args.n, data_dir() / "climbmix"
+        paths = download([*range(count), last], folder, Shards(args.url, CLIMBMIX.shards), args.w)
+        print(f"{len(paths)} shards in {folder}")
+        if args.data_dir:
+            where = shlex.quote(str(data_dir()))
+            print(f"to learn from them: --source climbmix --data-dir {where}, or NANOCHAT_DATA_DIR={where} in the environment")
     if args.check:
-        check(args.check, data)
+        check(args.check)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import torch
 from nanochat import core_eval, hardware, report
 from nanochat.common import STAGES, UserError, cleanup, print0, run_main, setup
 from nanochat.dataloader import val_loader
-from nanochat.dataset import open_source
+from nanochat.dataset import add_data_dir, open_source, use_data_dir
 from nanochat.engine import Engine
 from nanochat.loss_eval import bits_per_byte
 from nanochat.run import duration
@@ -40,6 +40,7 @@ parser.add_argument("--core", default="", help="a folder with the files of the 2
 parser.add_argument("--core-max-per-task", type=int, default=-1, help="questions of each task (-1 = all)")
 parser.add_argument("--device", default="", help="cuda, mps or cpu (empty = the best there is)")
 parser.add_argument("--dtype", default="auto", help="auto, bf16 or fp32")
+add_data_dir(parser)
 
 PROMPTS = ("The capital of France is", "If yesterday was Friday, then tomorrow will be", "import os\nimport sys\n\n\ndef main(", "class Stack:\n    def __init__(self):")
 SHOWN = 200 # characters of a long text that are shown before its continuation
@@ -148,6 +149,7 @@ def main():
     for flag in ("tokens", "device_batch"):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected at least 1")
+    use_data_dir(args.data_dir)
     began = time.perf_counter()
     device, dist = setup(args.device)
     dtype, _ = hardware.pick_dtype(hardware.describe(device), args.dtype)

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from nanochat import hardware, report
 from nanochat.common import STAGES, UserError, cleanup, print0, run_main, setup
+from nanochat.dataset import add_data_dir, use_data_dir
 from nanochat.engine import Engine, LeftPadded
 from nanochat.run import duration
 from scripts.load import load_stage, open_stream
@@ -57,6 +58,7 @@ parser.add_argument("--device-batch", type=int, default=8, help="questions answe
 parser.add_argument("--seed", type=int, default=0, help="of the generated questions")
 parser.add_argument("--device", default="", help="cuda, mps or cpu (empty = the best there is)")
 parser.add_argument("--dtype", default="auto", help="of the weights: auto, bf16 or fp32")
+add_data_dir(parser)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -234,6 +236,7 @@ def main():
         raise UserError(f"expected --max-problems of at least 1 or -1 and --device-batch of at least 1, got {args.max_problems} and {args.device_batch}")
     if args.both and args.no_memory:
         raise UserError("--both asks with memory and without, --no-memory without: use one of them")
+    use_data_dir(args.data_dir)
     names, began = names_of(args.tasks), time.perf_counter()
     device, dist = setup(args.device, args.seed)
     dtype, _ = hardware.pick_dtype(hardware.describe(device), args.dtype)

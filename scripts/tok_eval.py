@@ -15,7 +15,7 @@ from unittest import mock
 import tiktoken
 
 from nanochat.common import UserError, base_dir, print0, run_main
-from nanochat.dataset import Sample, open_source
+from nanochat.dataset import Sample, add_data_dir, open_source, use_data_dir
 from nanochat.run import Log
 from nanochat.tokenizer import Tokenizer
 
@@ -23,6 +23,7 @@ parser = argparse.ArgumentParser(description="Bytes per token on kinds of text",
 parser.add_argument("--source", default="stdlib", help="its train and val splits are measured: stdlib, dir:PATH, climbmix, or a mix")
 parser.add_argument("--max-chars", type=int, default=1_000_000, help="characters taken of each split")
 parser.add_argument("--doc-cap", type=int, default=-1, help="most characters taken of one document (-1 = a share of --max-chars from each, then more of the long ones)")
+add_data_dir(parser)
 
 OTHERS = {"gpt2": "GPT-2", "cl100k_base": "GPT-4"}
 
@@ -198,6 +199,7 @@ def main():
     args = parser.parse_args()
     if args.max_chars < 1 or (args.doc_cap < 1 and args.doc_cap != -1):
         raise UserError(f"expected --max-chars of at least 1 and --doc-cap of at least 1 or -1, got {args.max_chars} and {args.doc_cap}")
+    use_data_dir(args.data_dir)
     tokenizer = Tokenizer.load()
     encodings = {name: cached_encoding(name) for name in OTHERS}
     encoders = {"ours": tokenizer.encode,

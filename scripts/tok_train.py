@@ -16,7 +16,7 @@ import os
 import time
 
 from nanochat.common import UserError, base_dir, print0, run_main
-from nanochat.dataset import Sample, notes, open_source
+from nanochat.dataset import Sample, add_data_dir, notes, open_source, use_data_dir
 from nanochat.run import Log
 from nanochat.tokenizer import SPECIAL_TOKENS, TooLittleText, Tokenizer
 
@@ -26,6 +26,7 @@ parser.add_argument("--vocab-size", type=int, default=32768, help="size of the v
 parser.add_argument("--max-chars", type=int, default=2_000_000_000, help="characters to learn from (-1 = the whole source)")
 parser.add_argument("--doc-cap", type=int, default=-1, help="most characters taken of one document (-1 = a share of --max-chars from each, then more of the long ones)")
 parser.add_argument("--threads", type=int, default=-1, help="threads that count pieces (-1 = every core); changes nothing else")
+add_data_dir(parser)
 
 
 class Progress:
@@ -54,6 +55,7 @@ def main():
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected at least 1, or -1")
     if args.threads > os.cpu_count():
         raise UserError(f"--threads {args.threads}: expected at most {os.cpu_count()}, the cores of this machine, or -1 for all of them")
+    use_data_dir(args.data_dir)
     source = open_source(args.source, "train")
     for note in notes(source):
         print0(note)

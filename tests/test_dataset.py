@@ -11,7 +11,7 @@ from hypothesis import given, settings, strategies as st
 
 from nanochat import dataset, documents
 from nanochat.common import UserError
-from nanochat.dataset import Mix, Sample, Source, data_dir, main, notes, open_source, parse_spec
+from nanochat.dataset import Mix, Sample, Source, data_dir, main, notes, open_source, parse_spec, use_data_dir
 from nanochat.documents import BigText, JsonLines, ParquetFile, TextFile, slices
 from nanochat.folders import name_hash, split_names
 
@@ -447,6 +447,19 @@ def test_a_folder_that_is_not_there_is_named_as_it_was_looked_for(tmp_path, monk
     (tmp_path / "home").mkdir()
     lines(tmp_path / "home" / "a.jsonl", ["x", "y"])
     assert texts(open_source("dir:~/home")) == ["x"]
+
+
+def test_the_flag_is_the_environment(tmp_path, monkeypatch):
+    """Tasks and mixtures look where NANOCHAT_DATA_DIR says, so that is what --data-dir sets; empty, it changes nothing."""
+    monkeypatch.setenv("NANOCHAT_DATA_DIR", "as it was")
+    use_data_dir("")
+    assert os.environ["NANOCHAT_DATA_DIR"] == "as it was"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts" / "books").mkdir(parents=True)
+    lines(tmp_path / "texts" / "books" / "a.jsonl", ["x", "y"])
+    use_data_dir("texts")
+    monkeypatch.chdir("/")
+    assert texts(open_source("dir:books")) == ["x"] and os.environ["NANOCHAT_DATA_DIR"] == str(tmp_path / "texts")
 
 
 def test_climbmix_needs_its_last_shard(tmp_path):

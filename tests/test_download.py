@@ -240,11 +240,14 @@ def test_an_interrupt_stops_the_workers(hub, tmp_path, monkeypatch):
 
 def test_the_command(tmp_path, monkeypatch, capsys):
     names = [CLIMBMIX.shard(i) for i in (0, 1, 6542)]
+    monkeypatch.setenv("NANOCHAT_DATA_DIR", "") # the flag sets it
     with serve({name: name.encode() * 99 for name in names}) as hub:
         monkeypatch.setattr(sys, "argv", ["dataset", "-n", "2", "-w", "2", "--url", hub.url, "--data-dir", str(tmp_path)])
         main()
     assert sorted(path.name for path in (tmp_path / "climbmix").glob("*.parquet")) == names
-    assert "3 shards in" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"3 shards in {tmp_path}/climbmix\n" in out
+    assert f"--source climbmix --data-dir {tmp_path}, or NANOCHAT_DATA_DIR={tmp_path}" in out, "or the next script will not find them"
     monkeypatch.setattr(sys, "argv", ["dataset", "-n", "7000"])
     with pytest.raises(UserError, match="-n"):
         main()

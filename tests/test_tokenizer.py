@@ -384,6 +384,16 @@ def test_more_threads_than_cores_are_refused(tok_train, book):
         tok_train("--source", book, "--threads", "5000")
 
 
+def test_the_data_folder_by_flag(tok_train, book, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NANOCHAT_DATA_DIR", str(tmp_path / "elsewhere")) # the flag sets it
+    monkeypatch.chdir("/")
+    assert tok_train("--source", "dir:books", "--data-dir", str(tmp_path), "--vocab-size", "600")["documents"] == "1"
+    monkeypatch.setattr(sys, "argv", ["tok_eval", "--source", "dir:books", "--data-dir", str(tmp_path), "--max-chars", "20000"])
+    monkeypatch.setenv("NANOCHAT_DATA_DIR", str(tmp_path / "elsewhere"))
+    tok_eval.main()
+    assert "| dir:books, val | 20,000 | " in capsys.readouterr().out, "20,000 bytes of one book, two caps of old"
+
+
 def test_eval_by_hand():
     """Ten bytes in four tokens are 2.50; the other needs five, so ours are 20% fewer."""
     row = tok_eval.table([("text", 10, {"ours": 4, "gpt2": 5, "cl100k_base": None})], {"ours": "ours", "gpt2": "GPT-2", "cl100k_base": "GPT-4"})
