@@ -39,6 +39,14 @@ def test_places(base):
         common.checkpoint_dir("pre", "d12")
 
 
+def test_a_base_that_cannot_be_made_is_told(tmp_path, monkeypatch):
+    """NANOCHAT_BASE_DIR below a file: a NotADirectoryError of nobody's making."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "file" / "below"))
+    with pytest.raises(UserError, match=r"cannot make the folder .*/file/below \(Not a directory\): set NANOCHAT_BASE_DIR"):
+        common.base_dir()
+
+
 def test_ranks_come_from_torchrun_or_not_at_all(monkeypatch):
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     for name in names:

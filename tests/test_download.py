@@ -7,6 +7,7 @@ import threading
 import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import httpx
 import pytest
@@ -199,6 +200,25 @@ def test_shards_in_parallel_with_one_that_fails(tmp_path):
         with pytest.raises(UserError, match="1 of 6 shards failed.*shard_00005"):
             download(range(6), tmp_path, source, workers=2, quiet=True)
         assert (tmp_path / "shard_00000.parquet").read_bytes() == files["shard_00000.parquet"], "the others go on"
+
+
+def test_a_folder_that_cannot_be_is_told(tmp_path):
+    """--data-dir below a file was a NotADirectoryError; the file is the user's."""
+    (tmp_path / "file").touch()
+    with serve({"a": BODY}) as hub, pytest.raises(UserError, match=r"cannot write to .*/file/below/climbmix \(Not a directory\).*another folder"):
+        download(["a"], tmp_path / "file" / "below" / "climbmix", OneFile(hub.url, 1), quiet=True)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is full")
+def test_a_full_disk_is_told_and_stops_the_rest(tmp_path):
+    """It was a traceback, of every worker. Nothing gets its name, and no other shard is begun."""
+    names = [f"shard{i}" for i in range(60)]
+    for name in names:
+        (tmp_path / f"{name}.part").symlink_to("/dev/full")
+    with serve(dict.fromkeys(names, BODY)) as hub:
+        with pytest.raises(UserError, match=r"cannot write to .*/shard\d+ \(No space left on device\): make room"):
+            download(names, tmp_path, OneFile(hub.url, 60), workers=2, quiet=True)
+        assert not [name for name in names if (tmp_path / name).exists()] and len({name for name, _ in hub.log}) < 60
 
 
 def test_two_programs_at_once_fetch_it_once(hub, tmp_path):
