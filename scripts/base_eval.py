@@ -24,7 +24,7 @@ from nanochat.dataloader import val_loader
 from nanochat.dataset import add_data_dir, open_source, use_data_dir
 from nanochat.engine import Engine
 from nanochat.loss_eval import bits_per_byte
-from nanochat.run import duration
+from nanochat.run import duration, short
 from scripts.load import load_stage, open_stream
 
 parser = argparse.ArgumentParser(description="Evaluate a model on text", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -177,7 +177,7 @@ def main():
         path = report.write_section("base", "Reading text", *parts(entries), data=entries, results=results(entries), seconds=sum(e["seconds"] for e in entries.values()))
         core = entry["core"] and entry["core"]["core"]
         print0(f"summary stage={args.stage} tag={loaded.tag} train_bpb={entry['train_bpb']:.6f} val_bpb={entry['val_bpb']:.6f} core={'not_measured' if core is None else f'{core:.6f}'} "
-               f"seconds={entry['seconds']:.1f} report={path}")
+               f"seconds={entry['seconds']:.1f} report={short(path)}")
     cleanup()
 
 

@@ -26,7 +26,7 @@ from nanochat import hardware, report
 from nanochat.common import STAGES, UserError, cleanup, print0, run_main, setup
 from nanochat.dataset import add_data_dir, use_data_dir
 from nanochat.engine import Engine, LeftPadded
-from nanochat.run import duration
+from nanochat.run import duration, short
 from scripts.load import load_stage, open_stream
 from scripts.mixtures import SPARE, texts_of
 from tasks.arc import ARC
@@ -267,7 +267,7 @@ def main():
         path = report.write_section("chat", "Tasks", *parts(entries), data=entries, results=results(entries), seconds=sum(e["seconds"] for e in entries.values()))
         means = [f"mean_{column}={sum(e[column]['accuracy'] for e in exams.values() if column in e) / max(1, sum(column in e for e in exams.values())):.4f}" for column in columns]
         cores = [f"chatcore_{column}={score:.4f}" for column, score in scores.items() if score is not None]
-        print0(" ".join([f"summary stage={args.stage} tag={loaded.tag}", *means, *cores, f"seconds={entry['seconds']:.1f} report={path}"]))
+        print0(" ".join([f"summary stage={args.stage} tag={loaded.tag}", *means, *cores, f"seconds={entry['seconds']:.1f} report={short(path)}"]))
     cleanup()
 
 
