@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import regex
+import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -75,6 +76,23 @@ def slow_encode(tokenizer, text):
             parts[i:i + 2] = [parts[i] + parts[i + 1]]
         ids += [ranks[part] for part in parts]
     return ids
+
+
+SLOW = tiktoken.Encoding("by PATTERN itself", pat_str=PATTERN, mergeable_ranks={token: i for i, token in enumerate(TOKENIZER.tokens)}, special_tokens={})
+TRICKY = [" ", " ", "  ", "\t", "\n", "\r", "\r\n", "\xa0", "\u3000", "\x85", "a", "bc", "Z", "é", "中", "1", "23", "½", "🎉", ".", "-", "_", "'", "'s", "'S", "'ſ", "'ll", "'Ve"]
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.one_of(st.lists(st.sampled_from(TRICKY), max_size=30).map("".join), UNICODE))
+def test_the_quick_pattern_is_the_pattern(text):
+    """By tiktoken's engine in tokens, and by another engine in pieces."""
+    assert TOKENIZER.encode(text) == SLOW.encode_ordinary(text)
+    assert regex.findall(module.QUICK, text) == regex.findall(PATTERN, text)
+
+
+def test_the_quick_pattern_is_the_pattern_on_real_text(tokenizer):
+    for text in read("argparse.py", "inspect.py", "this.py"):
+        assert tokenizer.encode(text) == SLOW.encode_ordinary(text)
 
 
 def test_encoding_is_the_definition(tokenizer):
