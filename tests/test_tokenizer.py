@@ -412,6 +412,23 @@ def test_the_data_folder_by_flag(tok_train, book, tmp_path, monkeypatch, capsys)
     assert "| dir:books, val | 20,000 | " in capsys.readouterr().out, "20,000 bytes of one book, two caps of old"
 
 
+def test_other_encodings_stand_beside_ours_where_tiktoken_has_them(tokenizer, base, book, monkeypatch, capsys):
+    """Only "not available" was ever seen in tests. The stand-ins are one token a byte, and one token for every two of them that are the same."""
+    single = {bytes([byte]): byte for byte in range(256)}
+    double = single | {bytes([byte, byte]): 256 + byte for byte in range(256)}
+    have = {name: tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={}) for name, ranks in (("gpt2", single), ("cl100k_base", double))}
+    monkeypatch.setattr(tiktoken, "get_encoding", have.__getitem__)
+    tokenizer.save()
+    monkeypatch.setattr(sys, "argv", ["tok_eval", "--source", book, "--max-chars", "5000"])
+    tok_eval.main()
+    out = capsys.readouterr().out
+    assert "not available" not in out and "| ours (1,024) | GPT-2 (256) | GPT-4 (512) | tokens vs GPT-2 | tokens vs GPT-4 |" in out
+    (row,) = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("| German |")]
+    text = tok_eval.SAMPLES["German"]
+    size, ours, pairs = len(text.encode()), len(tokenizer.encode(text)), len(have["cl100k_base"].encode(text))
+    assert pairs < size and row == ["German", f"{size:,}", f"{size / ours:.2f}", "1.00", f"{size / pairs:.2f}", f"{ours / size - 1:+.1%}", f"{ours / pairs - 1:+.1%}"]
+
+
 def test_eval_by_hand():
     """Ten bytes in four tokens are 2.50; the other needs five, so ours are 20% fewer."""
     row = tok_eval.table([("text", 10, {"ours": 4, "gpt2": 5, "cl100k_base": None})], {"ours": "ours", "gpt2": "GPT-2", "cl100k_base": "GPT-4"})
