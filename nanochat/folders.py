@@ -144,7 +144,7 @@ def split_notes(folder):
         return []
     val, total = sum(folder.sizes[name] for name in split_folder(folder, "val")), sum(folder.sizes.values())
     low, high = USUAL
-    if low <= val / total <= high:
+    if low * total <= val <= high * total:
         return []
     return [f"validation is {val:,} of {total:,} bytes, {val / total:.1%} where some 5% are usual: files are kept whole, and their names "
             f"choose. With more files, or all text in one, it comes closer"]

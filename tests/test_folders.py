@@ -158,6 +158,14 @@ def test_a_lopsided_split_is_told(tmp_path, capsys, monkeypatch):
     assert open_source(f"dir:{tmp_path}").notes == [], "9% is near enough"
 
 
+def test_a_shard_without_bytes_is_broken_not_empty(tmp_path):
+    """What a copy that was interrupted leaves: leaving it out in silence would be to train on a part."""
+    for name in ("a.parquet", "b.parquet"):
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=r"[ab].parquet cannot be read as parquet"):
+        open_source(f"dir:{tmp_path}")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Fingerprints
 
