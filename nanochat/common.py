@@ -42,7 +42,10 @@ STAGES = ("base", "mid", "sft", "rl")
 def base_dir() -> Path:
     """The folder that holds everything we make: tokenizer/, data/, <stage>_checkpoints/<tag>/, report/."""
     folder = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder} ({error.strerror}): set NANOCHAT_BASE_DIR to one that can be written to") from error
     return folder
 
 

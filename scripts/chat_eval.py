@@ -24,8 +24,9 @@ from tqdm import tqdm
 
 from nanochat import hardware, report
 from nanochat.common import STAGES, UserError, cleanup, print0, run_main, setup
+from nanochat.dataset import add_data_dir, use_data_dir
 from nanochat.engine import Engine, LeftPadded
-from nanochat.run import duration
+from nanochat.run import duration, short
 from scripts.load import load_stage, open_stream
 from scripts.mixtures import SPARE, texts_of
 from tasks.arc import ARC
@@ -57,6 +58,7 @@ parser.add_argument("--device-batch", type=int, default=8, help="questions answe
 parser.add_argument("--seed", type=int, default=0, help="of the generated questions")
 parser.add_argument("--device", default="", help="cuda, mps or cpu (empty = the best there is)")
 parser.add_argument("--dtype", default="auto", help="of the weights: auto, bf16 or fp32")
+add_data_dir(parser)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -234,6 +236,7 @@ def main():
         raise UserError(f"expected --max-problems of at least 1 or -1 and --device-batch of at least 1, got {args.max_problems} and {args.device_batch}")
     if args.both and args.no_memory:
         raise UserError("--both asks with memory and without, --no-memory without: use one of them")
+    use_data_dir(args.data_dir)
     names, began = names_of(args.tasks), time.perf_counter()
     device, dist = setup(args.device, args.seed)
     dtype, _ = hardware.pick_dtype(hardware.describe(device), args.dtype)
@@ -264,7 +267,7 @@ def main():
         path = report.write_section("chat", "Tasks", *parts(entries), data=entries, results=results(entries), seconds=sum(e["seconds"] for e in entries.values()))
         means = [f"mean_{column}={sum(e[column]['accuracy'] for e in exams.values() if column in e) / max(1, sum(column in e for e in exams.values())):.4f}" for column in columns]
         cores = [f"chatcore_{column}={score:.4f}" for column, score in scores.items() if score is not None]
-        print0(" ".join([f"summary stage={args.stage} tag={loaded.tag}", *means, *cores, f"seconds={entry['seconds']:.1f} report={path}"]))
+        print0(" ".join([f"summary stage={args.stage} tag={loaded.tag}", *means, *cores, f"seconds={entry['seconds']:.1f} report={short(path)}"]))
     cleanup()
 
 

@@ -14,6 +14,8 @@ import tracemalloc
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -455,6 +457,27 @@ def test_fewer_documents_than_lanes_or_ranks(world, count):
     found = sorted(i for inputs, targets, _ in rows.values() for i in targets if i >= 0)
     assert found == sorted(i for text in texts for i in sequence(text)[1:])
     assert sum(bool(batches) for batches in passes) == min(world, count)
+
+
+@pytest.mark.parametrize("rows", [3, 100])
+def test_fewer_row_groups_than_ranks(tmp_path, monkeypatch, rows):
+    """
+    A parquet file of one row group for eight ranks: where ranks take whole row groups, seven of them would have nothing to read. Here
+    they take rows of the run, so the eight together give what one gives, and no process decodes the group twice.
+    """
+    texts = [f"document {i:03d} " * 9 for i in range(rows)]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "only.parquet")
+    assert pq.ParquetFile(tmp_path / "only.parquet").num_row_groups == 1
+    reads, read = [], documents.ParquetFile._read
+    monkeypatch.setattr(documents.ParquetFile, "_read", lambda file, group: reads.append(group) or read(file, group))
+    source = open_source(f"dir:{tmp_path}")
+    one = by_row(take(Loader(source, Bytes(), 16, 64), 3))
+    ranks = [take(Loader(source, Bytes(), 2, 64, rank=rank, world=8), 3) for rank in range(8)]
+    assert all(len(batches) == 3 and (batch.targets >= 0).any() for batches in ranks for batch in batches)
+    assert by_row(batch for batches in ranks for batch in batches) == one and reads == [0]
+    passes = [list(val_loader(source, Bytes(), 2, 64, rank=rank, world=8)) for rank in range(8)]
+    found = by_row(batch for batches in passes for batch in batches)
+    assert sum(target >= 0 for _, targets, _ in found.values() for target in targets) == sum(len(sequence(text)) - 1 for text in source.documents())
 
 
 @pytest.mark.parametrize("big", [False, True])
