@@ -24,7 +24,6 @@ import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -48,14 +47,6 @@ FORMAT, VERSION = "nanochat-tokenizer", 1
 STRETCH = 1 << 16  # characters, see stretches()
 
 
-@dataclass
-class Cut:
-    """What `render` left out so far because a conversation was longer than max_tokens."""
-    conversations: int = 0  # cut at max_tokens
-    tokens: int = 0         # lost with them
-    silent: int = 0         # of those conversations, the ones left without any token that has loss
-
-
 class Tokenizer:
     """
     tokens    bytes of every ordinary token in the order of ids
@@ -77,7 +68,6 @@ class Tokenizer:
                                            special_tokens=self._special_ids)
         self.vocab_size = len(self.tokens) + len(self.specials)
         self.bos = self.special("<|bos|>")
-        self.cut = Cut()
 
     # -----------------------------------------------------------------------------------------------------------------
     # Make, save, load
@@ -190,13 +180,11 @@ class Tokenizer:
     # -----------------------------------------------------------------------------------------------------------------
     # Conversations
 
-    def render(self, conversation, max_tokens=None):
+    def render(self, conversation):
         """
         Conversation -> (ids, mask), two lists of one length. mask 1 = the assistant speaks this token, it has loss:
         its text, its tool calls, and the <|assistant_end|> that hands the turn back. What the tool answered has none.
-
-        max_tokens  keep the first max_tokens tokens of a longer conversation. What is kept is a prefix, so every kept
-                    token has the loss it would have had; `self.cut` counts what is lost. None = keep everything.
+        All of it, however long: what does not fit into a row is nanochat/packing.py's business.
         """
         ids, mask = [self.bos], [0]
 
@@ -220,12 +208,6 @@ class Tokenizer:
                 else:
                     add([self.special("<|output_start|>"), *tokens, self.special("<|output_end|>")], 0)
             add([self.special("<|assistant_end|>")], 1)
-
-        if max_tokens is not None and len(ids) > max_tokens:
-            self.cut.conversations += 1
-            self.cut.tokens += len(ids) - max_tokens
-            self.cut.silent += not any(mask[:max_tokens])
-            ids, mask = ids[:max_tokens], mask[:max_tokens]
         return ids, mask
 
     def render_prompt(self, conversation) -> list:

@@ -12,7 +12,6 @@ from tasks.common import Task, dialogue, final_text
 from tasks.rows import load_rows
 
 FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.S | re.I)
-IMPORT = re.compile(r"^(?:import|from)[ \t].*$", re.M)
 
 
 class HumanEval(Task):
