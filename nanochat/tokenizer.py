@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from nanochat.common import UserError, base_dir
+from nanochat.common import UserError, base_dir, check_unicode
 
 PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
            r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+")
@@ -229,17 +229,6 @@ class Tokenizer:
                 lines.append(f"{'+' if mask[start] else '.'} {self.decode(ids[start:i])!r}")
                 start = i
         return "\n".join(lines)
-
-
-def check_unicode(text):
-    """Refuse lone surrogates, which have no UTF-8 form. They come from decoding with errors="surrogateescape"."""
-    if text.isascii():
-        return
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"character {error.start} of the text is the lone surrogate U+{ord(text[error.start]):04X}, which "
-                         f"has no UTF-8 form: read the text with errors=\"replace\"") from None
 
 
 def stretches(text):

@@ -16,6 +16,8 @@ import random
 
 import numpy as np
 
+from nanochat.common import check_unicode
+
 ROLES = ("system", "user", "assistant")
 PARTS = ("text", "python", "python_output")
 
@@ -175,15 +177,25 @@ def check_conversation(conversation):
 
 
 def check_content(role, content):
+    """None, or what is wrong with what one message says."""
     if isinstance(content, str):
-        return None if content.strip() else "expected some text, got an empty one"
-    if role != "assistant":
+        texts = [content]
+    elif role != "assistant":
         return f"expected the {role}'s content to be text, got {clip(content)}"
-    if not isinstance(content, list) or not content:
+    elif not isinstance(content, list) or not content:
         return f"expected text or a list of parts, got {clip(content)}"
-    for part in content:
-        if not (isinstance(part, dict) and part.get("type") in PARTS and isinstance(part.get("text"), str)):
-            return f'expected a part {{"type": one of {", ".join(PARTS)}, "text": ...}}, got {clip(part)}'
+    else:
+        for part in content:
+            if not (isinstance(part, dict) and part.get("type") in PARTS and isinstance(part.get("text"), str)):
+                return f'expected a part {{"type": one of {", ".join(PARTS)}, "text": ...}}, got {clip(part)}'
+        texts = [part["text"] for part in content]
+    if not any(text.strip() for text in texts):
+        return "expected some text, got an empty one"
+    try:
+        for text in texts:
+            check_unicode(text)
+    except ValueError as error:
+        return str(error)
     return None
 
 

@@ -118,7 +118,7 @@ def read_jsonl(path):
 def parse_json(text, where):
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error: # broken, or nested a hundred thousand deep
         raise UserError(f"{where}: expected one JSON object, got {clip(text)} ({error})") from error
 
 

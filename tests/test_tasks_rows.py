@@ -216,8 +216,14 @@ def test_customjson_reads_both_shapes_and_keeps_other_fields(tmp_path):
     (json.dumps(dialogue("hi")), "one message only"), (json.dumps(dialogue("hi", "")), "message 1: expected some text"),
     (json.dumps([{"role": "bot", "content": "hi"}]), "message 0: expected a role"), ("[]", "at least two messages"),
     (json.dumps(dialogue("a", "b") * 2 + dialogue("a", "b")[::-1]), "message 4: expected the user to speak, got the assistant"),
+    (json.dumps(dialogue("hi", "half \ud83d")), "message 1: character 5 of the text is the lone surrogate U+D83D"),
+    (json.dumps(dialogue("hi", [{"type": "python", "text": "\udc00"}])), "message 1: character 0 of the text is the lone surrogate"),
+    (json.dumps(dialogue("hi", [{"type": "text", "text": " "}])), "message 1: expected some text"),
+    ("[" * 200_000, "expected one JSON object"), ('{"messages": ' * 200_000, "expected one JSON object"), ("1" * 5000, "expected one JSON object"),
+    *((f'{{"messages": [{"[" * deep}{"]" * deep}]}}', "expected") for deep in (900, 960, 980, 985, 990, 995)),
 ])
 def test_customjson_names_file_and_line(tmp_path, line, problem):
+    """Half a surrogate pair passed this check and ended training in a traceback without a line; nesting ended the check itself in one."""
     path = tmp_path / "mine.jsonl"
     path.write_text(json.dumps(dialogue("hi", "Hello.")) + "\n\n" + line + "\n")
     with pytest.raises(UserError) as error:
