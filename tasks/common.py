@@ -150,8 +150,11 @@ def turns(conversation):
     return out
 
 
-def check_conversation(conversation):
-    """None if the shape is right, else one phrase: what was expected and what came. Used where a user brings the text."""
+def check_conversation(conversation, empty=False):
+    """
+    None if the shape is right, else one phrase: what was expected and what came. Used where other people bring the text.
+    empty  a message may say nothing
+    """
     messages = conversation.get("messages") if isinstance(conversation, dict) else None
     if not isinstance(messages, list) or not messages:
         return 'expected {"messages": [...]} with at least two messages, got ' + clip(conversation)
@@ -161,7 +164,7 @@ def check_conversation(conversation):
         role, content = message["role"], message["content"]
         if role not in ROLES:
             return f"message {n}: expected a role of {', '.join(ROLES)}, got {clip(role)}"
-        if problem := check_content(role, content):
+        if problem := check_content(role, content, empty):
             return f"message {n}: {problem}"
     spoken = [message["role"] for message in messages]
     if "system" in spoken[1:]:
@@ -176,7 +179,7 @@ def check_conversation(conversation):
     return None
 
 
-def check_content(role, content):
+def check_content(role, content, empty):
     """None, or what is wrong with what one message says."""
     if isinstance(content, str):
         texts = [content]
@@ -189,7 +192,7 @@ def check_content(role, content):
             if not (isinstance(part, dict) and part.get("type") in PARTS and isinstance(part.get("text"), str)):
                 return f'expected a part {{"type": one of {", ".join(PARTS)}, "text": ...}}, got {clip(part)}'
         texts = [part["text"] for part in content]
-    if not any(text.strip() for text in texts):
+    if not empty and not any(text.strip() for text in texts):
         return "expected some text, got an empty one"
     try:
         for text in texts:
