@@ -18,6 +18,7 @@ import json
 import os
 import zlib
 from bisect import bisect_right
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from tasks.common import Task, check_conversation, clip
 
 EXTENSIONS = (".parquet", ".jsonl", ".jsonl.gz", ".csv", ".csv.gz")
 KINDS = {str: "text", int: "a whole number", list: "a list", dict: "an object"}
+PATIENCE = 5             # seconds to wait for the hub's first word
 LONGEST_FIELD = 1 << 30  # characters of a field of a csv; Python's own limit of 131,072 is less than some prompts have
 
 
@@ -117,13 +119,30 @@ def load_rows(hub_name, config, split, *shapes, name=None, also=()):
     files, looked = local_files(name, config, split, also)
     if files:
         return Rows([read_file(path) for path in files], shapes, f"{name} {split} ({', '.join(map(str, files))})")
+    trouble = ""
     try:
         import datasets
+        if trouble := hub_trouble():
+            datasets.config.HF_HUB_OFFLINE = True # then it looks into its cache of what was fetched before, at once
         table = datasets.load_dataset(hub_name, config, split=split)
     except Exception as error: # the hub fails in many ways; each has the same two ways out
-        raise UserError(f"no data for {name}, split {split}. Either put {looked}, or give this machine network access to the "
-                        f"hub ({hub_name}{f', {config}' if config else ''}): {type(error).__name__}: {error}") from error
+        raise UserError(f"no data for {name}, split {split}. Either put {looked}, or give this machine network access to the hub "
+                        f"({hub_name}{f', {config}' if config else ''}): {trouble or f'{type(error).__name__}: {error}'}") from error
     return Rows([(len(table), lambda i: table[i], lambda i: f"{hub_name} {split}, row {i}")], shapes, f"{hub_name} {split}")
+
+
+@cache
+def hub_trouble():
+    """
+    Why the hub cannot be reached, "" if it can. Asked once in a process: its client tries each file six times, so that without a
+    network every absent set took 24 seconds to say so.
+    """
+    from huggingface_hub import constants, get_session
+    try:
+        get_session().head(constants.ENDPOINT, timeout=PATIENCE)
+    except Exception as error: # of whichever library the client speaks HTTP with
+        return f"no answer from {constants.ENDPOINT} ({type(error).__name__}: {error})"
+    return ""
 
 
 def local_files(name, config, split, also=()):

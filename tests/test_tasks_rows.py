@@ -5,6 +5,8 @@ import gzip
 import json
 import os
 import random
+import socket
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 
 from nanochat.calculator import calculate
 from nanochat.common import UserError
+from tasks import rows
 from tasks.arc import ARC
 from tasks.common import check_conversation, dialogue
 from tasks.customjson import CustomJSON
@@ -34,6 +37,7 @@ def data(tmp_path, monkeypatch):
         raise ConnectionError("the hub is not there")
     monkeypatch.setenv("NANOCHAT_DATA_DIR", str(tmp_path))
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=unreachable))
+    monkeypatch.setattr(rows, "hub_trouble", lambda: "")
     return tmp_path
 
 
@@ -105,6 +109,47 @@ def test_without_both_the_error_says_both_ways_out(data, monkeypatch):
     monkeypatch.setenv("NANOCHAT_DATA_DIR", str(data / "nowhere"))
     with pytest.raises(UserError, match="expected a folder of data sets"):
         MMLU("dev")
+
+
+def test_without_a_network_the_cache_is_asked_and_nothing_else(monkeypatch):
+    """What was fetched last week is still there on a machine that is offline today; what was not is told with the reason."""
+    config, cached = types.SimpleNamespace(HF_HUB_OFFLINE=False), [{"question": "q", "answer": "#### 5"}]
+    def load_dataset(name, config_name, split):
+        assert config.HF_HUB_OFFLINE
+        if split != "test":
+            raise ConnectionError("offline mode is enabled")
+        return cached
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset, config=config))
+    monkeypatch.setattr(rows, "hub_trouble", lambda: "no answer from the hub")
+    assert GSM8K("test")[0]["answer"] == "5"
+    with pytest.raises(UserError, match=r"put gsm8k/main/train.jsonl .*\(openai/gsm8k, main\): no answer from the hub"):
+        GSM8K("train")
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_a_hub_that_cannot_be_reached_is_told_in_seconds(tmp_path, silent):
+    """The real client, and a port that refuses or accepts and says nothing: each absent set used to take 24 seconds, and sixty here."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen() if silent else None
+        program = """
+import time
+from nanochat.common import UserError
+from tasks import rows
+import datasets
+rows.PATIENCE, began = 0.5, time.perf_counter()
+for split in ("train", "test"):
+    try:
+        rows.load_rows("openai/gsm8k", "main", split, {"question": str})
+    except UserError as error:
+        print(error)
+print(time.perf_counter() - began)
+"""
+        env = {name: value for name, value in os.environ.items() if "PROXY" not in name.upper()} | dict(
+            HF_ENDPOINT=f"http://127.0.0.1:{listener.getsockname()[1]}", HF_HOME=str(tmp_path), NANOCHAT_DATA_DIR="")
+        said = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[1], env=env, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(said) == 3 and all(f"no answer from {env['HF_ENDPOINT']}" in line for line in said[:2])
+    assert float(said[2]) < 10
 
 
 def test_damaged_copies_are_named(data):
