@@ -17,7 +17,7 @@ from nanochat.calculator import calculate
 from nanochat.common import UserError
 from tasks import rows
 from tasks.arc import ARC
-from tasks.common import check_conversation, dialogue
+from tasks.common import check_conversation, dialogue, turns
 from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K, final_number, with_tools
 from tasks.humaneval import HumanEval, program
@@ -348,11 +348,15 @@ def test_humaneval_is_graded_in_the_sandbox(data):
     assert not task.evaluate(task[0], "    return a - b\n") and not task.evaluate(task[0], "    return (\n")
 
 
-def test_customjson_reads_both_shapes_and_keeps_other_fields(tmp_path):
+def test_customjson_reads_both_shapes_and_nothing_but_their_messages(tmp_path):
+    """
+    Other fields were handed on once: one called `turns`, `task` or `answer` was then taken for the task's own, and grading turn by turn
+    ended in a TypeError.
+    """
     path = tmp_path / "mine.jsonl"
-    path.write_text(json.dumps({"messages": dialogue("hi", "Hello."), "who": "me"}) + "\n\n" + json.dumps(dialogue("a", "b", "c")) + "\n")
+    path.write_text(json.dumps({"messages": dialogue("hi", "Hello."), "turns": 1, "task": 5, "answer": {}, "who": "me"}) + "\n\n" + json.dumps(dialogue("a", "b", "c")) + "\n")
     task = CustomJSON(path)
-    assert len(task) == 2 and task[0]["who"] == "me" and task[0]["task"] == "customjson"
+    assert len(task) == 2 and task[0] == {"messages": dialogue("hi", "Hello."), "task": "customjson"} and turns(task[0]) == [task[0]]
     assert task[1]["messages"] == dialogue("a", "b") and task.unanswered == 1
     assert task.evaluate(task[0], "hello") and not task.evaluate(task[0], "bye")
 
