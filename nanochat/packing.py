@@ -145,7 +145,7 @@ class Stream:
         done, new = 0, []
         while done < self.ahead and (piece := next(self.reader, None)) is not None:
             self.ready.append(piece)
-            done += len(piece.text) + 200  # an empty document or a conversation is work too
+            done += len(piece.text) + 4 * len(piece.ids or ()) + 200  # a conversation, rendered already, and an empty document are work too
             if piece.ids is None:
                 new.append(piece)
         return new
