@@ -1,0 +1,98 @@
+"""
+What mid-training and fine-tuning talk about, with any text that somebody brings: every conversation of a mixture can be made and fits its
+row, and what cannot be made is left out and told before training.
+"""
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+
+from nanochat.common import UserError
+from nanochat.packing import fate
+from nanochat.tokenizer import Tokenizer
+from scripts.mixtures import conversations, texts_of
+from tests.tiny_run import make_text, tiny_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def functions_only(folder):
+    """Twelve files without a class, so without a base class to ask for."""
+    folder.mkdir()
+    for n in range(12):
+        (folder / f"part{n}.py").write_text("".join(f"def step{n}_{m}(left, right, size={n + 20}):\n    return left * {m + 30}\n\n\n" for m in range(9)))
+    return f"dir:{folder}"
+
+
+def python_package(folder):
+    """A package as people write them, long files and short ones, and one that is empty."""
+    shutil.copytree(ROOT / "nanochat", folder, ignore=shutil.ignore_patterns("__pycache__"))
+    return f"dir:{folder}"
+
+
+def long_mixture(source, split, tokenizer, seq_len):
+    return conversations(source, split, tokenizer, seq_len, hub=False).parts[1][0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Questions about long texts
+
+@pytest.mark.parametrize("seq_len", [512, 1024, 2048])
+@pytest.mark.parametrize("make", [functions_only, python_package])
+def test_every_conversation_can_be_made_and_fits_its_row(tmp_path, make, seq_len):
+    """
+    mid_train --source dir:nanochat ended, after base training was paid for, in "none of 24 texts has two classes with two facts each
+    that fit a length of 616", and a folder of functions in "none of 284 texts has a definition (base)": a kind of question was drawn
+    that the texts did not have, or a length too short for what they had.
+    """
+    mixture, tokenizer = long_mixture(make(tmp_path / "text"), "train", tiny_tokenizer(), seq_len), tiny_tokenizer()
+    assert {"passkey", "multikey", "codeqa"} <= {task.name for task in mixture.tasks} # with 400 tokens, the least that anybody would train
+    assert len({mixture[i]["task"] for i in range(100)}) == len(mixture.tasks)
+    for task in [mixture, *mixture.tasks]:
+        for i in range(100 if task is mixture else 25):
+            assert fate(tokenizer.render(task[i])[1], seq_len) == "whole"
+
+
+def test_classes_are_asked_about_where_rows_have_room_for_two(tmp_path):
+    names = lambda seq_len: {task.name for task in long_mixture(make_text(tmp_path / str(seq_len)), "train", tiny_tokenizer(), seq_len).tasks}
+    assert names(2048) - names(512) == {"topicshift"}
+
+
+def test_what_is_left_out_is_told(tmp_path, capsys):
+    prose = tmp_path / "prose"
+    prose.mkdir()
+    for n in range(30):
+        (prose / f"{n}.txt").write_text("Nothing to ask about code here.\n" * 50)
+    long_mixture(f"dir:{prose}", "val", tiny_tokenizer(), 1024)
+    assert "left out    val: questions about code, 0 of the texts are Python files that define something, it takes 10" in capsys.readouterr().out
+    mixture = long_mixture(functions_only(tmp_path / "functions"), "train", tiny_tokenizer(), 2048)
+    assert "left out    train: topicshift, fewer than 2 files have a class" in capsys.readouterr().out
+    assert "topicshift" not in {task.name for task in mixture.tasks}
+
+
+def test_another_language_has_longer_questions(tmp_path, capsys):
+    """
+    A tokenizer of Chinese text spells English in single bytes, so that eight keys and four questions take 400 tokens: a text of 320 was asked
+    for, and mid-training ended in a ValueError.
+    """
+    rng, folder = random.Random(0), tmp_path / "text"
+    folder.mkdir()
+    for n in range(30):
+        (folder / f"{n}.txt").write_text("".join(chr(rng.randrange(0x4E00, 0x4F00)) for _ in range(2000)) + "\n")
+    tokenizer = Tokenizer.train([path.read_text() for path in folder.iterdir()], 600)
+    mixture = long_mixture(f"dir:{folder}", "train", tokenizer, 1024)
+    assert [(task.name, task.low) for task in mixture.tasks] == [("passkey", 320), ("multikey", 640)]
+    assert all(fate(tokenizer.render(mixture[i])[1], 1024) == "whole" for i in range(100))
+    assert [task.name for task in long_mixture(f"dir:{folder}", "train", tokenizer, 512).tasks] == ["passkey"]
+    assert "left out    train: multikey, the facts and questions of a conversation take up to" in capsys.readouterr().out
+
+
+def test_rows_and_texts_that_cannot_be_are_told(tmp_path):
+    source = functions_only(tmp_path / "text")
+    with pytest.raises(UserError, match="rows of 256 tokens are too short .* at least 384"):
+        conversations(source, "train", tiny_tokenizer(), 256, hub=False)
+    for path in (tmp_path / "text").iterdir():
+        path.write_text("")
+    with pytest.raises(UserError, match="no text in its val split"):
+        texts_of(source, "val")
