@@ -28,7 +28,7 @@ class Everything:
     """Conversations in which every token has a loss: mid-training reads them as text."""
 
     def __init__(self, task, tokenizer):
-        self.task, self.tokenizer, self.name = task, tokenizer, task.name
+        self.task, self.tokenizer, self.name, self.fingerprint = task, tokenizer, task.name, task.fingerprint
 
     def __len__(self):
         return len(self.task)

@@ -12,6 +12,7 @@ The last message is the assistant's and holds the right answer: training reads a
 compares. A task neither tokenizes nor talks to a model, so it needs nothing but the standard library.
 """
 
+import hashlib
 import random
 
 import numpy as np
@@ -20,6 +21,11 @@ from nanochat.common import check_unicode
 
 ROLES = ("system", "user", "assistant")
 PARTS = ("text", "python", "python_output")
+
+
+def digest(*facts):
+    """A short hash of plain values."""
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
 class Task:
@@ -41,6 +47,11 @@ class Task:
     def example(self, index):
         """Conversation number `index` of the unsliced list."""
         raise NotImplementedError(f"{type(self).__name__} must make its conversations")
+
+    @property
+    def fingerprint(self):
+        """Changes when the conversations change, as far as one can tell without making them all: a run that is continued checks it."""
+        return digest(self.name, self.count(), self.slice)
 
     def __len__(self):
         return len(range(*self.slice.indices(self.count())))
@@ -75,6 +86,10 @@ class GeneratedTask(Task):
             raise ValueError(f"{self.name}: expected a size of at least 1, got {size}")
         self.size, self.seed, self.split = size, seed, split
 
+    @property
+    def fingerprint(self):
+        return digest(super().fingerprint, self.seed, self.split)
+
     def count(self):
         return self.size
 
@@ -97,6 +112,10 @@ class TaskSequence(Task):
             raise ValueError("expected at least one task, got an empty list")
         self.ends = np.cumsum([len(task) for task in self.tasks])
 
+    @property
+    def fingerprint(self):
+        return digest(super().fingerprint, [task.fingerprint for task in self.tasks])
+
     def count(self):
         return int(self.ends[-1])
 
@@ -113,8 +132,12 @@ class TaskMixture(TaskSequence):
 
     def __init__(self, tasks, seed=0, start=0, stop=None, step=1):
         super().__init__(tasks, start, stop, step)
-        self.order = np.arange(super().count())
+        self.seed, self.order = seed, np.arange(super().count())
         random.Random(seed).shuffle(self.order)
+
+    @property
+    def fingerprint(self):
+        return digest(super().fingerprint, self.seed)
 
     def example(self, index):
         return super().example(int(self.order[index]))

@@ -10,10 +10,11 @@ Other fields are ignored. The whole file is checked when it is opened: a trainin
 third hour. Every error names the file and the line.
 """
 
+import hashlib
 from pathlib import Path
 
 from nanochat.common import UserError
-from tasks.common import Task, check_conversation, final_text, same_words
+from tasks.common import Task, check_conversation, digest, final_text, same_words
 from tasks.rows import parse_json, read_text
 
 
@@ -25,6 +26,7 @@ class CustomJSON(Task):
         self.path = Path(path).expanduser()
         if not self.path.is_file():
             raise UserError(f"{self.path}: expected a file with one conversation per line, there is none")
+        self.sha256 = hashlib.sha256(self.path.read_bytes()).hexdigest()
         self.conversations, self.unanswered = [], 0
         for number, line in enumerate(read_text(self.path).split("\n"), 1):
             if line.strip():
@@ -35,6 +37,10 @@ class CustomJSON(Task):
                 self.conversations.append({"messages": messages})
         if not self.conversations:
             raise UserError(f"{self.path}: expected at least one conversation, the file is empty")
+
+    @property
+    def fingerprint(self):
+        return digest(super().fingerprint, self.sha256)
 
     def count(self):
         return len(self.conversations)

@@ -13,12 +13,14 @@ it reads as real text, and wraps round (repeating itself) only when it is longer
 """
 
 import bisect
+import hashlib
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
-from tasks.common import GeneratedTask, dialogue
+from tasks.common import GeneratedTask, dialogue, digest
 
 PIECE = 1000  # characters: small enough to come close to a length, large enough that a million tokens are few pieces
 
@@ -34,6 +36,11 @@ class Filler:
             raise ValueError(f"expected texts to hide facts in, got {len(self.texts)} texts without a line of text")
         self.used = {number for number, _, _ in self.pieces} # texts that are not empty
         self.sizes = np.full(len(self.pieces), -1, dtype=np.int64)
+
+    @cached_property
+    def fingerprint(self):
+        """Changes when the texts do."""
+        return digest(*(hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() for text in self.texts))
 
     def piece(self, n):
         number, start, end = self.pieces[n % len(self.pieces)]
@@ -207,6 +214,10 @@ class LongTask(GeneratedTask):
         if depth is not None and not 0 <= depth <= 1:
             raise ValueError(f"{self.name}: expected a depth from 0 (oldest) to 1 (newest) or None, got {depth}")
         self.depth = depth
+
+    @property
+    def fingerprint(self):
+        return digest(super().fingerprint, self.low, self.high, self.depth, self.filler.fingerprint)
 
     def too_long(self, facts, questions):
         """What a task that is trained on says in lacking() if this is the most that a conversation can hold: "" if the shortest length has room."""

@@ -23,7 +23,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from nanochat.common import UserError, check_unicode
-from tasks.common import Task, check_conversation, clip
+from tasks.common import Task, check_conversation, clip, digest
 
 EXTENSIONS = (".parquet", ".jsonl", ".jsonl.gz", ".csv", ".csv.gz")
 KINDS = {str: "text", int: "a whole number", list: "a list", dict: "an object"}
@@ -38,10 +38,11 @@ class Rows:
     parts   (len, fetch(i) -> row, where(i) -> text) of each
     shapes  what a row may look like: one or more {field: type}. The first whose fields are all there is taken
     name    what the rows are, in short
+    fingerprint  changes when the files do, by their names and sizes
     """
 
-    def __init__(self, parts, shapes, name):
-        self.parts, self.shapes, self.name = parts, shapes, name
+    def __init__(self, parts, shapes, name, fingerprint):
+        self.parts, self.shapes, self.name, self.fingerprint = parts, shapes, name, fingerprint
         self.ends = list(accumulate(part[0] for part in parts))
         if not len(self):
             raise UserError(f"{name}: expected at least one row, got none")
@@ -98,6 +99,10 @@ class RowTask(Task):
         super().__init__(**kwargs)
         self.rows = rows
 
+    @property
+    def fingerprint(self):
+        return digest(super().fingerprint, self.rows.fingerprint)
+
     def count(self):
         return len(self.rows)
 
@@ -118,7 +123,8 @@ def load_rows(hub_name, config, split, *shapes, name=None, also=()):
     name = name or hub_name.split("/")[-1]
     files, looked = local_files(name, config, split, also)
     if files:
-        return Rows([read_file(path) for path in files], shapes, f"{name} {split} ({', '.join(map(str, files))})")
+        facts = digest(name, config, split, [(path.name, path.stat().st_size) for path in files])
+        return Rows([read_file(path) for path in files], shapes, f"{name} {split} ({', '.join(map(str, files))})", facts)
     trouble = ""
     try:
         import datasets
@@ -128,7 +134,7 @@ def load_rows(hub_name, config, split, *shapes, name=None, also=()):
     except Exception as error: # the hub fails in many ways; each has the same two ways out
         raise UserError(f"no data for {name}, split {split}. Either put {looked}, or give this machine network access to the hub "
                         f"({hub_name}{f', {config}' if config else ''}): {trouble or f'{type(error).__name__}: {error}'}") from error
-    return Rows([(len(table), lambda i: table[i], lambda i: f"{hub_name} {split}, row {i}")], shapes, f"{hub_name} {split}")
+    return Rows([(len(table), lambda i: table[i], lambda i: f"{hub_name} {split}, row {i}")], shapes, f"{hub_name} {split}", digest(hub_name, config, split))
 
 
 @cache

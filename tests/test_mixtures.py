@@ -1,6 +1,6 @@
 """
 What mid-training and fine-tuning talk about, with any text that somebody brings: every conversation of a mixture can be made and fits its
-row, and what cannot be made is left out and told before training.
+row, what cannot be made is left out and told before training, and changed data is not taken for the old.
 """
 import random
 import shutil
@@ -11,7 +11,7 @@ import pytest
 from nanochat.common import UserError
 from nanochat.packing import fate
 from nanochat.tokenizer import Tokenizer
-from scripts.mixtures import conversations, texts_of
+from scripts.mixtures import Everything, conversations, texts_of
 from tests.tiny_run import make_text, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -96,3 +96,23 @@ def test_rows_and_texts_that_cannot_be_are_told(tmp_path):
         path.write_text("")
     with pytest.raises(UserError, match="no text in its val split"):
         texts_of(source, "val")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Changed data
+
+def fingerprints(source, tokenizer, **more):
+    return [getattr(items, "fingerprint", None) for items, _ in conversations(source, "train", tokenizer, 1024, hub=False, **more).parts]
+
+
+def test_a_mixture_is_known_by_what_it_is_made_of(tmp_path):
+    """A run that was killed went on with the conversations of another text, as long as there were as many of them."""
+    source = functions_only(tmp_path / "text")
+    before = fingerprints(source, tiny_tokenizer())
+    assert None not in before and before == fingerprints(source, tiny_tokenizer()) != fingerprints(source, tiny_tokenizer(), seed=1)
+    path = next(path for path in sorted((tmp_path / "text").iterdir()) if path.read_text() in texts_of(source, "train"))
+    path.write_text(path.read_text().replace("left", "west")) # the name and the size stay
+    after = fingerprints(source, tiny_tokenizer())
+    assert after[0] == before[0] and after[1] != before[1]
+    task = conversations(source, "train", tiny_tokenizer(), 1024, hub=False).parts[0][0]
+    assert Everything(task, tiny_tokenizer()).fingerprint == task.fingerprint

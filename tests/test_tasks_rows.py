@@ -17,7 +17,7 @@ from nanochat.calculator import calculate
 from nanochat.common import UserError
 from tasks import rows
 from tasks.arc import ARC
-from tasks.common import check_conversation, dialogue, turns
+from tasks.common import TaskMixture, check_conversation, dialogue, turns
 from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K, final_number, with_tools
 from tasks.humaneval import HumanEval, program
@@ -386,6 +386,23 @@ def test_customjson_without_a_file_or_text(tmp_path):
     for name, match in (("empty.jsonl", "the file is empty"), ("none.jsonl", "there is none")):
         with pytest.raises(UserError, match=match):
             CustomJSON(tmp_path / name)
+
+
+@pytest.mark.parametrize("make, path", [(lambda path: GSM8K("test"), "gsm8k/test.jsonl"), (lambda path: CustomJSON(path), "mine.jsonl"),
+                                        (lambda path: TaskMixture([GSM8K("test"), CustomJSON(path.parents[1] / "other.jsonl")], seed=1), "gsm8k/test.jsonl")])
+def test_a_task_is_known_by_its_file(data, make, path):
+    """A file that was rewritten between a kill and the resume was taken for the old one as long as it had as many rows."""
+    (data / "other.jsonl").write_text(json.dumps(HELLO))
+    row = {"question": "q", "answer": "#### 1", **HELLO}
+    write(data / path, [row] * 3)
+    before = make(data / path).fingerprint
+    assert before == make(data / path).fingerprint
+    write(data / path, [row] * 2 + [row | {"question": "what?"}])
+    assert make(data / path).fingerprint != before
+    (data / "mine.jsonl").write_text(json.dumps(dialogue("hi", "Hello.")))
+    hello = CustomJSON(data / "mine.jsonl").fingerprint
+    (data / "mine.jsonl").write_text(json.dumps(dialogue("hi", "Howdy.")))
+    assert CustomJSON(data / "mine.jsonl").fingerprint != hello, "as long as it was, and another"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
