@@ -7,15 +7,19 @@ A user's own conversations: one JSON object (or list of messages) per line, the 
 Roles alternate, user first; one system message may stand before. A last message of the user's has no answer to learn from:
 it is left out, and counted in `unanswered`. An assistant's content may be a list of parts, as in nanochat/tokenizer.py.
 Other fields are ignored. The whole file is checked when it is opened: a training run should not find a broken line in its
-third hour. Every error names the file and the line.
+third hour. Every error names the file and the line. `part` holds every 20th conversation out for validation.
 """
 
+import copy
 import hashlib
 from pathlib import Path
 
 from nanochat.common import UserError
 from tasks.common import Task, check_conversation, digest, final_text, same_words
 from tasks.rows import parse_json, read_text
+
+
+HELD = 20 # one conversation of so many is held out
 
 
 class CustomJSON(Task):
@@ -41,6 +45,14 @@ class CustomJSON(Task):
     @property
     def fingerprint(self):
         return digest(super().fingerprint, self.sha256)
+
+    def part(self, split):
+        """All but every 20th conversation ("train"), or those ("val"). A file of fewer can spare none: then both are all of it."""
+        assert split in ("train", "val"), split
+        out = copy.copy(self)
+        if len(self.conversations) >= HELD:
+            out.conversations = [conversation for n, conversation in enumerate(self.conversations, 1) if (n % HELD == 0) == (split == "val")]
+        return out
 
     def count(self):
         return len(self.conversations)

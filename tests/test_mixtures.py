@@ -2,17 +2,22 @@
 What mid-training and fine-tuning talk about, with any text that somebody brings: every conversation of a mixture can be made and fits its
 row, what cannot be made is left out and told before training, and changed data is not taken for the old.
 """
+import json
 import random
 import shutil
 from pathlib import Path
 
 import pytest
 
-from nanochat.common import UserError
+import scripts.chat_sft as chat_sft
+from nanochat import packing
+from nanochat.common import UserError, checkpoint_dir
 from nanochat.packing import fate
 from nanochat.tokenizer import Tokenizer
 from scripts.mixtures import Everything, conversations, texts_of
-from tests.tiny_run import make_text, tiny_tokenizer
+from tasks.common import dialogue
+from tasks.customjson import CustomJSON
+from tests.tiny_run import make_run, make_text, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,6 +34,11 @@ def python_package(folder):
     """A package as people write them, long files and short ones, and one that is empty."""
     shutil.copytree(ROOT / "nanochat", folder, ignore=shutil.ignore_patterns("__pycache__"))
     return f"dir:{folder}"
+
+
+def write_conversations(path, count, said="Hello."):
+    path.write_text("".join(json.dumps({"messages": dialogue(f"Question {n}?", said)}) + "\n" for n in range(count)))
+    return path
 
 
 def long_mixture(source, split, tokenizer, seq_len):
@@ -116,3 +126,53 @@ def test_a_mixture_is_known_by_what_it_is_made_of(tmp_path):
     assert after[0] == before[0] and after[1] != before[1]
     task = conversations(source, "train", tiny_tokenizer(), 1024, hub=False).parts[0][0]
     assert Everything(task, tiny_tokenizer()).fingerprint == task.fingerprint
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One's own conversations
+
+@pytest.mark.parametrize("count, held", [(1, 0), (19, 0), (20, 1), (39, 1), (40, 2), (205, 10)])
+def test_what_is_validated_on_was_not_trained_on(tmp_path, count, held):
+    """Fine-tuning validated on the very conversations it trained on: learning them by heart looked like progress."""
+    own = CustomJSON(write_conversations(tmp_path / "mine.jsonl", count))
+    said = lambda task: [conversation["messages"][0]["content"] for conversation in task]
+    train, val = own.part("train"), own.part("val")
+    if held:
+        assert not set(said(train)) & set(said(val)) and sorted(said(train) + said(val)) == sorted(said(own)) and len(val) == held
+        assert said(val)[0] == "Question 19?" and train.fingerprint != val.fingerprint
+    else:
+        assert said(train) == said(val) == said(own)
+    assert own.fingerprint == CustomJSON(tmp_path / "mine.jsonl").fingerprint
+
+
+def test_fine_tuning_tells_what_it_makes_of_ones_own_conversations(base, tmp_path, monkeypatch, capsys):
+    """
+    Of nine conversations seven were never trained on, as their answers lay beyond the row, and nothing was said. The whole script, on next to
+    nothing: what is told at the start is what is counted at the end, and the same file is needed to go on.
+    """
+    make_run("mid", memory=False)
+    monkeypatch.setattr(packing, "WAITING", 16) # conversations that a lane draws before its first row
+    mine = tmp_path / "mine.jsonl"
+    long, talk = "Far too long a question. " * 99, [dialogue("Short?", "Yes.")] * 30
+    talk += [dialogue(long, "Never read.")] * 7 + [dialogue("Short?", "A long answer. " * 99)] * 9 + [dialogue("Hi", "Hello.", "And?")]
+    mine.write_text("".join(json.dumps(messages) + "\n" for messages in talk))
+    source = make_text(tmp_path / "text", files=20)
+    command = ["chat_sft", "--source", source, "--conversations", str(mine), "--num-steps", "2", "--max-seq-len", "512", "--batch-tokens", "1024", "--device-batch", "2",
+               "--eval-tokens", "2048", "--device", "cpu", "--dtype", "fp32", "--save-every", "1"]
+    monkeypatch.setattr("sys.argv", command)
+    chat_sft.main()
+    out = capsys.readouterr().out
+    assert ("own         47 conversations: 9 longer than the row of 512 tokens and cut there, 7 without an answer within it and skipped, "
+            "1 whose last message had no answer and was left out; 2 held out for validation") in out
+    summary = dict(pair.split("=", 1) for pair in out.splitlines()[-1].split()[1:])
+    assert int(summary["documents"]) > int(summary["skipped"]) > 0 == int(summary["empty"]) and int(summary["cut"]) > 0
+
+    folder = checkpoint_dir("sft", "t")
+    shutil.rmtree(folder / "step_000002") # what a kill after the first step leaves
+    mine.write_text(mine.read_text().replace("Yes.", "Nay."))
+    monkeypatch.setattr("sys.argv", [*command, "--resume"])
+    with pytest.raises(UserError, match="conversations: the checkpoint has"):
+        chat_sft.main()
+    write_conversations(mine, 5)
+    own = CustomJSON(mine)
+    assert chat_sft.tell(own, tiny_tokenizer(), 512).endswith("validation is on the same ones, as they are fewer than 20")
