@@ -6,10 +6,11 @@ back in a long text of the corpus (which arguments does a function take, a passk
 The GPU tiers add SmolTalk, MMLU and GSM8K from the data hub, or from NANOCHAT_DATA_DIR.
 """
 from nanochat.common import UserError, print0
-from nanochat.dataset import open_source
+from nanochat.dataset import SPLITS, open_source, parse_spec
 from tasks.arithmetic import Arithmetic
 from tasks.codeqa import CodeQuestions, Sources, TopicShift, read_source
-from tasks.common import TaskMixture
+from tasks.common import TaskMixture, digest
+from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K
 from tasks.haystack import Filler
 from tasks.mmlu import MMLU
@@ -66,6 +67,20 @@ def hub_tasks(split):
     train = split == "train"
     chat = [SmolTalk(split="train" if train else "test"), MMLU(split="auxiliary_train" if train else "test", stop=100_000 if train else 1000)]
     return chat + [GSM8K(split="train" if train else "test")] * (4 if train else 1)
+
+
+def own_data(sources, conversations):
+    """
+    Open everything that a run reads, so that what is missing or broken ends it before anything is trained.
+    sources  specs of text, where the reference shards may still have to be fetched;  conversations  a file of one's own, or ""
+    Returns fingerprints (of text, of conversations) of what is the user's own: a stage that has read something else is not done.
+    """
+    text = []
+    for name in sorted({name for spec in sources for name, _ in parse_spec(spec)} - {"climbmix"}):
+        for split in SPLITS:
+            texts_of(name, split)
+            text += [open_source(name, split).fingerprint] if name.startswith("dir:") else []
+    return digest(*text) if text else "", CustomJSON(conversations).fingerprint if conversations else ""
 
 
 def long_tasks(source, split, tokenizer, seq_len, seed):

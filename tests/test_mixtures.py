@@ -14,7 +14,7 @@ from nanochat import packing
 from nanochat.common import UserError, checkpoint_dir
 from nanochat.packing import fate
 from nanochat.tokenizer import Tokenizer
-from scripts.mixtures import Everything, conversations, texts_of
+from scripts.mixtures import Everything, conversations, own_data, texts_of
 from tasks.common import dialogue
 from tasks.customjson import CustomJSON
 from tests.tiny_run import make_run, make_text, tiny_tokenizer
@@ -126,6 +126,22 @@ def test_a_mixture_is_known_by_what_it_is_made_of(tmp_path):
     assert after[0] == before[0] and after[1] != before[1]
     task = conversations(source, "train", tiny_tokenizer(), 1024, hub=False).parts[0][0]
     assert Everything(task, tiny_tokenizer()).fingerprint == task.fingerprint
+
+
+def test_own_data_is_opened_and_known_before_anything_is_trained(tmp_path):
+    source, mine = functions_only(tmp_path / "text"), write_conversations(tmp_path / "mine.jsonl", 30)
+    before = own_data({source, f"{source}:0.5,stdlib:0.5"}, mine)
+    assert all(before) and before == own_data({source}, mine)
+    mine.write_text(mine.read_text().replace("Hello", "Howdy")) # as long as it was
+    assert own_data({source}, mine)[0] == before[0] and own_data({source}, mine)[1] != before[1]
+    (tmp_path / "text" / "more.py").write_text("x = 1\n")
+    assert own_data({source}, "")[0] != before[0]
+    assert own_data({"stdlib", "climbmix:0.8,stdlib:0.2"}, "") == ("", ""), "nothing of the user's own; the shards may come later"
+    mine.write_text("{")
+    for sources, conversations, told in [({f"dir:{tmp_path}/nowhere"}, "", "no folder at"), ({"books"}, "", "no source called"),
+                                         ({source}, mine, "mine.jsonl, line 1: expected JSON"), ({source}, tmp_path / "none", "there is none")]:
+        with pytest.raises(UserError, match=told):
+            own_data(sources, conversations)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
