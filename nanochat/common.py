@@ -150,3 +150,17 @@ def cleanup():
     import torch.distributed as td
     if td.is_available() and td.is_initialized():
         td.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text
+
+def check_unicode(text):
+    """Refuse lone surrogates, which have no UTF-8 form. They come from decoding with errors="surrogateescape"."""
+    if text.isascii():
+        return
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"character {error.start} of the text is the lone surrogate U+{ord(text[error.start]):04X}, which "
+                         f"has no UTF-8 form: read the text with errors=\"replace\"") from None

@@ -24,14 +24,13 @@ import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 
-from nanochat.common import UserError, base_dir
+from nanochat.common import UserError, base_dir, check_unicode
 
 PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
            r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+")
@@ -57,14 +56,6 @@ class TooLittleText(ValueError):
     """There are fewer pairs in the text than merges were asked for."""
 
 
-@dataclass
-class Cut:
-    """What `render` left out so far because a conversation was longer than max_tokens."""
-    conversations: int = 0  # cut at max_tokens
-    tokens: int = 0         # lost with them
-    silent: int = 0         # of those conversations, the ones left without any token that has loss
-
-
 class Tokenizer:
     """
     tokens    bytes of every ordinary token in the order of ids
@@ -86,7 +77,6 @@ class Tokenizer:
                                            special_tokens=self._special_ids)
         self.vocab_size = len(self.tokens) + len(self.specials)
         self.bos = self.special("<|bos|>")
-        self.cut = Cut()
 
     # -----------------------------------------------------------------------------------------------------------------
     # Make, save, load
@@ -198,13 +188,11 @@ class Tokenizer:
     # -----------------------------------------------------------------------------------------------------------------
     # Conversations
 
-    def render(self, conversation, max_tokens=None):
+    def render(self, conversation):
         """
         Conversation -> (ids, mask), two lists of one length. mask 1 = the assistant speaks this token, it has loss:
         its text, its tool calls, and the <|assistant_end|> that hands the turn back. What the tool answered has none.
-
-        max_tokens  keep the first max_tokens tokens of a longer conversation. What is kept is a prefix, so every kept
-                    token has the loss it would have had; `self.cut` counts what is lost. None = keep everything.
+        All of it, however long: what does not fit into a row is nanochat/packing.py's business.
         """
         ids, mask = [self.bos], [0]
 
@@ -228,12 +216,6 @@ class Tokenizer:
                 else:
                     add([self.special("<|output_start|>"), *tokens, self.special("<|output_end|>")], 0)
             add([self.special("<|assistant_end|>")], 1)
-
-        if max_tokens is not None and len(ids) > max_tokens:
-            self.cut.conversations += 1
-            self.cut.tokens += len(ids) - max_tokens
-            self.cut.silent += not any(mask[:max_tokens])
-            ids, mask = ids[:max_tokens], mask[:max_tokens]
         return ids, mask
 
     def render_prompt(self, conversation) -> list:
@@ -261,17 +243,6 @@ class Tokenizer:
 def workers(threads):
     """Threads that stay: tiktoken keeps a regular expression for each thread it meets, and that of a new one is slow at first."""
     return ThreadPoolExecutor(threads, thread_name_prefix="tokenizer")
-
-
-def check_unicode(text):
-    """Refuse lone surrogates, which have no UTF-8 form. They come from decoding with errors="surrogateescape"."""
-    if text.isascii():
-        return
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"character {error.start} of the text is the lone surrogate U+{ord(text[error.start]):04X}, which "
-                         f"has no UTF-8 form: read the text with errors=\"replace\"") from None
 
 
 def stretches(text):

@@ -18,7 +18,7 @@ from nanochat.dataset import add_data_dir, notes, use_data_dir
 from nanochat.loss_eval import bits_per_byte
 from nanochat.optim import make_optimizer
 from nanochat.run import Log, Progress
-from nanochat.train import Curves, PlainObjective, fit
+from nanochat.train import Curves, PlainObjective, added, fit
 from scripts.load import describe, modules
 
 
@@ -133,8 +133,10 @@ def train(stage, tag, args, place, networks, tokenizer, plan, items, val_items, 
             accumulate=accumulate, amp=place.amp, evaluate=evaluate, eval_every=args.eval_every, save=save, save_every=args.save_every, log_every=args.log_every)
     else:
         evaluate(begin) # everything was trained and saved before the last run ended; its numbers are still owed
+    # what was read and what of it was lost, over the whole run and all ranks; the loader says what each means
+    read = {name: int(count) for name, count in added({name: loader.stats[name] for name in ("documents", "empty", "cropped", "cut", "skipped", "padded")}, dist).items()}
     log.summary(stage=stage, tag=tag, **last, steps=plan.steps, tokens=plan.tokens, flops=cost.train_flops(config) * plan.tokens, peak_mb=peak_memory(device) / 2**20,
-                params=sum(counts.values()), memory=int(memory), seed=args.seed, cropped=loader.stats["cropped"], padded=loader.stats["padded"], **progress.summary())
+                params=sum(counts.values()), memory=int(memory), seed=args.seed, **read, **progress.summary())
     log.close()
     loader.close()
     cleanup()

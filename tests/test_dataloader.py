@@ -574,6 +574,26 @@ def test_conversations_are_whole_or_counted(seed, align):
     assert stats["tokens"] + stats["cropped"] == total and stats["tokens"] == sum(len(ids) for ids, _ in expected)
 
 
+@pytest.mark.parametrize("said, becomes", [(3, "whole"), (5, "whole"), (6, "cut"), (90, "cut")])
+def test_the_rule_for_a_conversation_longer_than_its_row_by_hand(said, becomes):
+    """
+    A row of 8: three tokens of the user's, then so many of the assistant's. There used to be a second rule, in the tokenizer, that
+    nothing but its own test used; this is the one that trains.
+    """
+    ids, mask = [BOS, *b"abc", *b"x" * said], [0] * 4 + [1] * said
+    assert packing.fate(mask, 8) == becomes
+    loader = Loader([(ids, mask)], None, 1, 8, lanes=1, one_pass=True)
+    [batch] = take(loader, 1)
+    seen = min(said, 5)
+    assert batch.inputs.tolist()[0] == [*ids[:3 + seen], *[BOS] * (5 - seen)] and batch.targets.tolist()[0] == [-1] * 3 + [120] * seen + [-1] * (5 - seen)
+    assert (loader.stats["cut"], loader.stats["cropped"]) == (int(becomes == "cut"), said - seen)
+
+
+@pytest.mark.parametrize("mask", [[0] * 9 + [1], [1] + [0] * 40, []])
+def test_a_conversation_without_an_answer_in_its_row_is_skipped(mask):
+    assert packing.fate(mask, 8) == "skipped"
+
+
 def test_conversations_in_training_are_padded_not_cropped():
     rng = random.Random(0)
     items = [conversation(rng, 20) for _ in range(50)]

@@ -40,7 +40,6 @@ UNICODE = st.text(st.characters(exclude_categories=["Cs"]))
 
 @pytest.fixture
 def tokenizer():
-    TOKENIZER.cut = module.Cut()
     return TOKENIZER
 
 
@@ -285,16 +284,6 @@ def test_prompt_ends_where_the_assistant_begins(tokenizer):
         prompt = tokenizer.render_prompt({"messages": messages})
         assert prompt == ids[:len(prompt)] and prompt[-1] == tokenizer.special("<|assistant_start|>")
     assert TOOLS["messages"][-1]["content"] == "Any time.", "the conversation was changed by rendering it"
-
-
-@pytest.mark.parametrize("most", range(1, 60))
-def test_too_long_is_cut_and_counted(tokenizer, most):
-    whole, whole_mask = tokenizer.render(TOOLS)
-    ids, mask = tokenizer.render(TOOLS, max_tokens=most)
-    assert ids == whole[:most] and mask == whole_mask[:most]
-    lost = max(0, len(whole) - most)
-    first_loss = whole_mask.index(1)
-    assert tokenizer.cut == module.Cut(conversations=int(lost > 0), tokens=lost, silent=int(most <= first_loss))
 
 
 @pytest.mark.parametrize("messages, message", [
