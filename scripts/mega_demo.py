@@ -14,14 +14,11 @@ laws itself. Everything but the times is the same again with the same --seed.
 
 import argparse
 import random
-import sysconfig
 import time
-from bisect import bisect_right
 from collections import Counter
 from dataclasses import dataclass
 from itertools import groupby
 from math import inf
-from pathlib import Path
 from textwrap import wrap
 from typing import NamedTuple
 
@@ -34,108 +31,25 @@ from megacontext.working_context import check, cost, find
 from nanochat import hardware
 from nanochat.common import UserError, run_main, setup
 from nanochat.conversation import Conversation
-from nanochat.dataset import is_text, open_source
 from nanochat.engine import Engine
+from scripts.code_base import CodeBase, python_files, shuffled, take_files
 from scripts.load import add_flags, load_stage, open_tree
 from tasks.codeqa import Sources, TopicShift
 from tasks.common import same_words
 
 WIDTH = 120  # of the page
 STRIP = 100  # characters that stand for the whole timeline
-RUNS = 16    # lines of the working context
+RUNS = 12    # lines of the working context
 SHOWN = 4    # highest scores, and lowest
 FAR = 0.75   # share of the text that questions are asked about: the newest is raw whatever is asked
 
 parser = argparse.ArgumentParser(description="Replay a long coding session", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 # the code base
 parser.add_argument("--code", default=None, help="folder of Python files (default: Python's own library, what training kept out first)")
-parser.add_argument("--tokens", type=int, default=100_000, help="take files, in an order drawn by --seed, until there are this many tokens")
+parser.add_argument("--tokens", type=int, default=100_000, help="take files, in an order drawn by --seed, until there are so many tokens")
 add_flags(parser)
 parser.add_argument("--max-tokens", type=int, default=48, help="longest answer")
 parser.add_argument("--seed", type=int, default=0, help="which files, classes and questions")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The code base
-
-def python_files(folder):
-    """[(name, path)] of the Python files below a folder that hold UTF-8 text, by name."""
-    root = Path(folder).expanduser()
-    if not root.is_dir():
-        raise UserError(f"no folder at {folder}: expected one with Python files, or leave --code out for Python's own library")
-    paths = sorted(path for path in root.rglob("*.py") if not any(part.startswith(".") for part in path.relative_to(root).parts))
-    files = [(path.relative_to(root).as_posix(), path) for path in paths if path.is_file() and is_text(path)]
-    if not files:
-        raise UserError(f"no Python files below {folder}: questions are read off their definitions, name a folder with .py files")
-    return files
-
-
-def library_files(rng):
-    """[(name, path)] of Python's own library in a drawn order, the files that training keeps for validation before all others."""
-    root, files = Path(sysconfig.get_paths()["stdlib"]), []
-    for split in ("val", "train"):
-        files += shuffled([(file.path.relative_to(root).as_posix(), file.path) for file in open_source("stdlib", split).files], rng)
-    return files
-
-
-def shuffled(items, rng):
-    return rng.sample(items, len(items))
-
-
-def take_files(folder, tokens, rng, measure):
-    """[(name, text)] of files that have `tokens` tokens together, or of all there are, by name."""
-    files, taken = library_files(rng) if folder is None else shuffled(python_files(folder), rng), []
-    for name, path in files:
-        if tokens <= 0:
-            break
-        taken.append((name, path.read_bytes().decode()))
-        tokens -= measure(taken[-1][1])
-    return sorted(taken)
-
-
-class CodeBase:
-    """Files as one text, and the way back: from a byte of the text, or a token of a history that holds it, to a file and a line."""
-
-    def __init__(self, files):
-        """files: list of (name, text)."""
-        self.files, self.heads = files, [f"# {name}\n" for name, _ in files]
-        parts = [f"{head}{text}\n".encode() for head, (_, text) in zip(self.heads, files)]
-        self.text = b"".join(parts)
-        self.file_at = np.cumsum([0] + [len(part) for part in parts]).tolist()          # where each file begins
-        self.lines = self.text.split(b"\n")
-        self.line_at = np.cumsum([0] + [len(line) + 1 for line in self.lines]).tolist() # where each line begins
-        self.token_at = np.zeros(0, np.int64)                                          # where each token begins, see lay()
-
-    def byte(self, file, at):
-        """The byte where character `at` of a file's text stands."""
-        return self.file_at[file] + len((self.heads[file] + self.files[file][1][:at]).encode())
-
-    def line(self, byte):
-        """(file name, line number from 1, text) of the first line with ink at or after a byte."""
-        n = bisect_right(self.line_at, byte) - 1
-        while not self.lines[n].strip() and n + 2 < len(self.lines):
-            n += 1
-        file = bisect_right(self.file_at, self.line_at[n]) - 1
-        return self.files[file][0], n - bisect_right(self.line_at, self.file_at[file]) + 1, self.lines[n].decode().strip()
-
-    def lay(self, tokenizer, ids):
-        """Find the text in a history of token ids; from now on tokens have a place."""
-        sizes = np.array([len(tokenizer.decode_bytes([i])) for i in ids])
-        self.token_at = np.cumsum(sizes) - sizes - tokenizer.decode_bytes(ids).index(self.text)
-
-    def blocks(self, first, last):
-        """The blocks that hold bytes first..last of the text, as a range."""
-        a, b = np.searchsorted(self.token_at, [first, last], side="right") - 1
-        return range(int(a) // BLOCK, int(b) // BLOCK + 1)
-
-    def place(self, token):
-        """("file.py:12", text of the line) for a token; ("conversation", "") for one outside the code base."""
-        byte = self.token_at[token] if token < len(self.token_at) else inf
-        if byte >= len(self.text):
-            return "conversation", ""
-        name, number, text = self.line(max(int(byte), 0))
-        name = name if len(name) <= 30 else "..." + name[-27:]
-        return f"{name}:{number}" if number else name, text # the line before a file's first is its name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,6 +110,7 @@ class Watched(Session):
     def feed(self, ids, progress=None):
         start = time.perf_counter()
         logits = super().feed(ids, progress)
+        logits[0].item() # a GPU answers before it is done: wait
         self.took.append((time.perf_counter() - start) * 1000)
         self.fed += ids
         self.look()
@@ -244,7 +159,7 @@ def show_scores(code, tick):
     say("scores", f"{len(order)} spans, {sum(tick.scores[i] > 0 for i in order)} want detail; the {SHOWN} highest and the {SHOWN} lowest, in nats")
     for i in order[:SHOWN] + order[-SHOWN:]:
         place, text = code.place(tick.spans[i].start)
-        say("", f"{tick.scores[i]:+8.4f}  {name_of(tick.spans[i])} {place:<35} {text}")
+        say("", f"{tick.scores[i]:+8.4f}  {name_of(tick.spans[i])} {place:<33} {text}")
 
 
 def counted(ticks):
@@ -259,7 +174,7 @@ def show_edits(code, ticks):
                  + (f"; while reading it: {counted(before)}" if before else ""))
     for edit in last.edits:
         place, text = code.place(edit.node.start)
-        say("", f"{edit.kind:<8}  {name_of(edit.node)} {place:<35} {text}")
+        say("", f"{edit.kind:<8}  {name_of(edit.node)} {place:<33} {text}")
 
 
 def show_context(code, session, blocks):
@@ -324,8 +239,8 @@ def take_turn(n, turn, code, conversation, settings):
 
     said = "".join(piece.text for piece in ([first] if first else []) + list(pieces))
     answer_ms, right = session.took[feeds + 1:], same_words(said, turn.answer)
-    for n, line in enumerate(wrap(repr(said), WIDTH - 10, drop_whitespace=False)):
-        say("" if n else "model", line)
+    for line, text in enumerate(wrap(repr(said), WIDTH - 10, drop_whitespace=False)):
+        say("" if line else "model", text)
     say("", f"{'right' if right else 'wrong'}, the source says {turn.answer!r}")
     say("", f"{len(answer_ms)} tokens read in {sum(answer_ms):,.0f} ms; {counted(session.ticks[ticks:])}")
     name, number, text = code.line(turn.first)
@@ -374,7 +289,8 @@ def main():
     if loaded.gistnet is None:
         raise UserError(f"the checkpoint {loaded.stage}/{loaded.tag} was trained without memory: name another --tag, or train with MC=1")
     tokenizer, shape = loaded.tokenizer, loaded.gpt.config
-    code = CodeBase(take_files(args.code, args.tokens, random.Random(args.seed), lambda text: len(tokenizer.encode(text))))
+    files, large = take_files(args.code, args.tokens, random.Random(args.seed), lambda text: len(tokenizer.encode(text)))
+    code = CodeBase(files)
     turns = scenario(code, args.seed)
     budget = max(LEAST_BUDGET, shape.seq_len // 2) if args.budget is None else args.budget
     session = Watched(loaded.gpt, loaded.gistnet, loaded.lensnet, open_tree(loaded), budget)
@@ -383,6 +299,8 @@ def main():
                  f"tokens, {str(loaded.gpt.dtype).removeprefix('torch.')}; {machine.name}")
     say("memory", f"budget {budget} entries, newest {session.tail} tokens raw, at most {session.n_diff} edits a tick, a tick every {BLOCK} tokens")
     say("code", f"{len(code.files)} files, {len(code.text):,} bytes, {code.files[0][0]} to {code.files[-1][0]}")
+    if large:
+        say("", f"passed over: {large} with more than a quarter of --tokens each")
     conversation = Conversation(Engine(tokenizer), session)
     settings = dict(max_tokens=args.max_tokens, temperature=0)
     outcomes = [take_turn(n, turn, code, conversation, settings) for n, turn in enumerate(turns, 1)]

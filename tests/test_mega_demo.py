@@ -11,6 +11,7 @@ import scripts.mega_demo as demo
 from megacontext.runtime import Session
 from megacontext.span import BLOCK, width_of
 from nanochat.common import UserError
+from scripts.code_base import CodeBase, take_files
 from scripts.load import load_stage, open_tree
 from tests.tiny_run import make_run, make_text, tiny_tokenizer
 
@@ -104,7 +105,7 @@ def test_a_token_has_the_place_that_counting_gives():
     tokenizer, rng = tiny_tokenizer(), random.Random(0)
     line = lambda: rng.choice(["", "    ", "def f(x):", "    return 'é€'", "x = 1"])
     files = [(name, "\n".join(line() for _ in range(rng.randrange(1, 30))) + "\nend") for name in ("a.py", "b/c.py", "d.py")]
-    code = demo.CodeBase(files)
+    code = CodeBase(files)
     ids = [tokenizer.bos, *tokenizer.encode("before\n"), *tokenizer.encode(code.text.decode()), *tokenizer.encode("\nafter")]
     code.lay(tokenizer, ids)
     assert code.place(len(ids) - 1) == code.place(len(ids) + 5) == ("conversation", "")
@@ -154,3 +155,21 @@ def test_a_folder_that_cannot_hold_the_session_is_told(page, tmp_path):
     (tmp_path / "base" / "one.py").write_text("x = 1\n")
     with pytest.raises(UserError, match="1 files do not hold the session"):
         page("--code", str(tmp_path / "base"))
+    with pytest.raises(UserError, match="each of 1 files has more than a quarter of --tokens 4"):
+        page("--code", str(tmp_path / "base"), "--tokens", "4")
+
+
+def test_files_are_taken_until_there_are_enough(tmp_path):
+    for n, size in enumerate((30, 10, 20, 26, 24, 0)):
+        (tmp_path / f"{n}.py").write_text("x" * size)
+    orders = set()
+    for seed in range(20):
+        files, large = take_files(tmp_path, 100, random.Random(seed), len)
+        sizes = [len(text) for _, text in files]
+        assert files == sorted(files) and max(sizes) <= 25 and sum(sizes) == 54 and large == 2, "all there are: an empty one is none"
+        files, large = take_files(tmp_path, 80, random.Random(seed), len)
+        assert sum(len(text) for _, text in files) == 30 and large == 3
+        orders.add(tuple(name for name, _ in take_files(None, 3000, random.Random(seed), lambda text: len(text) // 40)[0]))
+    assert len(orders) > 10
+    (tmp_path / "bad.py").write_bytes(b"\xff")
+    assert "bad.py" not in [name for name, _ in take_files(tmp_path, 100, random.Random(0), len)[0]]
