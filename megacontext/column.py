@@ -99,6 +99,11 @@ class MemoryColumn:
     def truncate(self, rows):
         self.rows = rows
 
+    def resize(self, row):
+        """Rows of another width from now on. There must be none."""
+        assert self.rows == 0, f"{self.rows} rows are in the way"
+        self.row, self.buffer = row, np.empty((16, row), np.uint8)
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -202,6 +207,11 @@ class FileColumn:
         if rows < self.committed_rows:
             self.cut = chunk if self.cut is None else min(self.cut, chunk)
         self.rows = rows
+
+    def resize(self, row):
+        """Rows of another width from now on. There must be none."""
+        assert self.rows == 0, f"{self.rows} rows of {self.path} are in the way"
+        self.row = row
 
     def flush(self):
         """Make the appended bytes durable; the record may speak of them only after this."""

@@ -3,7 +3,7 @@ Text into the tree: tokens appended, and for every block that is complete its gi
 
 The base model is not asked: ingest costs GistNet alone, which is what makes reading a code base many times faster than
 prefilling it. Ingesting piece by piece gives what ingesting at once gives, because a gist depends on its own block and on the
-tokens just left of it only.
+tokens just left of it only. (To rounding; bit by bit where pieces end at stretches: a product of few rows may round otherwise.)
 
 D = model width, K = children a node (32), C = tokens of left context
 """
@@ -11,29 +11,48 @@ import torch
 
 from megacontext.span import BLOCK
 
-NODES_AT_ONCE = 256 # 8,192 tokens: bounds the memory of a bulk ingest
+NODES_AT_ONCE = 256 # 8,192 tokens, a stretch: bounds the memory of a bulk ingest, and what a kill can lose
 
 
 @torch.no_grad()
 def ingest(gpt, gistnet, tree, ids, progress=None):
     """
     Append ids (a list or 1-D array of token ids) and every node that they complete, then commit. `progress(done)` is called with the
-    tokens summarised so far. Commits every NODES_AT_ONCE blocks, so a kill loses little and never leaves a block without its gist.
+    tokens summarised so far. Commits every stretch, so a kill loses little and never leaves a block without its gist.
     """
-    step = NODES_AT_ONCE * BLOCK
-    for start in range(0, len(ids), step):
-        tree.append_tokens(ids[start:start + step])
+    step, start = NODES_AT_ONCE * BLOCK, 0
+    while start < len(ids):
+        stop = min(start + step - tree.length % step, len(ids)) # stretches start at the same places however the ids come
+        tree.append_tokens(ids[start:stop])
         complete(gpt, gistnet, tree)
         tree.commit()
+        start = stop
         if progress is not None:
-            progress(min(start + step, len(ids)))
+            progress(start)
 
 
 @torch.no_grad()
-def complete(gpt, gistnet, tree):
-    """Write the gists of all nodes whose children are all there and that have none yet."""
+def catch_up(gpt, gistnet, tree, progress=None):
+    """
+    Write the gists that are missing, all of them after MegaTree.reset_gists, and commit every stretch: a kill loses one, and calling
+    this again goes on after the last. `progress(done)` is called with the tokens of the tree summarised so far.
+    """
+    blocks = tree.length // BLOCK
+    while not tree.whole:
+        complete(gpt, gistnet, tree, min((tree.count(1) // NODES_AT_ONCE + 1) * NODES_AT_ONCE, blocks))
+        tree.commit()
+        if progress is not None:
+            progress(tree.count(1) * BLOCK)
+
+
+@torch.no_grad()
+def complete(gpt, gistnet, tree, blocks=None):
+    """
+    Write the gists of all nodes whose children are all there and that have none yet, or those of the first `blocks` blocks and what
+    lies above them. Commits nothing.
+    """
     level = 1
-    below = tree.length // BLOCK # nodes that level 1 should have
+    below = tree.length // BLOCK if blocks is None else blocks # nodes that level 1 should have
     while below:
         for first in range(tree.count(level), below, NODES_AT_ONCE):
             last = min(first + NODES_AT_ONCE, below)

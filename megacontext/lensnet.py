@@ -57,7 +57,7 @@ class LensNet(nn.Module):
     def forward(self, tail, tail_seen, gists, levels, distances, seen):
         """
         tail (M, n, D)       embeddings of the newest tokens, oldest first; tail_seen (M, n) bool
-        gists (M, E, D)      of the entries in the order of the timeline; a raw block brings its gist
+        gists (M, E, D)      of the entries in the order of the timeline; a raw block brings the mean of its tokens, which a gist is close to
         levels (M, E)        0 = shown raw, 1 = a gist of tokens, 2 and more = a gist of gists
         distances (M, E)     tokens between the entry's centre and now, > 0
         seen (M, E) bool     False = no such entry
@@ -70,7 +70,8 @@ class LensNet(nn.Module):
         spread = torch.softmax((likeness * self.sharpness).masked_fill(~seen[:, :, None], float("-inf")).nan_to_num(neginf=-1e4), dim=1) * count
         matches = torch.stack([f(part[..., -k:]) for k in RECENT for part, f in ((likeness, _mean), (likeness, _best), (spread, _mean))], dim=-1)
         matches = among(matches, seen)
-        before = F.pad(matches, (0, 0, 1, 0))[:, :-1]
+        newest = torch.where(seen, torch.arange(1, seen.size(1) + 1, device=seen.device), 0).cummax(dim=1).values # of the newest entry so far, from 1
+        before = F.pad(matches, (0, 0, 1, 0)).gather(1, F.pad(newest, (1, 0))[:, :-1, None].expand_as(matches)) # of the seen entry before; none: zeros
         far = torch.log(distances.float())
         place = torch.stack([far - 5, (far - 5).square(), torch.exp(-distances / 64), torch.exp(-distances / 256)], dim=-1)
         shown = F.one_hot(levels.clamp(max=2), 3).float()

@@ -19,6 +19,7 @@ import torch.nn as nn
 from megacontext.labels import measure
 from megacontext.layout import FAN, GIST, NODE, RAW, draw_table, entry_positions, visibility
 from megacontext.lensnet import TAIL
+from nanochat.attention import norm
 from nanochat.common import UserError
 from nanochat.gpt import IGNORE, Entries
 
@@ -166,10 +167,14 @@ def lens_scores(lensnet, entries, docs, table, block, K):
     first = index.clamp(min=0)
     tail = entries.x[:, :T].gather(1, first.flatten(1)[:, :, None].expand(-1, -1, D)).view(B * P, TAIL, D)
     same = docs.gather(1, (first // K).flatten(1)).view(B, P, TAIL) == docs.gather(1, block)[:, :, None]
-    gists = entries.x[:, None, T:T + Q + G].expand(-1, P, -1, -1)
+    means = norm(entries.x[:, :T].unflatten(1, (Q, K)).mean(dim=2)) # what stands for a raw block: its gist may not be written yet
+    shown = torch.where((levels == 0)[:, :, :Q, None], means[:, None], entries.x[:, None, T:T + Q])
+    gists = torch.cat([shown, entries.x[:, None, T + Q:T + Q + G].expand(-1, P, -1, -1)], dim=2)
     some = seen.any(-1).flatten() # readings with no entry at all have no scores
     scores = entries.x.new_zeros(B * P, Q + G)
+    order = centres.argsort() # the timeline's: a level-2 node stands before the blocks that follow it, as in a working context
     flat = lambda t: t.flatten(0, 1)[some]
     if some.any():
-        scores[some] = lensnet(tail[some], flat(same & (index >= 0)), flat(gists), flat(levels), flat(distances), flat(seen)).to(scores.dtype)
+        inputs = [flat(t)[:, order] for t in (gists, levels, distances, seen)]
+        scores[some] = lensnet(tail[some], flat(same & (index >= 0)), *inputs)[:, order.argsort()].to(scores.dtype)
     return scores.view(B, P, -1)

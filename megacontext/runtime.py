@@ -2,14 +2,14 @@
 The runtime session: unbounded history in, next-token logits out, at the cost of one working context.
 
 Every 32 tokens, one tick:
-    ingest    the finished block gets its gist; the tree grows                     (ingest.py)
-    refocus   LensNet scores the entries, the allocator expands and collapses      (lensnet.py, allocator.py)
-    assemble  keys and values of the entries in view, in timeline order, into one cache
-    decode    tokens are read behind that cache like in any GPT with a KV cache
+    ingest     finished blocks that are about to leave the raw tail get their gists (ingest.py)
+    score      LensNet says which entries deserve detail                            (lensnet.py)
+    allocate   the focus allocator expands and collapses within the budget          (allocator.py)
+    splice     keys and values of the entries come into view or leave it            (shown.py, kv_store.py)
+Between ticks tokens are read behind what is in view, like in any GPT with a KV cache.
 
-Keys and values belong to entries, not to working contexts: a gist's are a function of the gist alone, a raw block's are those it
-had when it was read. So a refocus splices and does not re-read: only blocks that come into view and were never read, or were
-forgotten, cost a forward. Keys are kept unturned and are turned to the positions of the moment (positions.py).
+Keys and values belong to entries: a gist's are a function of the gist alone, a raw block's are those it had when it was read. So a refocus
+splices and does not re-read: only blocks that come into view and were never read, or were forgotten, cost a forward.
 `exact=True` re-reads every raw block from the earliest edit on: the reference that the splicing is compared with.
 
 A session is a stream (nanochat.engine): feed(ids) -> logits, length. A prompt much longer than the tail is not read by the GPT
@@ -17,58 +17,59 @@ at all but its end: GistNet summarises it, and LensNet opens what the question a
 
 L = layers, H = kv heads, d = head width, n = entries
 """
-import json
 import time
-from collections import OrderedDict
-from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 
 from megacontext.allocator import Focus, refocus
 from megacontext.ingest import complete, embed_tokens, ingest
+from megacontext.kv_store import KVStore
 from megacontext.lensnet import TAIL as ASKING
-from megacontext.positions import map_positions
-from megacontext.span import BLOCK, Span
+from megacontext.positions import compressed
+from megacontext.span import BLOCK
+from megacontext.state import State, load_state, save_state
 from megacontext.telemetry import Telemetry
+from megacontext.shown import Shown
 from megacontext.working_context import Pins, advance, assemble, check, cost
-from nanochat.attention import rope_angles, rotate
+from nanochat.attention import norm
 from nanochat.common import UserError
 from nanochat.gpt import Entries, causal_after
 from nanochat.kv_cache import KVCache
 
 COMMIT = 1024         # tokens between commits while reading: a commit waits for the disk some 13 ms. save() commits too
 MARGIN = 0.02        # nats a block: what an expansion must be better by than the collapse that pays for it
-STAGES = ("read", "ingest", "refocus")
+STAGES = ("read", "ingest", "score", "allocate", "splice")
 LEAST_BUDGET = 6 * BLOCK # a raw tail, room for the next block, and the most gists that cannot collapse: 31 a level, up to level 4
 
 
 class Session:
-    def __init__(self, gpt, gistnet, lensnet, tree, budget, *, n_diff=4, margin=MARGIN, pins=Pins(), exact=False, kept_tokens=None,
-                 telemetry=None):
+    def __init__(self, gpt, gistnet, lensnet, tree, budget, *, n_diff=4, margin=MARGIN, pins=Pins(), exact=False, positions=compressed,
+                 kept=4, kept_in_ram=8, telemetry=None, state=None):
         """
         budget        most entries the GPT reads at once, tokens and gists alike
         n_diff        most edits a refocus; 0 = recency alone
-        kept_tokens   raw tokens whose keys and values are kept when they leave the view (default: four budgets)
+        positions     the policy, one of positions.POLICIES
+        kept          budgets of keys and values kept on the device when they leave the view, and kept_in_ram in RAM behind them
         telemetry     a megacontext.telemetry.Telemetry that is told of every tick (default: one that keeps to memory)
-        The tree may hold a history already: it is assembled, not re-read.
+        state         a mark() to go on from; else the history that the tree holds already is assembled, not re-read
         """
         if budget < LEAST_BUDGET:
             raise UserError(f"a working context of {budget} entries is too small: expected at least {LEAST_BUDGET}, raise --budget")
         self.gpt, self.gistnet, self.lensnet, self.tree = gpt, gistnet, lensnet, tree
         self.budget, self.n_diff, self.margin, self.pins, self.exact = budget, n_diff, margin, pins, exact
         self.tail = min(8 * BLOCK, budget // 4 // BLOCK * BLOCK) # raw whatever the scores say
-        self.trained = gpt.config.seq_len - 2 * BLOCK # between two ticks, positions run up to a block and a live block past it
-        self.kept_blocks = (4 * budget if kept_tokens is None else kept_tokens) // BLOCK
-        self.cache = KVCache(gpt.config, 1, budget, gpt.device, gpt.dtype)
-        self.kv = OrderedDict() # (level, index) -> k, v, each (L, H, n, d), keys unturned; least recently used first
+        self.shown = Shown(gpt, budget, positions)
+        self.store = KVStore(gpt.device, kept * budget, kept_in_ram * budget)
         self.spans, self.scores, self.edits, self.focus = [], [], [], Focus()
-        self.frame = tree.length # the length at which positions were last mapped
+        self.looks = {} # span in view -> what LensNet compares with the tail, (D,)
         self.telemetry, self.told = telemetry or Telemetry(), {}
-        self.stats = dict(ticks=0, edits=0, read_tokens=0, ingested_tokens=0, refocus_ms=0.0, read_ms=0.0, ingest_ms=0.0)
-        if tree.length:
+        self.stats = dict(ticks=0, edits=0, read_tokens=0, ingested_tokens=0) | {f"{stage}_ms": 0.0 for stage in STAGES}
+        if state is not None:
+            self.stats = dict(state.stats)
+            self.told = dict(self.stats)
+            self._restore(state)
+        elif tree.length:
             self._assemble()
 
     @property
@@ -88,17 +89,15 @@ class Session:
         if len(ids) == 0:
             raise ValueError("nothing to feed: expected at least one token id")
         ids = list(ids)
-        skip = len(ids) - 2 * self.tail
+        prompt, skip = len(ids) > 1, len(ids) - 2 * self.tail
         if skip > 0: # a long prompt: what is beyond the tail need not be read by the GPT, only remembered
             skip += self.tail
             start = time.perf_counter()
-            self.kv.pop((0, self.tree.length // BLOCK), None) # of the live block as far as it went
             ingest(self.gpt, self.gistnet, self.tree, ids[:skip], progress)
-            self._count("ingest", start, ingested_tokens=skip)
+            start = self._count("ingest", start, ingested_tokens=skip)
             self._assemble()
-            ids, prompt = ids[skip:], True
-        else:
-            prompt = len(ids) > 1
+            self._count("splice", start)
+            ids = ids[skip:]
         while ids:
             room = BLOCK - self.tree.length % BLOCK
             logits = self._read(ids[:room])
@@ -109,34 +108,50 @@ class Session:
 
     def _read(self, ids):
         """Read tokens that stay within the live block; a tick when they complete it."""
-        start, n, length = time.perf_counter(), len(ids), self.tree.length
+        start, length = time.perf_counter(), self.tree.length
         self.tree.append_tokens(ids)
         logits = self._forward(length)
-        self.spans = advance(self.spans, length + n) # the last refocus left room for it
+        self._count("read", start, read_tokens=len(ids))
+        self.grown()
+        return logits
+
+    def _forward(self, start):
+        """Read the timeline's tokens from `start` to its end behind what is in view; logits (V,) of the next token."""
+        n, have = self.tree.length - start, self.shown.cache.length
+        see = "all" if n == 1 else causal_after(have, n, self.gpt.device)
+        entries = embed_tokens(self.gpt, self.tree, start, start + n)
+        return self.gpt.head(self.shown.read(entries, range(start, start + n), see)[0, -1])
+
+    def grown(self):
+        """Tokens were appended to the tree and read: the context follows, and a finished block makes a tick."""
+        self.spans = advance(self.spans, self.tree.length) # the last refocus left room for it
         self.scores = (self.scores + [0.0])[:len(self.spans)]
-        self._count("read", start, read_tokens=n)
         if self.tree.length % BLOCK == 0:
+            self.shown.seal(self.spans[-1])
             start = time.perf_counter()
-            complete(self.gpt, self.gistnet, self.tree)
+            first, last = self.tree.pending(1)
+            if last - first > self.tail // BLOCK or self.pins.never: # what is in the tail cannot collapse: its gists are written together, later
+                complete(self.gpt, self.gistnet, self.tree)
             if self.tree.length % COMMIT == 0:
                 self.tree.commit()
             self._count("ingest", start)
             self.refocus()
-        return logits
 
-    def _forward(self, start):
-        """Read the timeline's tokens from `start` to its end behind the cache; logits (V,) of the next token."""
-        n = self.tree.length - start
-        positions = self._mapped(np.arange(start, start + n))
-        see = "all" if n == 1 else causal_after(self.cache.length, n, self.gpt.device)
-        return self.gpt.head(self.gpt.trunk(embed_tokens(self.gpt, self.tree, start, start + n), positions, see, self.cache)[0, -1])
+    def flush(self):
+        """Write the gists of every finished block, and commit."""
+        complete(self.gpt, self.gistnet, self.tree)
+        self.tree.commit()
 
     def _read_again(self):
         """After a refocus: the live block, and a raw block just before it, are read again, so that they see what was opened."""
-        spans = self.spans[-2:] if self.spans[-1].live else self.spans[-1:]
-        first = min(span.start for span in spans if span.level == 0)
-        self.cache.rewind(self.cache.length - (self.tree.length - first))
-        return self._forward(first)
+        shown, spans = self.shown, self.spans[-2:] if self.spans[-1].live else self.spans[-1:]
+        whole = [span for span in spans if span.level == 0 and not span.live]
+        shown.lift()
+        shown.remove(set(whole))
+        logits = self._forward(min(span.start for span in spans if span.level == 0))
+        for span in whole:
+            shown.seal(span)
+        return logits
 
     # ------------------------------------------------------------------------------------------------------------------
     # Refocus
@@ -145,114 +160,99 @@ class Session:
     def refocus(self):
         """Score the entries, edit the working context, splice. Returns the edits."""
         start = time.perf_counter()
-        self._keep_live()
         scores = self.score()
+        start = self._count("score", start, ticks=1)
         plan = refocus(self.spans, scores, self.budget, self.focus, n_diff=self.n_diff, margin=self.margin, tail=self.tail, pins=self.pins,
                        room=BLOCK - self.tree.length % BLOCK) # so that the live block can be finished before the next tick
         by_span = dict(zip(self.spans, scores))
         self.spans, self.edits, self.focus = plan
         self.scores = [by_span.get(span, 0.0) for span in self.spans]
         check(self.spans, self.tree.length, self.budget)
-        if self.exact and self.edits:
-            earliest = min(edit.node.start for edit in self.edits)
-            for span in self.spans:
-                if span.level == 0 and span.start >= earliest:
-                    self.kv.pop((0, span.index), None)
+        start = self._count("allocate", start, edits=len(self.edits))
+        loose = self.shown.lift()
         self._splice()
-        self._count("refocus", start, ticks=1, edits=len(self.edits))
+        self.shown.lay(*loose)
+        self._count("splice", start)
         self._tell()
         return self.edits
 
     def score(self):
         """LensNet's score of each span: a list of floats, 0 for the live block."""
         device, length = self.gpt.device, self.tree.length
-        done = [i for i, span in enumerate(self.spans) if not span.live]
-        scores = [0.0] * len(self.spans)
-        if not done or not self.n_diff:
-            return scores
-        spans = [self.spans[i] for i in done]
+        spans = [span for span in self.spans if not span.live]
+        if not spans or not self.n_diff:
+            return [0.0] * len(self.spans)
         tail = embed_tokens(self.gpt, self.tree, max(0, length - ASKING), length).x
-        gists = torch.as_tensor(self.tree.gists_of(spans), dtype=self.gpt.dtype, device=device)
+        self.looks = {span: self.looks[span] if span in self.looks else None for span in spans}
+        self._look([span for span in spans if self.looks[span] is None])
+        gists = torch.stack(list(self.looks.values()))
         levels = torch.tensor([span.level for span in spans], device=device)
-        here = self._mapped(np.array([span.centre for span in spans]))[0]
-        distances = (self._mapped(np.array([length]))[0] - here).clamp(min=1) # as the GPT sees them, within what was trained
+        here = self.shown.mapped([span.centre for span in spans])[0]
+        distances = (self.shown.mapped([length])[0] - here).clamp(min=1) # as the GPT sees them, within what was trained
         seen = torch.ones(1, len(spans), dtype=torch.bool, device=device)
         tail_seen = torch.ones(1, tail.size(1), dtype=torch.bool, device=device)
-        got = self.lensnet(tail, tail_seen, gists[None], levels[None], distances[None], seen)[0].tolist()
-        for i, score in zip(done, got):
-            scores[i] = score
-        return scores
+        scores = self.lensnet(tail, tail_seen, gists[None], levels[None], distances[None], seen)[0].tolist()
+        return scores + [0.0] * (len(self.spans) - len(spans)) # the live block is the last
+
+    def _look(self, spans):
+        """What LensNet compares with the tail: of a gist, itself; of raw tokens, their mean, as in training."""
+        gists = [span for span in spans if span.level]
+        if gists:
+            rows = torch.as_tensor(self.tree.gists_of(gists), dtype=self.gpt.dtype, device=self.gpt.device)
+            self.looks |= dict(zip(gists, rows.unbind()))
+        self.looks |= {span: norm(embed_tokens(self.gpt, self.tree, span.start, span.stop).x[0].mean(dim=0)) for span in spans if not span.level}
 
     # ------------------------------------------------------------------------------------------------------------------
     # Keys and values
 
     def _assemble(self):
         """A fresh working context for the tree as it is, by recency."""
+        complete(self.gpt, self.gistnet, self.tree)
+        self.shown.lift() # the live block as far as it went: what follows is read with it
         self.spans = assemble(self.tree.length, self.budget - BLOCK, tail=self.tail)
         self.scores = [0.0] * len(self.spans)
-        for span in self.spans:
-            if span.live:
-                self.kv.pop((0, span.index), None)
-        self._splice()
+        self._splice(now=True)
+        if self.spans[-1].live:
+            self._read_blocks(self.spans[-1:])
 
-    def _mapped(self, timeline):
-        """Timeline positions (n,) -> positions the GPT was trained on, (1, n) fp32."""
-        mapped = map_positions(np.asarray(timeline, dtype=np.float64), self.frame, self.trained)
-        return torch.as_tensor(mapped, dtype=torch.float32, device=self.gpt.device)[None]
-
-    def _turned(self, k, timeline, back=False):
-        """Keys (L, H, n, d) turned to where the timeline positions (n,) are mapped now, or back from there."""
-        cos, sin = rope_angles(self._mapped(timeline), self.gpt.config.head_width)
-        return rotate(k, cos, -sin if back else sin)
-
-    def _keep_live(self):
-        """Take the newest block's and the live block's keys and values out of the cache: they were read since the last splice."""
-        at = self.cache.length
-        for span in reversed(self.spans[-2:]):
-            if span.level == 0 and at:
-                at -= span.width
-                k = self._turned(self.cache.k[:, 0, :, at:at + span.width], np.arange(span.start, span.stop), back=True)
-                self.kv[(0, span.index)] = (k, self.cache.v[:, 0, :, at:at + span.width].clone())
-
-    def _splice(self):
-        """Make the cache hold exactly the entries of the working context, at the positions of now."""
-        self.frame = self.tree.length
-        gists = [span for span in self.spans if span.level and (span.level, span.index) not in self.kv]
-        if gists:
-            self._read_gists(gists)
-        blocks = [span for span in self.spans if span.level == 0 and (0, span.index) not in self.kv]
+    def _splice(self, now=False):
+        """Show exactly the entries of the working context, but for the live block. now: at the positions of this moment."""
+        shown, wanted = self.shown, {span for span in self.spans if not span.live}
+        stale = set()
+        if self.exact and self.edits:
+            earliest = min(edit.node.start for edit in self.edits)
+            stale = {span for span in wanted if span.level == 0 and span.start >= earliest}
+            for span in stale:
+                self.store.drop(span)
+        for span, (k, v) in shown.remove((set(shown.spans) - wanted) | stale).items():
+            if span not in stale:
+                self.store.put(span, k, v)
+        shown.reframe(self.tree.length, now)
+        missing = wanted.difference(shown.spans)
+        new = [span for span in self.spans if span in missing] # in the order of the timeline
+        if any(span.level and span not in self.store for span in new):
+            self._read_gists(new)
+        shown.add([(span, *self.store.take(span)) for span in new if span in self.store])
+        blocks = [span for span in new if span not in set(shown.spans)]
         if blocks:
-            self._load([span for span in self.spans if (span.level, span.index) in self.kv])
             self._read_blocks(blocks)
-        self._load(self.spans)
-        self._forget()
 
-    def _load(self, spans):
-        """Fill the cache with these spans."""
-        self.cache.length = 0
-        if not spans:
-            return
-        pairs = []
-        for span in spans:
-            key = (span.level, span.index)
-            self.kv.move_to_end(key)
-            pairs.append(self.kv[key])
-        timeline = np.concatenate([span.positions() for span in spans])
-        end = len(timeline)
-        self.cache.k[:, 0, :, :end] = self._turned(torch.cat([k for k, _ in pairs], dim=2), timeline)
-        self.cache.v[:, 0, :, :end] = torch.cat([v for _, v in pairs], dim=2)
-        self.cache.length = end
-
-    def _read_gists(self, spans):
-        """Keys and values of gists: each is read alone, because a gist sees itself only."""
+    def _read_gists(self, new):
+        """
+        Keys and values of gists into the store: each is read alone, because a gist sees itself only. Those that raw blocks in view will
+        have when they collapse are read along: a forward of many costs hardly more than a forward of one.
+        """
         gpt = self.gpt
+        spans = [span for span in new if span.level]
+        spans += [span.parent() for span in self.spans if span.level == 0 and span.index < self.tree.count(1)]
+        spans = [span for span in spans if span not in self.store]
         x = torch.as_tensor(self.tree.gists_of(spans), dtype=gpt.dtype, device=gpt.device)
         means = [self._value_means(span) for span in spans]
         values = [torch.stack([mean[i] for mean in means])[:, None] for i in range(len(gpt.config.value_layers))]
         alone = KVCache(gpt.config, len(spans), 1, gpt.device, gpt.dtype)
         gpt.trunk(Entries(x[:, None], values), torch.zeros(1, 1, device=gpt.device), "all", alone) # at position 0 keys are unturned
         for i, span in enumerate(spans):
-            self.kv[(span.level, span.index)] = (alone.k[:, i].clone(), alone.v[:, i].clone())
+            self.store.put(span, alone.k[:, i].clone(), alone.v[:, i].clone())
 
     def _value_means(self, span):
         """A gist's value embeddings are the means of its tokens': one (value_width,) a value layer."""
@@ -260,42 +260,34 @@ class Session:
         return [table(ids).mean(dim=0) for table in self.gpt.value_tables]
 
     def _read_blocks(self, blocks):
-        """Read raw blocks behind what is in the cache, all in one forward: each sees what lies before it on the timeline."""
-        device, have = self.gpt.device, self.cache.length
-        room = KVCache(self.gpt.config, 1, have + sum(span.width for span in blocks), device, self.gpt.dtype)
-        room.k[:, :, :, :have], room.v[:, :, :, :have], room.length = self.cache.k[:, :, :, :have], self.cache.v[:, :, :, :have], have
-        loaded = [span for span in self.spans if span not in set(blocks)]
-        columns = torch.as_tensor(np.concatenate([span.positions() for span in loaded + blocks]), device=device)
+        """Read raw blocks behind what is in view, all in one forward: each sees what lies before it on the timeline."""
+        shown, device = self.shown, self.gpt.device
         timeline = np.concatenate([span.positions() for span in blocks])
         read = [embed_tokens(self.gpt, self.tree, span.start, span.stop) for span in blocks]
         entries = Entries(torch.cat([e.x for e in read], dim=1), [torch.cat(layer, dim=1) for layer in zip(*(e.values for e in read))])
-        see = columns <= torch.as_tensor(timeline, device=device)[:, None] # a gist's centre lies before its successor's first token
-        self.gpt.trunk(entries, self._mapped(timeline), see[None, None], room)
-        k, v = self._turned(room.k[:, 0, :, have:], timeline, back=True), room.v[:, 0, :, have:]
-        at = 0
+        columns = np.concatenate([shown.places[:shown.cache.length], timeline])
+        see = torch.from_numpy(columns <= timeline[:, None]).to(device) # a gist's centre lies before its successor's first token
+        shown.read(entries, timeline, see[None, None])
         for span in blocks:
-            self.kv[(0, span.index)] = (k[:, :, at:at + span.width].clone(), v[:, :, at:at + span.width].clone())
-            at += span.width
+            if not span.live:
+                shown.seal(span)
         self.stats["read_tokens"] += len(timeline)
 
-    def _forget(self):
-        """Drop the least recently shown keys and values; the tree can always give them back."""
-        most = len(self.spans) + self.kept_blocks
-        while len(self.kv) > most:
-            self.kv.popitem(last=False)
-
     # ------------------------------------------------------------------------------------------------------------------
-    # Telemetry and persistence
+    # Telemetry
 
     def _count(self, stage, start, **counts):
-        self.stats[f"{stage}_ms"] += (time.perf_counter() - start) * 1000
+        """Time since `start` belongs to a stage; returns now."""
+        now = time.perf_counter()
+        self.stats[f"{stage}_ms"] += (now - start) * 1000
         for name, count in counts.items():
             self.stats[name] += count
+        return now
 
     def _tell(self):
         """One tick to the telemetry: what changed, and what each stage took since the last one."""
-        ms = {stage: self.stats[f"{stage}_ms"] - self.told.get(stage, 0.0) for stage in STAGES}
-        self.told = {stage: self.stats[f"{stage}_ms"] for stage in STAGES}
+        ms = {stage: self.stats[f"{stage}_ms"] - self.told.get(f"{stage}_ms", 0.0) for stage in STAGES}
+        self.told = dict(self.stats)
         self.telemetry.tick(self.tree.length, self.spans, self.budget, self.edits, ms)
 
     def view(self):
@@ -303,57 +295,51 @@ class Session:
         strip = [dict(level=s.level, start=s.start, stop=s.stop, score=round(score, 4)) for s, score in zip(self.spans, self.scores)]
         return dict(spans=strip, tokens=self.tree.length, budget=self.budget, used=cost(self.spans), newest_edits=len(self.edits), **self.stats)
 
+    # ------------------------------------------------------------------------------------------------------------------
+    # Marks: go back to one, go on from one elsewhere, keep one on disk
+
+    def mark(self):
+        """This moment as a State: what rewind() and fork() start from. Costs one copy of the keys and values in view."""
+        shown = self.shown
+        k, v, _ = loose = shown.lift()
+        shown.lay(*loose)
+        return State(model=self.tree.header.get("model"), length=self.length, budget=self.budget, n_diff=self.n_diff, margin=self.margin, pins=self.pins,
+                     spans=list(self.spans), scores=list(self.scores), focus=self.focus, frame=shown.frame, stats=dict(self.stats), kv=shown.pairs(), loose=(k, v))
+
+    def rewind(self, state):
+        """Back to a mark of this session: what was read since is forgotten, and the next tokens are those that followed the mark."""
+        if state.length > self.length:
+            raise UserError(f"cannot rewind to {state.length} tokens: this session has {self.length}")
+        self.tree.truncate(state.length)
+        self.shown, self.looks = Shown(self.gpt, self.budget, self.shown.policy), {}
+        self.store = KVStore(self.gpt.device, self.store.near.size, self.store.far.size) # blocks past the mark will be other blocks
+        self._restore(state)
+
+    def fork(self, path=None):
+        """Another session that starts where this one stands, on a tree of its own: in the new folder `path`, or in memory."""
+        return Session(self.gpt, self.gistnet, self.lensnet, self.tree.fork(path), self.budget, n_diff=self.n_diff, margin=self.margin, pins=self.pins,
+                       exact=self.exact, positions=self.shown.policy, state=self.mark())
+
     def save(self, folder):
         """
         Write the session beside its tree: which spans are in view, and their keys and values, so that the next token is the same.
         The tree itself is on disk already if it was created there.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._keep_live()
-        self.tree.commit()
-        state = dict(length=self.tree.length, budget=self.budget, n_diff=self.n_diff, margin=self.margin, pins=asdict(self.pins),
-                     spans=[[s.level, s.index, s.live] for s in self.spans], scores=self.scores, frame=self.frame, tick=self.focus.tick,
-                     edited=[[node.level, node.index, tick] for node, tick in self.focus.edited.items()], stats=self.stats)
-        tensors = {}
-        for span in self.spans:
-            k, v = self.kv[(span.level, span.index)]
-            tensors |= {f"k.{span.level}.{span.index}": k.contiguous(), f"v.{span.level}.{span.index}": v.contiguous()}
-        save_file(tensors, folder / "kv.safetensors.new")
-        (folder / "kv.safetensors.new").replace(folder / "kv.safetensors")
-        (folder / "session.json.new").write_text(json.dumps(state))
-        (folder / "session.json.new").replace(folder / "session.json")
-
-    @staticmethod
-    def saved(folder):
-        """What save() wrote about the session in a folder (a dict: length, budget, spans, ...), None if there is none."""
-        path = Path(folder) / "session.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        self.flush()
+        save_state(self.mark(), folder)
 
     @classmethod
     def open(cls, folder, gpt, gistnet, lensnet, tree, **settings):
-        """Continue a saved session: the same next tokens, in another process."""
-        folder = Path(folder)
-        state = cls.saved(folder)
-        if state is None:
-            raise UserError(f"no saved session in {folder}: expected session.json there")
-        if state["length"] != tree.length:
-            raise UserError(f"the session in {folder} was saved at {state['length']} tokens, its tree holds {tree.length}: they do not belong together")
-        settings = dict(budget=state["budget"], n_diff=state["n_diff"], margin=state["margin"], pins=Pins(**{k: tuple(map(tuple, v)) for k, v in state["pins"].items()})) | settings
-        self = cls.__new__(cls)
-        empty = _Empty()
-        cls.__init__(self, gpt, gistnet, lensnet, empty, **settings)
-        self.tree, self.frame, self.stats = tree, state["frame"], state["stats"]
-        self.spans, self.scores = [Span(*s) for s in state["spans"]], state["scores"]
-        self.focus = Focus(state["tick"], {Span(level, index): tick for level, index, tick in state["edited"]})
-        tensors = load_file(folder / "kv.safetensors", device=str(gpt.device))
-        for span in self.spans:
-            self.kv[(span.level, span.index)] = (tensors[f"k.{span.level}.{span.index}"], tensors[f"v.{span.level}.{span.index}"])
-        check(self.spans, tree.length, self.budget)
-        self._load(self.spans)
-        return self
+        """Continue a saved session: the same next tokens, in another process. settings: those that are to differ from the saved ones."""
+        state = load_state(folder, gpt.device)
+        if (state.model, state.length) != (tree.header.get("model"), tree.length):
+            raise UserError(f"the session in {folder} was saved at {state.length} tokens of model {state.model}, its tree holds {tree.length} of {tree.header.get('model')}: they do not belong together")
+        return cls(gpt, gistnet, lensnet, tree, state.budget, state=state, **dict(n_diff=state.n_diff, margin=state.margin, pins=state.pins) | settings)
 
-
-class _Empty:
-    """A tree of no tokens, so that a session can be set up before its saved state is laid over it."""
-    length = 0
+    def _restore(self, state):
+        self.spans, self.scores, self.focus, self.edits = list(state.spans), list(state.scores), state.focus, []
+        check(self.spans, self.tree.length, self.budget)
+        self.shown.set_frame(state.frame)
+        self.shown.add([(span, k, v) for span, (k, v) in state.kv.items()])
+        k, v = state.loose
+        self.shown.lay(k, v, np.arange(state.length - k.size(2), state.length))

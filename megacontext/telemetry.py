@@ -1,5 +1,5 @@
 """
-What a session did, in numbers that stay small: one call per tick in; JSON lines, a summary and a Prometheus page out.
+What a session did, in numbers that stay small: one call per tick in; JSON lines, a summary and samples for a Prometheus page out.
 Memory is bounded whatever the length of the session: counters and histograms of fixed size, and for single nodes the most
 accessed NODES of them (the Space-Saving sketch of Metwally et al., 2005: a newcomer takes the place and the count of the rarest).
 
@@ -10,11 +10,25 @@ access      how often a node of a level was opened
 """
 
 import json
+import uuid
 from collections import Counter
 from math import ceil, log2
 
+from nanochat.common import UserError
+
 NODES = 1024
 OLDEST = 1024  # open nodes whose time of opening is remembered
+METRICS = {    # of the Prometheus page: name -> (type, help)
+    "ticks_total": ("counter", "Refocus ticks."),
+    "history_tokens": ("gauge", "Tokens of history."),
+    "budget_use": ("gauge", "Entries in view per entry of budget."),
+    "swap_rate": ("gauge", "Edits of the last tick per span in view."),
+    "entries": ("gauge", "Entries in view by level."),
+    "edits_total": ("counter", "Edits by kind and level of the gist."),
+    "stage_ms": ("summary", "Milliseconds per stage."),
+    "stayed_ticks": ("summary", "Ticks from opening to closing."),
+    "measured": ("gauge", "Numbers measured now and then, newest."),
+}
 
 
 class Histogram:
@@ -46,12 +60,18 @@ class Histogram:
 
 class Telemetry:
     """
-    path  a file that gets one JSON object per tick, appended; None = keep only the aggregates
+    path     a file that gets one JSON object per tick, appended; None = keep only the aggregates
+    session  what its lines and samples are marked with: a name at random, so that several may share a file or a page
     """
 
     def __init__(self, path=None):
-        self.file = open(path, "a") if path else None
+        try:
+            self.file = open(path, "a", encoding="utf-8") if path else None
+        except OSError as error:
+            raise UserError(f"cannot write telemetry to {path}: {error.strerror}. Name another file") from None
+        self.session = uuid.uuid4().hex[:8]
         self.ticks, self.length = 0, 0
+        self.sums = Counter()        # "swap_rate", "budget_use" or a level -> its sum over all ticks
         self.edits = Counter()       # (kind, level of the node) -> edits
         self.accessed = Counter()    # node -> times opened, at most NODES of them
         self.opened = {}             # node -> tick of its opening, for the OLDEST newest that are open
@@ -77,19 +97,28 @@ class Telemetry:
         for name, x in measured.items():
             n, total, _ = self.measured.get(name, (0, 0.0, 0.0))
             self.measured[name] = n + 1, total + x, x
-        self.newest = {"tick": self.ticks, "length": length, "entries": used, "budget_use": used / budget,
-                       "swap_rate": len(edits) / max(len(spans), 1), "edits": len(edits),
-                       "residency": {level: raw if level == 0 else n for level, n in sorted(levels.items())},
-                       "ms": {stage: round(x, 4) for stage, x in ms.items()}, **measured}
+        residency = {level: raw if level == 0 else n for level, n in sorted(levels.items())}
+        rates = {"budget_use": used / budget, "swap_rate": len(edits) / max(len(spans), 1)}
+        self.sums.update(rates | residency)
+        self.newest = {"session": self.session, "tick": self.ticks, "length": length, "entries": used, **rates, "edits": len(edits),
+                       "residency": residency, "ms": {stage: round(x, 4) for stage, x in ms.items()}, **measured}
         if self.file:
             self.file.write(json.dumps(self.newest) + "\n")
             self.file.flush()
         return self.newest
 
+    def next_session(self):
+        """What follows belongs to another session: another name, and other nodes behind the same numbers. The aggregates go on."""
+        self.session = uuid.uuid4().hex[:8]
+        self.opened.clear()
+
     def summary(self):
-        """Everything so far, as one JSON-able dict."""
+        """Everything so far, as one JSON-able dict. swap_rate, budget_use and residency are means over the ticks."""
+        mean = lambda name: self.sums[name] / max(self.ticks, 1)
         return {
             "ticks": self.ticks, "length": self.length, "newest": self.newest,
+            "swap_rate": mean("swap_rate"), "budget_use": mean("budget_use"),
+            "residency": {level: mean(level) for level in sorted(name for name in self.sums if isinstance(name, int))},
             "edits_per_tick": sum(self.edits.values()) / max(self.ticks, 1),
             "edits": {f"{kind} {level}": n for (kind, level), n in sorted(self.edits.items())},
             "stayed_ticks": {level: histogram.summary() for level, histogram in sorted(self.stayed.items())},
@@ -98,30 +127,21 @@ class Telemetry:
             "most_accessed": [[node.level, node.index, n] for node, n in self.accessed.most_common(10)],
         }
 
-    def prometheus(self):
-        """The state as a page in Prometheus' text format."""
-        page = []
-
-        def metric(name, kind, text, samples):
-            page.extend([f"# HELP megacontext_{name} {text}", f"# TYPE megacontext_{name} {kind}"])
-            page.extend(f"megacontext_{name}{suffix} {value:g}" for suffix, value in samples)
-
-        metric("ticks_total", "counter", "Refocus ticks.", [("", self.ticks)])
-        metric("history_tokens", "gauge", "Tokens of history.", [("", self.length)])
-        metric("budget_use", "gauge", "Entries in view per entry of budget.", [("", self.newest.get("budget_use", 0))])
-        metric("swap_rate", "gauge", "Edits of the last tick per span in view.", [("", self.newest.get("swap_rate", 0))])
-        metric("entries", "gauge", "Entries in view by level.", [(f'{{level="{level}"}}', n) for level, n in self.newest.get("residency", {}).items()])
-        metric("edits_total", "counter", "Edits by kind and level of the gist.",
-               [(f'{{kind="{kind}",level="{level}"}}', n) for (kind, level), n in sorted(self.edits.items())])
-        for name, text, label, histograms in (("stage_ms", "Milliseconds per stage.", "stage", self.stages),
-                                              ("stayed_ticks", "Ticks from opening to closing.", "level", self.stayed)):
-            samples = []
+    def metrics(self):
+        """The state as samples for page(): {name of METRICS: [(suffix, labels, value)]}."""
+        samples = {
+            "ticks_total": [("", {}, self.ticks)], "history_tokens": [("", {}, self.length)],
+            "budget_use": [("", {}, self.newest.get("budget_use", 0))], "swap_rate": [("", {}, self.newest.get("swap_rate", 0))],
+            "entries": [("", {"level": level}, n) for level, n in self.newest.get("residency", {}).items()],
+            "edits_total": [("", {"kind": kind, "level": level}, n) for (kind, level), n in sorted(self.edits.items())],
+            "measured": [("", {"name": name}, newest) for name, (_, _, newest) in self.measured.items()],
+        }
+        for name, label, histograms in (("stage_ms", "stage", self.stages), ("stayed_ticks", "level", self.stayed)):
+            samples[name] = []
             for key, h in histograms.items():
-                samples += [(f'{{{label}="{key}",quantile="{q}"}}', h.quantile(q)) for q in (0.5, 0.99)]
-                samples += [(f'_sum{{{label}="{key}"}}', h.sum), (f'_count{{{label}="{key}"}}', h.count)]
-            metric(name, "summary", text, samples)
-        metric("measured", "gauge", "Numbers measured now and then, newest.", [(f'{{name="{name}"}}', newest) for name, (_, _, newest) in self.measured.items()])
-        return "\n".join(page) + "\n"
+                samples[name] += [("", {label: key, "quantile": q}, h.quantile(q)) for q in (0.5, 0.99)]
+                samples[name] += [("_sum", {label: key}, h.sum), ("_count", {label: key}, h.count)]
+        return {name: [(suffix, {"session": self.session} | labels, value) for suffix, labels, value in rows] for name, rows in samples.items()}
 
     def close(self):
         if self.file:
@@ -143,3 +163,15 @@ class Telemetry:
     def _close(self, node):
         if node in self.opened:  # blocks that came in raw were never opened
             self.stayed.setdefault(node.level, Histogram()).add(self.ticks - self.opened.pop(node))
+
+
+def page(sessions):
+    """What metrics() gave, of any number of sessions -> one page in Prometheus' text format."""
+    lines = []
+    for name, (kind, text) in METRICS.items():
+        lines += [f"# HELP megacontext_{name} {text}", f"# TYPE megacontext_{name} {kind}"]
+        for samples in sessions:
+            for suffix, labels, value in samples[name]:
+                marks = ",".join(f'{label}="{mark}"' for label, mark in labels.items())
+                lines.append(f"megacontext_{name}{suffix}{{{marks}}} {value:.10g}")
+    return "\n".join(lines) + "\n"

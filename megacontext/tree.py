@@ -113,6 +113,11 @@ class MegaTree:
         assert level >= 1, f"tokens are appended, not derived: levels start at 1, got {level}"
         return self.count(level), self.count(level - 1) // BLOCK
 
+    @property
+    def whole(self):
+        """Whether every node whose 32 children are all here has its gist: not so while the gists are written again."""
+        return all(self.count(level) == self.pending(level)[1] for level in range(1, self.levels + 1))
+
     def tokens(self, a, b):
         """(b - a,) int32: token ids a..b."""
         return self._read(0, "ids", a, b).view(np.int32).reshape(-1)
@@ -197,12 +202,20 @@ class MegaTree:
             column.truncate(min(column.rows, tokens // BLOCK ** level))
         self.commit()
 
-    def reset_gists(self, **identity):
-        """Forget all gists and keys but keep the tokens, and take on a new identity (gistnet=...): to be ingested again. Commits."""
+    def reset_gists(self, **changes):
+        """
+        Forget all gists and keys but keep the tokens, and change the header: the identity (model=...), and if need be the width or
+        gist_dtype. To be ingested again (megacontext/ingest.py). Commits; who reads the old gists is told to open the tree again.
+        """
         self._check_writable()
-        for (level, _), column in self.columns.items():
-            column.truncate(column.rows if level == 0 else 0)
-        self.header.update(identity)
+        self.header.update(changes)
+        for (level, kind), column in self.columns.items():
+            if level:
+                column.truncate(0)
+                before, name = column.row, f"level{level}.{kind}"
+                column.resize(self._row(kind))
+                if self.record:  # what readers of the old rows were promised, in new ones: trim() keeps that much of the file
+                    self.record.state["high"][name] = -(-self.record.state["high"].get(name, 0) * before // column.row)
         self.commit()
 
     def fork(self, path=None, tokens=None):
@@ -224,7 +237,12 @@ class MegaTree:
     def refresh(self):
         """A reader sees what has been committed since it opened."""
         assert not self.writable, "the writer knows best: only a reader refreshes"
+        before = self.record.seen, self.record.state
         self.record.refresh()
+        if self.record.state["header"] != self.header:
+            found = self.record.state["header"]
+            self.record.seen, self.record.state = before  # so that the next read is refused too
+            raise TreeError(f"the gists of {self.folder} are being written again since it was opened: expected {self.header}, found {found}. Open it again")
         for column in self.columns.values():
             column.close()
         self.columns = {}
@@ -241,6 +259,16 @@ class MegaTree:
         if any(wrong):
             raise TreeError("\n".join(filter(None, wrong)))
         return sum(n * self._column(*_parse(name)).row for name, n in rows.items())
+
+    def sizes(self):
+        """{what: bytes in use}: "ids", "level 1" and so on (gists and keys), and "record" for the files of a tree on disk that say what is committed."""
+        sizes = {}
+        for (level, _), column in sorted(self.columns.items()):
+            name = f"level {level}" if level else "ids"
+            sizes[name] = sizes.get(name, 0) + column.rows * column.row
+        if self.record:
+            sizes["record"] = sum(path.stat().st_size for path in (self.folder / "tree.db", self.folder / "tree.db-wal") if path.exists())
+        return sizes
 
     def close(self, commit=True):
         """Commit (unless told not to) and let go of the files and the lock."""

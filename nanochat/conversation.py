@@ -119,3 +119,13 @@ class Conversation:
             self.unfinished = False
         while self.waiting:
             self._feed(self.chunk or len(self.waiting))
+
+    def mark(self):
+        """This moment, for rewind(): before a message is said, say."""
+        return self.stream.mark(), list(self.waiting), self.unfinished, self.turns
+
+    def rewind(self, mark):
+        """Back to a mark: what was said since then was never said."""
+        state, waiting, self.unfinished, self.turns = mark
+        self.stream.rewind(state)
+        self.waiting = list(waiting)

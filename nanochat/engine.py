@@ -153,6 +153,20 @@ class PlainStream:
         self.length += len(ids)
         return logits
 
+    def mark(self):
+        """This moment, for rewind()."""
+        return list(self.kept), self.length
+
+    def rewind(self, mark):
+        """Back to a mark. What was forgotten since then is read again; costs nothing if nothing was."""
+        kept, length = mark
+        same = self.kept[:len(kept)] == kept
+        self.kept, self.length = list(kept), length
+        self.cache.rewind(len(kept) if same else 0)
+        if kept and not same:
+            with torch.no_grad():
+                self.gpt.extend(torch.tensor([kept], device=self.gpt.device), self.cache)
+
 
 class LeftPadded:
     """

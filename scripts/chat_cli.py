@@ -14,18 +14,21 @@ import argparse
 import signal
 import sys
 import threading
+from collections import deque
 from contextlib import contextmanager
 
 from nanochat import hardware
 from nanochat.common import UserError, run_main, setup
 from nanochat.conversation import Conversation, Progress
 from nanochat.engine import Engine, Sampler
-from scripts.load import add_flags, load_stage, open_stream
+from scripts.load import add_flags, load_stage, make_telemetry, open_stream
 
+TURNS = 20   # that /back can go back: each keeps what the model had in view
 CHUNK = 8192 # tokens of a long text fed at once: how often its progress is shown, and how soon Ctrl-C is heard
 
 HELP = """/read FILE   put a text file in front of your next message
 /memory      the working context: how many entries of each level, where
+/back        forget your last message and its answer
 /new         forget this conversation and start another
 /help        this list
 /quit        leave (so does Ctrl-D; Ctrl-C stops an answer)"""
@@ -119,6 +122,7 @@ def main():
     before = "" if args.file is None else read_text(args.file) + "\n\n"
     if args.no_memory and args.tree is not None:
         raise UserError("--tree keeps the memory and --no-memory has none: use one of them")
+    telemetry = make_telemetry(args)
     device, _ = setup(args.device)
     dtype, _ = hardware.pick_dtype(hardware.describe(device), args.dtype)
     loaded = load_stage(args.stage, args.tag, args.step, device, dtype)
@@ -127,16 +131,19 @@ def main():
     engine = Engine(loaded.tokenizer)
 
     def begin():
-        stream = open_stream(loaded, not args.no_memory, args.budget, args.tree)
+        stream = open_stream(loaded, not args.no_memory, args.budget, args.tree, telemetry)
         return Conversation(engine, stream, None if args.no_memory else CHUNK)
 
-    def say(conversation, message):
-        answer(conversation, message, settings, sys.stdout)
+    def keep(conversation):
         if args.tree is not None:
             conversation.finish()
             conversation.stream.save(args.tree)
 
-    conversation = begin()
+    def say(conversation, message):
+        answer(conversation, message, settings, sys.stdout)
+        keep(conversation)
+
+    conversation, marks = begin(), deque(maxlen=TURNS)
     if args.prompt is not None:
         say(conversation, before + (sys.stdin.read() if args.prompt == "-" else args.prompt))
         return
@@ -159,7 +166,17 @@ def main():
             if args.tree is not None:
                 print(f"the memory in {args.tree} goes on: leave, and start with another --tree")
             else:
+                if telemetry is not None:
+                    telemetry.next_session()
                 conversation, before = begin(), ""
+                marks.clear()
+        elif command == "/back":
+            if marks:
+                conversation.rewind(marks.pop())
+                keep(conversation)
+                print(f"back to {conversation.stream.length:,} tokens")
+            else:
+                print("nothing to go back to: no message was said here yet" if not conversation.turns else f"the last {TURNS} messages are gone: no further back")
         elif command == "/read":
             try:
                 before += read_text(rest.strip()) + "\n\n"
@@ -170,6 +187,7 @@ def main():
             print(f"no command {command}: /help lists them")
         elif line:
             print("\nmodel: ", end="", flush=True)
+            marks.append(conversation.mark())
             say(conversation, before + line)
             before = ""
 

@@ -11,6 +11,7 @@ What it answers to (errors are JSON, {"error": {"message": ...}}, and one line f
                              {"session", "turn"} it is your turn   {"progress": {"done", "total"}} a long message is read
                              {"token", "kind"} text, python or output   {"done": true, "reason", ...} or {"error": ...} the last one
     GET  /memory/{session}   the working context: spans with level, start, stop, score; tokens in the tree, budget used, ms per token
+    GET  /metrics            what the memories of the conversations kept do, in Prometheus' text format; 404 without memory
     DELETE /chat/{session}   forget a conversation     GET /health   GET /stats   GET /   the page (ui.html)
 
 A session is one conversation: `messages` are what is new in it. Without "session" the messages are the whole conversation.
@@ -34,7 +35,7 @@ from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI, Request
-from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.exceptions import HTTPException
 
@@ -43,7 +44,7 @@ from nanochat.common import UserError, run_main, setup
 from nanochat.conversation import Conversation, Progress
 from nanochat.engine import Engine
 from nanochat.tokenizer import turns
-from scripts.load import add_flags, load_stage, open_stream
+from scripts.load import add_flags, load_stage, make_telemetry, open_stream
 
 CHUNK = 8192       # tokens of a long message read at once: how often progress is told and a hang-up is heard
 VIEW_EVERY = 16    # tokens between two snapshots of the memory
@@ -97,21 +98,24 @@ class Chat:
     lock touches `conversation`; everybody else reads the snapshot, so nobody looks at a memory that is being written.
     """
 
-    def __init__(self, name):
-        self.name, self.conversation, self.lock = name, None, threading.Lock()
+    def __init__(self, name, memory):
+        self.name, self.memory, self.conversation, self.lock = name, memory, None, threading.Lock()
         self.asked = 0 # answers running or in line; event loop only
         self.turns, self.ms_per_token, self.first_token_ms = 0, None, None
         self.view = dict(spans=[], tokens=0, budget=0, used=0)
+        self.metrics = None # of its telemetry
 
     def snapshot(self):
         self.view = self.conversation.stream.view()
+        if self.memory:
+            self.metrics = self.conversation.stream.telemetry.metrics()
 
 
 class Chats:
     """The conversations kept, least recently used first. Event loop only, so no lock of its own."""
 
-    def __init__(self, limit):
-        self.limit, self.kept, self.forgotten = limit, OrderedDict(), 0
+    def __init__(self, limit, memory):
+        self.limit, self.memory, self.kept, self.forgotten = limit, memory, OrderedDict(), 0
 
     def get(self, name):
         if name not in self.kept:
@@ -132,9 +136,16 @@ class Chats:
                     raise HTTPException(503, f"all {self.limit} conversations are being answered: try again soon")
                 del self.kept[idle.name]
                 self.forgotten += 1
-            chat = self.kept[name] = Chat(name)
+            chat = self.kept[name] = Chat(name, self.memory)
         self.kept.move_to_end(name)
         return chat
+
+    def metrics(self):
+        """A Prometheus page about the conversations kept, as they were at their last snapshot. It does not tell their names."""
+        if not self.memory:
+            raise HTTPException(404, "this server runs without memory, so there is nothing to measure: start it without --no-memory")
+        from megacontext.telemetry import page
+        return page([chat.metrics for chat in self.kept.values() if chat.metrics])
 
 
 def make_app(loaded, begin, memory=True, limits=Limits()):
@@ -144,7 +155,7 @@ def make_app(loaded, begin, memory=True, limits=Limits()):
     memory  whether those conversations have the long memory; for people to see
     """
     app = FastAPI(title="chat", docs_url=None, redoc_url=None, openapi_url=None)
-    chats, pool = Chats(limits.sessions), ThreadPoolExecutor(limits.workers, thread_name_prefix="answer")
+    chats, pool = Chats(limits.sessions, memory), ThreadPoolExecutor(limits.workers, thread_name_prefix="answer")
     counts, started = dict(asked=0, in_line=0, tokens=0), time.time()
     app.state.chats, app.state.pool = chats, pool
 
@@ -173,6 +184,10 @@ def make_app(loaded, begin, memory=True, limits=Limits()):
         chat = chats.get(session)
         return dict(session=chat.name, turns=chat.turns, ms_per_token=chat.ms_per_token, first_token_ms=chat.first_token_ms,
                     memory=memory, **chat.view)
+
+    @app.get("/metrics")
+    async def measured():
+        return PlainTextResponse(chats.metrics(), media_type="text/plain; version=0.0.4")
 
     @app.delete("/chat/{session}")
     async def forget(session: str):
@@ -319,7 +334,8 @@ def main():
     engine = Engine(loaded.tokenizer)
 
     def begin():
-        return Conversation(engine, open_stream(loaded, not args.no_memory, args.budget), None if args.no_memory else CHUNK)
+        stream = open_stream(loaded, not args.no_memory, args.budget, telemetry=make_telemetry(args))
+        return Conversation(engine, stream, None if args.no_memory else CHUNK)
 
     begin() # what is wrong with memory or budget is told now, and not to the first guest
     limits = Limits(args.sessions, args.workers, request_bytes=int(args.message_mb * 2**20))

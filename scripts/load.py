@@ -5,7 +5,6 @@ plain model still trains and talks.
 """
 import hashlib
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -26,20 +25,21 @@ class Loaded:
     meta: dict
     stage: str
     tag: str
+    identity: str = ""                # which gists are its own; "" where there is no GistNet
 
     @property
     def modules(self):
         """The networks by the names they have in a checkpoint."""
         return modules(self.gpt, self.gistnet, self.lensnet)
 
-    @cached_property
-    def identity(self):
-        """A fingerprint of everything that gists depend on: a tree made by other networks must not be read."""
-        digest = hashlib.sha256()
-        parts = [("embed", self.gpt.embed_table.weight), ("previous", self.gpt.previous.weight), *self.gistnet.named_parameters()]
-        for name, tensor in parts:
-            digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
+
+def fingerprint(gpt, gistnet):
+    """Of everything that gists depend on: a tree made by other networks must not be read."""
+    digest = hashlib.sha256()
+    parts = [("embed", gpt.embed_table.weight), ("previous", gpt.previous.weight), *gistnet.named_parameters()]
+    for name, tensor in parts:
+        digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def add_flags(parser):
@@ -53,6 +53,7 @@ def add_flags(parser):
     # memory
     parser.add_argument("--no-memory", action="store_true", help="the plain model: it forgets what does not fit into its context")
     parser.add_argument("--budget", type=int, default=None, help="most entries, tokens and gists alike, that the model reads at once (default: as it was saved, else half its longest row)")
+    parser.add_argument("--telemetry", default=None, help="a file that gets a line of JSON for every tick of the memory, appended")
 
 
 def modules(gpt, gistnet=None, lensnet=None):
@@ -99,34 +100,78 @@ def load_stage(stage, tag=None, step=None, device="cpu", dtype=None, seq_len=Non
     checkpoint.check_match(networks, tokenizer=tokenizer.fingerprint)
     for name, module in modules(gpt, gistnet, lensnet).items():
         module.load_state_dict(saved.tensors[name])
+    identity = fingerprint(gpt, gistnet) if gistnet is not None else "" # before rounding: in bf16 it is still the same model
+    for name, module in modules(gpt, gistnet, lensnet).items():
         module.to(device=device, dtype=None if name == "lensnet" else dtype).eval() # LensNet is tiny and works in fp32 throughout
-    return Loaded(gpt, gistnet, lensnet, tokenizer, saved.meta | {"step": saved.step}, stage, tag)
+    return Loaded(gpt, gistnet, lensnet, tokenizer, saved.meta | {"step": saved.step}, stage, tag, identity)
 
 
-def open_tree(loaded, path=None, mode="a"):
-    """A tree in memory, or the one on disk at path, made if it is not there yet. One that other networks made is refused."""
+def open_tree(loaded, path=None, mode="a", gist_dtype=None):
+    """
+    A tree in memory, or the one on disk at path, made if it is not there yet. One whose gists other networks wrote is refused.
+    gist_dtype None = as it is, bfloat16 in a new one.
+    """
     from megacontext.tree import MegaTree, make_header
-    made_by = dict(model=loaded.identity, tokenizer=loaded.tokenizer.fingerprint[:16])
-    if path is not None and Path(path).exists():
-        return MegaTree.open(path, mode, **made_by)
-    header = make_header(loaded.gpt.config.width, 0, **made_by)
-    return MegaTree.in_memory(header) if path is None else MegaTree.create(path, header)
+    if path is None or not Path(path).exists():
+        header = make_header(loaded.gpt.config.width, 0, gist_dtype or "bfloat16", model=loaded.identity, tokenizer=loaded.tokenizer.fingerprint[:16])
+        return MegaTree.in_memory(header) if path is None else MegaTree.create(path, header)
+    tree = MegaTree.open(path, mode, tokenizer=loaded.tokenizer.fingerprint[:16])
+    model, kept, wrong = tree.header.get("model"), tree.header["gist_dtype"], None
+    again = f"write them again: python -m scripts.mega_ingest --tree {Path(path).parent} --renew --stage {loaded.stage} --tag {loaded.tag}"
+    if model != loaded.identity:
+        wrong = f"another model wrote the gists of {path}: expected {loaded.identity} ({loaded.stage}/{loaded.tag}), found {model}. Use the checkpoint that wrote them, or {again}"
+    elif gist_dtype not in (None, kept):
+        wrong = f"{path} keeps its gists as {kept}, not as {gist_dtype}. Leave --gist-dtype out, or {again} --gist-dtype {gist_dtype}"
+    if wrong:
+        tree.close(commit=False)
+        raise UserError(wrong)
+    return tree
 
 
-def open_stream(loaded, memory=True, budget=None, tree=None):
+def renew_tree(loaded, folder, gist_dtype=None):
+    """
+    Give the memory in a folder to these networks, for megacontext.ingest.catch_up to write its gists: the tokens stay, the gists go, and a saved
+    session is assembled anew, because its keys and values are the old model's. Nothing happens if it is theirs. gist_dtype None = as it was.
+    """
+    from megacontext.tree import MegaTree
+    with MegaTree.open(Path(folder) / "tree", tokenizer=loaded.tokenizer.fingerprint[:16]) as tree:
+        wanted = dict(model=loaded.identity, width=loaded.gpt.config.width, gist_dtype=gist_dtype or tree.header["gist_dtype"])
+        if wanted.items() - tree.header.items():
+            tree.reset_gists(**wanted)
+
+
+def make_telemetry(args):
+    """What a session of a script with add_flags tells of its ticks to, None without memory."""
+    if args.no_memory:
+        if args.telemetry is not None:
+            raise UserError("--telemetry tells what the memory does and --no-memory has none: use one of them")
+        return None
+    from megacontext.telemetry import Telemetry
+    return Telemetry(args.telemetry)
+
+
+def open_stream(loaded, memory=True, budget=None, tree=None, telemetry=None):
     """
     What the engine feeds: a session with unbounded memory, or the plain GPT behind a KV cache of one row.
     budget None = as it was saved, else half of the longest row that was trained on, or the least that a session takes.
-    tree = a folder that keeps, or already holds, the session. One that was not saved after its last tokens, or had another budget,
-    is assembled anew from its tree, which has them all.
+    tree = a folder that keeps, or already holds, the session. One that was not saved after its last tokens, had another budget, or whose
+    gists were written again is assembled anew from its tree, which has them all.
+    telemetry = a megacontext.telemetry.Telemetry that is told of every tick (default: one that keeps to memory).
     """
     if not memory:
         return PlainStream(loaded.gpt)
     if loaded.gistnet is None:
         raise UserError(f"the checkpoint {loaded.stage}/{loaded.tag} was trained without memory: use --no-memory, or train with MC=1")
+    from megacontext.ingest import NODES_AT_ONCE
     from megacontext.runtime import LEAST_BUDGET, Session
+    from megacontext.state import saved as saved_in
     held = open_tree(loaded, None if tree is None else Path(tree) / "tree")
-    saved = tree and Session.saved(tree)
-    if saved and saved["length"] == held.length and budget in (None, saved["budget"]):
-        return Session.open(tree, loaded.gpt, loaded.gistnet, loaded.lensnet, held)
-    return Session(loaded.gpt, loaded.gistnet, loaded.lensnet, held, budget or (saved or {}).get("budget") or max(LEAST_BUDGET, loaded.gpt.config.seq_len // 2))
+    first, last = held.pending(1) # a session that was killed leaves the blocks of its raw tail, and the next one writes their gists
+    if last - first > NODES_AT_ONCE:
+        held.close(commit=False)
+        raise UserError(f"the gists in {tree} are not all written, a --renew was interrupted. Go on with it: python -m scripts.mega_ingest --tree {tree} --renew")
+    saved = tree and saved_in(tree)
+    if saved and saved["model"] == held.header["model"] and saved["length"] == held.length and budget in (None, saved["budget"]):
+        return Session.open(tree, loaded.gpt, loaded.gistnet, loaded.lensnet, held, telemetry=telemetry)
+    budget = budget or (saved or {}).get("budget") or max(LEAST_BUDGET, loaded.gpt.config.seq_len // 2)
+    return Session(loaded.gpt, loaded.gistnet, loaded.lensnet, held, budget, telemetry=telemetry)

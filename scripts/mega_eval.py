@@ -1,11 +1,12 @@
 """
-Does the memory pay? Five tables, and one JSON line with all of their numbers:
+Does the memory pay? Six tables, and one JSON line with all of their numbers:
 
     trailing loss    at equal visible budget: a sliding window, gists by recency, LensNet's choice, controls, full attention
     by budget        bits per byte against the visible budget, window and gists beside full attention
     dNLL@32          what a gist costs in place of what it stands for, by level
     LensNet          how much of the oracle's gain it gets, beside recency, random, embedding and BM25
     recall           a passkey in a history many times the budget, by length and depth (conversation stages)
+    telemetry        what the sessions of that recall did: swaps, budget in use, entries and openings by level, ms per stage
 
 python -m scripts.mega_eval --stage sft
 python -m scripts.mega_eval --stage base --source dir:books --seq-len 2048 --budget 256 --documents 24
@@ -19,8 +20,9 @@ import numpy as np
 import torch
 
 from megacontext.evaluate import by_budget, gist_price, lens_quality, trailing
-from megacontext.runtime import LEAST_BUDGET
+from megacontext.runtime import LEAST_BUDGET, STAGES
 from megacontext.span import BLOCK
+from megacontext.telemetry import Telemetry
 from nanochat import report
 from nanochat.common import UserError, pick_device_type, print0, run_main
 from nanochat.dataset import open_source
@@ -131,8 +133,9 @@ def main():
         report.table(["choice", "gain", "regret"], [[name, told(lens[name]), told(regret[name], 2) if helps else None] for name in lens]),
     ]
     if args.recall_lengths and args.stage != "base":
-        data["recall"], table = recall(loaded, args, W, began)
-        tables += [f"Passkey recall with a working context of {max(W, LEAST_BUDGET)} entries: share of {args.recall_problems} questions answered, by length of the history and depth (0 = oldest).", table]
+        data["recall"], data["telemetry"], table = recall(loaded, args, W, began)
+        tables += [f"Passkey recall with a working context of {max(W, LEAST_BUDGET)} entries: share of {args.recall_problems} questions answered, by length of the history and depth (0 = oldest).", table,
+                   "Telemetry of these sessions, means over their ticks; milliseconds since the tick before, median and 99th percentile.", telemetry_table(data["telemetry"])]
     report.write_section("mega", f"Memory ({args.stage})", *tables, data=data, seconds=time.time() - began)
     for table in tables:
         print0(table + "\n")
@@ -140,27 +143,45 @@ def main():
 
 
 def recall(loaded, args, W, began):
-    """Passkeys through the runtime session, with LensNet and by recency alone."""
+    """
+    Passkeys through the runtime session, with LensNet and by recency alone.
+    Returns ({"method/length/depth": share answered}, {"method/length": summary of the telemetry}, the table of shares).
+    """
     texts, measure = texts_of(args.source, "val"), lambda text: len(loaded.tokenizer.encode(text))
-    engine, data, rows = Engine(loaded.tokenizer), {}, []
+    engine, data, summaries, rows = Engine(loaded.tokenizer), {}, {}, []
     for length in map(int, args.recall_lengths.split(",")):
         for name, n_diff in (("lensnet", 4), ("recency", 0)):
-            shares = []
+            shares, telemetry = [], Telemetry()
             for depth in DEPTHS:
                 task = Passkey(texts, length=length, depth=depth, measure=measure, split="val", size=args.recall_problems)
                 right = 0
                 for i in range(len(task)):
                     conversation = task[i]
-                    stream = open_stream(loaded, budget=max(W, LEAST_BUDGET))
+                    stream = open_stream(loaded, budget=max(W, LEAST_BUDGET), telemetry=telemetry)
                     stream.n_diff = n_diff
                     prompt = loaded.tokenizer.render_prompt({"messages": conversation["messages"][:-1]})
                     answer = loaded.tokenizer.decode(list(engine.generate(stream, prompt, max_tokens=16, temperature=0)))
                     right += task.evaluate(conversation, answer)
+                    telemetry.next_session()
                 shares.append(right / len(task))
                 data[f"{name}/{length}/{depth}"] = shares[-1]
+            summaries[f"{name}/{length}"] = telemetry.summary()
             rows.append([f"{length} tokens, {name}", *[f"{100 * share:.0f}%" for share in shares]])
             print0(f"recall {rows[-1]} ({time.time() - began:.0f} s)")
-    return data, report.table(["history", *[f"depth {depth}" for depth in DEPTHS]], rows)
+    return data, summaries, report.table(["history", *[f"depth {depth}" for depth in DEPTHS]], rows)
+
+
+def telemetry_table(summaries):
+    """summaries: {"method/length": Telemetry.summary()}"""
+    by_level = lambda numbers: ", ".join(f"{level}: {n}" for level, n in numbers.items()) or "none"
+    rows = []
+    for name, told in summaries.items():
+        method, length = name.split("/")
+        opened = {kind.removeprefix("expand "): n for kind, n in told["edits"].items() if kind.startswith("expand")}
+        entries = {level: f"{n:.1f}" for level, n in told["residency"].items()}
+        ms = [f"{told['ms'][stage]['p50']:.2f}, {told['ms'][stage]['p99']:.2f}" for stage in STAGES]
+        rows.append([f"{length} tokens, {method}", f"{told['ticks']}", f"{told['swap_rate']:.4f}", f"{100 * told['budget_use']:.0f}%", by_level(entries), by_level(opened), *ms])
+    return report.table(["history", "ticks", "edits a span", "budget in use", "entries by level", "opened by level", *[f"{stage} ms" for stage in STAGES]], rows)
 
 
 if __name__ == "__main__":

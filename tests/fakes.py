@@ -5,6 +5,7 @@ import time
 
 import torch
 
+from megacontext.telemetry import Telemetry
 from nanochat.gpt import GPT, GPTConfig
 
 SPECIALS = ["<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>", "<|python_start|>", "<|python_end|>",
@@ -79,7 +80,7 @@ class FakeMemory:
         tokenizer = ByteTokenizer()
         self.start, self.pause, self.budget = tokenizer.special("<|assistant_start|>"), pause, budget
         self.answer = [*tokenizer.encode(answer), tokenizer.special("<|assistant_end|>")]
-        self.fed, self.saved, self.said = [], [], 0
+        self.fed, self.saved, self.said, self.telemetry = [], [], 0, Telemetry()
 
     @property
     def length(self):
@@ -107,6 +108,12 @@ class FakeMemory:
 
     def save(self, folder):
         self.saved.append(folder)
+
+    def mark(self):
+        return len(self.fed)
+
+    def rewind(self, mark):
+        del self.fed[mark:]
 
 
 class FakeLoaded:

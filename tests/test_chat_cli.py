@@ -1,6 +1,7 @@
 """The terminal: what it prints, what it keeps, and one clear line for each mistake."""
 
 import io
+import json
 import os
 import signal
 import sys
@@ -8,10 +9,12 @@ import sys
 import pytest
 
 import scripts.chat_cli as cli
+from megacontext.runtime import STAGES
 from nanochat.common import UserError
 from nanochat.conversation import Conversation
 from nanochat.engine import Engine
 from tests.fakes import ByteTokenizer, FakeLoaded, FakeMemory, ScriptedStream
+from tests.tiny_run import make_run
 
 tokenizer = ByteTokenizer()
 PY, PY_END, END = (tokenizer.special(f"<|{name}|>") for name in ("python_start", "python_end", "assistant_end"))
@@ -46,9 +49,9 @@ def run(monkeypatch, capsys, *flags, lines=(), streams=None):
     """One run of the script with a fake model. Returns (stdout, the streams that were opened)."""
     opened, lines = [], iter(lines)
 
-    def open_stream(loaded, memory, budget, tree):
+    def open_stream(loaded, memory, budget, tree, telemetry):
         stream = FakeMemory("ok") if streams is None else streams(tree)
-        stream.opened_with = (memory, budget, tree)
+        stream.opened_with, stream.telemetry = (memory, budget, tree), telemetry
         opened.append(stream)
         return stream
 
@@ -93,9 +96,35 @@ def test_a_kept_memory_is_written_after_every_answer(monkeypatch, capsys, tmp_pa
     assert stream.fed[-1] == END, "a saved memory ends with a finished answer"
 
 
+def test_back_takes_the_last_message_back(monkeypatch, capsys, tmp_path):
+    tree = str(tmp_path / "memory")
+    out, (stream,) = run(monkeypatch, capsys, "--tree", tree, lines=["/back", "one", "two", "/back", "three", "/back", "/back", "/back", "four"])
+    spoken = tokenizer.decode(stream.fed)
+    assert "four" in spoken and not any(word in spoken for word in ("one", "two", "three"))
+    assert spoken.count("<|bos|>") == 1 and out.count("nothing to go back to") == 2
+    assert len(stream.saved) == 4 + 3, "what was taken back is taken back on disk too"
+
+
+def test_every_tick_is_a_line_of_the_telemetry_file(base, monkeypatch, capsys, tmp_path):
+    """A real session: 3,000 characters read, then another conversation in the same process."""
+    make_run("sft")
+    (tmp_path / "a.txt").write_text("def f(x): return x + 1\n" * 130)
+    lines = iter([f"/read {tmp_path / 'a.txt'}", "what?", "/new", f"/read {tmp_path / 'a.txt'}", "and now?", "/quit"])
+    monkeypatch.setattr(cli, "input", lambda prompt: next(lines), raising=False)
+    monkeypatch.setattr(sys, "argv", ["chat_cli", "--device", "cpu", "--dtype", "fp32", "--max-tokens", "40", "--telemetry", str(tmp_path / "ticks.jsonl")])
+    cli.main()
+    ticks = [json.loads(line) for line in (tmp_path / "ticks.jsonl").read_text().splitlines()]
+    sessions = list(dict.fromkeys(tick["session"] for tick in ticks))
+    assert len(sessions) == 2 and capsys.readouterr().out.count("model:") == 2
+    for name in sessions:
+        lengths = [tick["length"] for tick in ticks if tick["session"] == name]
+        assert len(lengths) > 2 and lengths == sorted(lengths) and lengths[0] > 400
+    assert all(0 < tick["budget_use"] <= 1 and set(tick["ms"]) == set(STAGES) for tick in ticks)
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--temperature", "-1"], "temperature"), (["--top-k", "0"], "top_k"), (["--top-p", "2"], "top_p"), (["--file", "/nowhere"], "cannot read"),
-    (["--no-memory", "--tree", "x"], "--tree"),
+    (["--no-memory", "--tree", "x"], "--tree"), (["--no-memory", "--telemetry", "x"], "--telemetry"), (["--telemetry", "/nowhere/x"], "cannot write telemetry"),
 ])
 def test_mistakes_are_told_before_a_model_is_loaded(monkeypatch, flags, message):
     monkeypatch.setattr(cli, "load_stage", lambda *_: pytest.fail("a model was loaded"))

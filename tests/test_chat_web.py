@@ -196,6 +196,7 @@ def test_a_real_gpt_answers_without_memory():
         events = post(client, "x" * 1000, max_tokens=100) # far over its context: the stream's rule holds
         look = client.get(f"/memory/{events[0]['session']}").json()
         assert events[-1]["done"] and look["used"] <= 64 and look["memory"] is False
+        assert client.get("/metrics").status_code == 404 and "without memory" in client.get("/metrics").json()["error"]["message"]
         assert look["spans"] == [{"level": 0, "start": look["tokens"] - look["used"], "stop": look["tokens"], "score": 0.0}]
 
 
@@ -213,6 +214,14 @@ def test_a_real_session_remembers_a_history_far_over_its_budget():
         events = post(client, "and?", session=name, turn=1, max_tokens=5)
         assert events[-1]["done"] and not any("progress" in event for event in events)
         assert client.get(f"/memory/{name}").json()["tokens"] < first["tokens"] + 20
+        other = post(client, "x = 1\n" * 200, max_tokens=40)[0]["session"]
+        page = client.get("/metrics")
+        assert page.status_code == 200 and page.headers["content-type"].startswith("text/plain; version=0.0.4")
+        assert name not in page.text and other not in page.text, "who knows a session's name can talk in it"
+        used, tokens = [[float(value) for value in re.findall(rf"^megacontext_{what}{{session=.*}} (.*)$", page.text, re.M)] for what in ("budget_use", "history_tokens")]
+        assert len(used) == 2 and all(0 < use <= 1 for use in used) and first["tokens"] // 32 * 32 <= tokens[0] < first["tokens"] + 20 and 1000 < tokens[1] < 2000
+        client.delete(f"/chat/{name}")
+        assert client.get("/metrics").text.count("megacontext_ticks_total{") == 1, "only the conversations kept: the page is bounded"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -322,7 +331,8 @@ def test_a_full_house_says_so(served):
     async def guests():
         async with httpx.AsyncClient(timeout=30) as client:
             async with client.stream("POST", f"{url}/chat/completions", json=ask("hi", session="a")) as first:
-                await first.aiter_lines().__anext__()
+                lines = first.aiter_lines() # kept: a forgotten generator closes its response, and the answer with it
+                await lines.__anext__()
                 other = await client.post(f"{url}/chat/completions", json=ask("hi", session="b"))
                 busy = await client.delete(f"{url}/chat/a")
                 async with client.stream("POST", f"{url}/chat/completions", json=ask("hi", session="a")):

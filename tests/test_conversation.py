@@ -163,3 +163,17 @@ def test_a_second_turn_over_a_real_cache_equals_one_long_prompt():
     again = PlainStream(gpt)
     torch.testing.assert_close(again.feed(stream.kept), whole, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(stream.feed([65]), again.feed([65]), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("capacity", [512, 40])
+def test_rewound_to_a_mark_a_conversation_goes_on_as_it_did(capacity):
+    """From a turn that was cut short, so that ids wait; with a stream that slides past its capacity in between, and one that does not."""
+    conversation = Conversation(engine, PlainStream(random_gpt(vocab_size=tokenizer.vocab_size, seq_len=512), capacity))
+    text_of(conversation.reply("hello", max_tokens=3, temperature=0))
+    mark, length = conversation.mark(), conversation.stream.length
+    first = text_of(conversation.reply("a €", max_tokens=20, temperature=0))
+    text_of(conversation.reply("something else, and longer than that was", max_tokens=20, temperature=0))
+    for _ in range(2):
+        conversation.rewind(mark)
+        assert conversation.stream.length == length
+        assert text_of(conversation.reply("a €", max_tokens=20, temperature=0)) == first

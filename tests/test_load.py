@@ -1,5 +1,6 @@
-"""A memory on disk is continued as it was, or with the budget that is asked for; the flag was once ignored."""
+"""A memory on disk is continued as it was, or with the budget that is asked for (the flag was once ignored), in any number format."""
 import pytest
+import torch
 
 from scripts.load import load_stage, open_stream
 from tests.tiny_run import make_run
@@ -18,4 +19,18 @@ def test_the_budget_of_a_saved_memory(base, tmp_path, asked, opened, same):
     again = open_stream(loaded, budget=asked, tree=tmp_path / "memory")
     assert (again.budget, again.length) == (opened, 1500)
     assert (again.spans == stream.spans) == same
+    again.tree.close()
+
+
+def test_a_model_in_bf16_is_the_same_model(base, tmp_path):
+    """mega_ingest reads the weights in fp32, chat in what the machine is best at; each once took the other's memory for another model's."""
+    make_run("sft")
+    stream = open_stream(load_stage("sft"), tree=tmp_path / "memory")
+    stream.feed([5 + i % 100 for i in range(300)])
+    stream.save(tmp_path / "memory")
+    stream.tree.close()
+
+    half = load_stage("sft", dtype=torch.bfloat16)
+    again = open_stream(half, tree=tmp_path / "memory")
+    assert half.gpt.dtype == torch.bfloat16 and again.length == 300 and torch.isfinite(again.feed([7])).all()
     again.tree.close()

@@ -5,8 +5,11 @@ import torch
 
 from megacontext.allocator import Focus
 from megacontext.layout import GIST, HIDDEN, NODE, RAW, entry_positions, visibility
-from megacontext.losses import row_entries
+from megacontext.losses import lens_scores, row_entries
+from megacontext.positions import POLICIES
+from megacontext.batch import Batch
 from megacontext.runtime import Session
+from megacontext.shown import Shown
 from megacontext.span import BLOCK, Span
 from megacontext.tree import MegaTree, make_header
 from megacontext.working_context import Pins, check, cost
@@ -15,9 +18,9 @@ from nanochat.engine import PlainStream
 from tests.tiny import VOCAB, tiny_networks
 
 
-def session(networks=None, budget=256, **settings):
+def session(networks=None, budget=256, kind=Session, **settings):
     networks = networks or tiny_networks()
-    return Session(*networks, MegaTree.in_memory(make_header(32, 0, gist_dtype="float32")), budget, **settings)
+    return kind(*networks, MegaTree.in_memory(make_header(32, 0, gist_dtype="float32")), budget, **settings)
 
 
 def some_ids(n, seed=0):
@@ -67,7 +70,7 @@ def test_laws_hold_on_a_history_a_hundred_times_the_budget(seed):
         fed += ids
         assert torch.isfinite(logits).all()
         check(memory.spans, len(fed), 192)
-        assert memory.cache.length == cost(memory.spans) and memory.length == len(fed)
+        assert memory.shown.cache.length == cost(memory.spans) and memory.length == len(fed)
     assert memory.tree.tokens(0, len(fed)).tolist() == fed, "law 7, lossless"
     assert max(span.level for span in memory.spans) >= 2
 
@@ -81,8 +84,7 @@ def test_refocus_opens_what_lensnet_wants_at_a_full_budget():
     memory.score = lambda: [5.0 if span == wanted else -1.0 for span in memory.spans]
     memory.refocus()
     assert Span(0, wanted.index) in memory.spans and cost(memory.spans) <= 192
-    k, _ = memory.kv[(0, wanted.index)]
-    assert k.size(2) == BLOCK
+    assert Span(0, wanted.index) in memory.shown.spans and memory.shown.cache.length == cost(memory.spans)
 
 
 def test_a_reopened_block_is_read_as_in_the_training_layout():
@@ -94,9 +96,9 @@ def test_a_reopened_block_is_read_as_in_the_training_layout():
     opened = [span for span in memory.spans if span.level == 1][:2]
     memory.spans = sorted([span for span in memory.spans if span not in opened] + [Span(0, span.index) for span in opened], key=lambda s: s.start)
     for span in opened:
-        memory.kv.pop((0, span.index), None)
-    memory.cache = type(memory.cache)(networks[0].config, 1, 300) # the two are not paid for here: only the reading matters
-    memory._splice()
+        memory.store.drop(Span(0, span.index))
+    memory.shown = Shown(networks[0], 300) # the two are not paid for here: only the reading matters
+    memory._splice(now=True)
     table = np.full((Q, Q), HIDDEN)
     for span in memory.spans:
         table[span.index + 1:, span.index] = RAW if span.level == 0 else GIST # everybody reads through this one context
@@ -104,9 +106,10 @@ def test_a_reopened_block_is_read_as_in_the_training_layout():
     from nanochat.kv_cache import KVCache
     room = KVCache(networks[0].config, 1, entries.x.size(1))
     networks[0].trunk(entries, entry_positions(Q * BLOCK, BLOCK), visibility(torch.from_numpy(table)[None], BLOCK), room)
+    shown = memory.shown.pairs()
     for span in opened:
         at = span.index * BLOCK
-        k = memory._turned(memory.kv[(0, span.index)][0], np.arange(at, at + BLOCK))
+        k = memory.shown.turned(shown[Span(0, span.index)][0], np.arange(at, at + BLOCK))
         assert torch.allclose(k, room.k[:, 0, :, at:at + BLOCK], atol=1e-3)
 
 
@@ -121,14 +124,14 @@ def test_exact_mode_has_read_every_raw_block_in_the_context_of_now():
         a, b = fast.feed([t]), exact.feed([t])
     assert not fast.stats["edits"] and torch.allclose(a, b, atol=1e-4)
 
+    @torch.no_grad()
     def read_anew(memory):
-        before = memory.cache.k[..., :memory.cache.length, :].clone()
-        for span in memory.spans:
-            if span.level == 0:
-                memory.kv.pop((0, span.index))
-        with torch.no_grad():
-            memory._splice()
-        return torch.allclose(before, memory.cache.k[..., :memory.cache.length, :], atol=1e-3)
+        before = memory.shown.pairs()
+        memory.shown.remove({span for span in memory.spans if span.level == 0})
+        memory.edits = []
+        memory._splice()
+        after = memory.shown.pairs()
+        return all(torch.allclose(before[span][0], after[span][0], atol=1e-3) for span in before)
 
     for t in ids[130:]:
         fast.feed([t]), exact.feed([t])
@@ -146,6 +149,8 @@ def test_in_pieces_or_at_once_the_tree_is_the_same():
     bulk.feed(ids)
     for t in ids:
         slow.feed([t])
+    assert 0 < slow.tree.pending(1)[1] - slow.tree.pending(1)[0] <= slow.tail // BLOCK, "the tail's gists are written later, together"
+    bulk.flush(), slow.flush()
     for level in (1, 2):
         n = bulk.tree.count(level)
         assert n == slow.tree.count(level) == len(ids) // BLOCK ** level
@@ -173,7 +178,7 @@ def test_saved_closed_and_reopened_the_next_tokens_are_the_same(tmp_path):
 def test_a_budget_too_small_and_a_foreign_session_are_refused(tmp_path):
     with pytest.raises(UserError, match="at least 192"):
         session(budget=160)
-    with pytest.raises(UserError, match="session.json"):
+    with pytest.raises(UserError, match="session.safetensors"):
         Session.open(tmp_path, *tiny_networks(), None)
 
 
@@ -206,9 +211,143 @@ def test_the_cache_holds_the_context_after_the_end_of_a_prompt_was_read_again(le
     memory.feed(some_ids(40, seed=1))
     assert memory.stats["edits"] and (length % BLOCK or memory.spans[-2].level == 1), "the case must have edits, and a gist before the last block"
     memory._read_again()
-    end = memory.cache.length
-    before = memory.cache.k[..., :end, :].clone(), memory.cache.v[..., :end, :].clone()
-    memory._keep_live()
-    memory._load(memory.spans)
-    assert memory.cache.length == end
-    assert torch.allclose(memory.cache.k[..., :end, :], before[0], atol=1e-4) and torch.allclose(memory.cache.v[..., :end, :], before[1], atol=1e-4)
+    before, n = by_place(memory), memory.shown.cache.length
+    assert n == cost(memory.spans)
+    state = memory.mark()
+    memory.shown = Shown(memory.gpt, memory.budget)
+    memory._restore(state)
+    after = by_place(memory)
+    assert list(before) == list(after) and all(torch.allclose(before[place], after[place], atol=1e-4) for place in before)
+
+
+def by_place(memory):
+    """{place on the timeline: what the cache holds there, keys as they are turned now, and values}, in the order of the timeline."""
+    shown = memory.shown
+    return {shown.places[i]: torch.stack([shown.cache.k[:, 0, :, i], shown.cache.v[:, 0, :, i]]) for i in np.argsort(shown.places[:shown.cache.length])}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The view against a slow twin
+
+class FromNothing(Session):
+    """The slow twin of splicing: at every tick, everything in view is taken out and put in again, turned to the positions of now."""
+
+    def _splice(self, now=False):
+        for span, (k, v) in self.shown.remove(set(self.shown.spans)).items():
+            self.store.put(span, k, v)
+        super()._splice(now)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_splicing_is_putting_everything_in_again(seed):
+    """Entries are moved, kept and appended in any order; the logits and what stands where must be those of a view made from nothing."""
+    networks, rng = tiny_networks(seed, seq_len=512), np.random.default_rng(seed)
+    fast, slow = (session(networks, budget=224, kept=1000, kind=kind) for kind in (Session, FromNothing)) # nothing is ever forgotten
+    edits = 0
+    for _ in range(40):
+        ids = some_ids(int(rng.choice([1, 1, 3, 33, 90, 600])), int(rng.integers(1 << 30)))
+        assert torch.allclose(fast.feed(ids), slow.feed(ids), atol=1e-3)
+        assert fast.spans == slow.spans and fast.shown.frame == slow.shown.frame
+        here, there = by_place(fast), by_place(slow)
+        assert list(here) == list(there) and all(torch.allclose(here[place], there[place], atol=1e-3) for place in here)
+        edits += len(fast.edits)
+    assert edits > 10 and fast.length > 5 * 512, "the case must edit, and go far past the trained range"
+
+
+def test_positions_stay_within_the_trained_range_between_two_frames():
+    memory = session(tiny_networks(seq_len=512), budget=224)
+    memory.feed(some_ids(3000))
+    frames = set()
+    for t in some_ids(200):
+        memory.feed([t])
+        here = memory.shown.mapped(memory.shown.places[:memory.shown.cache.length])
+        assert 0 <= here.min() and here.max() < 512
+        frames.add(memory.shown.frame)
+    assert 1 < len(frames) <= 200 // memory.shown.hold + 2
+
+
+@pytest.mark.parametrize("policy", POLICIES.values())
+def test_one_token_is_mapped_as_many_are(policy):
+    """What decoding uses, against the policy itself, at a length where float32 cannot tell neighbours apart."""
+    shown = Shown(tiny_networks(seq_len=512)[0], 224, policy)
+    for length in (0, 100, 5000, 2 ** 24 + 1000):
+        shown.set_frame(length)
+        for place in range(length, length + shown.hold + BLOCK):
+            assert abs(shown.mapped_token(place) - shown.mapped([place])) <= max(1e-3, 2e-7 * abs(shown.mapped([place]).item()))
+
+
+def test_the_session_scores_as_lensnet_was_trained():
+    """The same context, once as a session scores it and once as a row of the training layout does: raw blocks, gists and a gist of gists."""
+    networks, Q = tiny_networks(seq_len=8192), 72
+    memory, ids = session(networks, budget=256), some_ids(Q * BLOCK)
+    for t in ids:
+        memory.feed([t])
+    assert {span.level for span in memory.spans} == {0, 1, 2}
+    line = np.full((Q + 1, Q + 1), HIDDEN)
+    for span in memory.spans:
+        line[Q, span.start // BLOCK:span.stop // BLOCK] = (RAW, GIST, NODE)[span.level]
+    docs = torch.zeros(1, Q + 1, dtype=torch.long)
+    entries = row_entries(*networks[:2], torch.tensor([ids + [0] * BLOCK]), docs, BLOCK)
+    scores = lens_scores(networks[2], entries, docs, torch.from_numpy(line)[None], torch.tensor([[Q]]), BLOCK)[0, 0]
+    expected = [scores[Q + 1 + span.index if span.level == 2 else span.index].item() for span in memory.spans]
+    assert np.allclose(memory.score(), expected, atol=1e-3)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Marks, and several sessions at once
+
+def test_rewound_to_a_mark_the_next_tokens_are_the_same():
+    """An earlier turn comes back whole, from the middle of a block, whatever was read since; and again after that."""
+    memory, ids = session(budget=192), some_ids(1500)
+    memory.feed(ids)
+    memory.feed(some_ids(45, seed=1))
+    mark, after = memory.mark(), some_ids(70, seed=2)
+    expected = [memory.feed([t]) for t in after]
+    for seed in (3, 4):
+        memory.feed(some_ids(700, seed))
+        memory.rewind(mark)
+        assert memory.length == 1545
+        for t, logits in zip(after, expected):
+            assert torch.allclose(memory.feed([t]), logits, atol=1e-4)
+    with pytest.raises(UserError, match="cannot rewind to 1545"):
+        memory.rewind(mark)
+        memory.tree.truncate(1000)
+        memory.rewind(mark)
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_fork_goes_its_own_way(on_disk, tmp_path):
+    memory = session(budget=192)
+    memory.feed(some_ids(1500))
+    other = memory.fork(tmp_path / "fork" if on_disk else None)
+    assert (tmp_path / "fork").exists() == on_disk
+    one, two = some_ids(70, seed=1), some_ids(70, seed=2)
+    for t in two:
+        other.feed([t])
+    twin = memory.fork()
+    for t in one: # the fork has read other tokens meanwhile
+        assert torch.allclose(memory.feed([t]), twin.feed([t]), atol=1e-4)
+    assert memory.tree.tokens(1500, 1570).tolist() == one and other.tree.tokens(1500, 1570).tolist() == two
+    other.tree.close()
+
+
+def test_a_batch_is_its_sessions_one_by_one():
+    """Sessions of different lengths and budgets, one of them empty, some waiting: each row says what its session alone says."""
+    networks = tiny_networks(seq_len=512)
+    lengths, budgets, rng = [0, 5, 300, 4000], [192, 256, 192, 224], np.random.default_rng(0)
+    alone, together = ([session(networks, budget=budget) for budget in budgets] for _ in range(2))
+    for pair in zip(alone, together, lengths):
+        for memory in pair[:2]:
+            if pair[2]:
+                memory.feed(some_ids(pair[2], seed=pair[2]))
+    batch = Batch(together)
+    for step in range(100):
+        tokens = [int(rng.integers(VOCAB)) if rng.random() < 0.8 else None for _ in lengths]
+        logits = batch.feed(tokens)
+        for row, token in enumerate(tokens):
+            if token is not None:
+                assert torch.allclose(logits[row], alone[row].feed([token]), atol=1e-3), f"step {step}, session {row}"
+    ids = some_ids(90)
+    for a, b in zip(alone, together):
+        assert a.spans == b.spans and a.tree.tokens(0, a.length).tolist() == b.tree.tokens(0, b.length).tolist()
+        assert torch.allclose(a.feed(ids), b.feed(ids), atol=1e-3), "a session of a batch still reads alone"

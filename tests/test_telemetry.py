@@ -10,8 +10,9 @@ import pytest
 
 from megacontext.allocator import Edit, Focus, refocus
 from megacontext.span import BLOCK, Span
-from megacontext.telemetry import NODES, OLDEST, Histogram, Telemetry
+from megacontext.telemetry import METRICS, NODES, OLDEST, Histogram, Telemetry, page
 from megacontext.working_context import advance, assemble, cost
+from nanochat.common import UserError
 
 
 def test_one_tick_by_hand(tmp_path):
@@ -31,7 +32,23 @@ def test_one_tick_by_hand(tmp_path):
     assert summary["most_accessed"] == [[1, 33, 1]]
     lines = [json.loads(line) for line in (tmp_path / "ticks.jsonl").read_text().splitlines()]
     assert len(lines) == 6 and lines[0] == json.loads(json.dumps(line))
+    assert summary["swap_rate"] == (0.25 + 0.5) / 6 and summary["budget_use"] == 0.5 and summary["residency"] == {0: 35, 1: 1, 2: 1}
     json.dumps(summary)
+
+
+def test_sessions_that_share_a_file_can_be_told_apart(tmp_path):
+    """The second session's node of the same number is another node: it did not stay open since the first one's time."""
+    telemetry = Telemetry(tmp_path / "ticks.jsonl")
+    telemetry.tick(64, [Span(0, 0), Span(0, 1)], 64, [Edit("expand", Span(1, 0))], {})
+    telemetry.next_session()
+    telemetry.tick(64, [Span(1, 0), Span(0, 1)], 64, [Edit("collapse", Span(1, 0))], {})
+    other = Telemetry(tmp_path / "ticks.jsonl")
+    other.tick(32, [Span(0, 0)], 64, [], {})
+    first, second, third = [json.loads(line)["session"] for line in (tmp_path / "ticks.jsonl").read_text().splitlines()]
+    assert len({first, second, third}) == 3
+    assert telemetry.summary()["ticks"] == 2 and telemetry.summary()["stayed_ticks"] == {} and telemetry.summary()["residency"] == {0: 48, 1: 0.5}
+    with pytest.raises(UserError, match="cannot write telemetry to .*nowhere"):
+        Telemetry(tmp_path / "nowhere" / "ticks.jsonl")
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -74,25 +91,33 @@ def test_a_node_that_becomes_busy_late_is_found_too():
     assert 200 <= telemetry.accessed[late] <= 203
 
 
-def test_prometheus_page_follows_the_text_format():
-    telemetry, spans, focus = Telemetry(), assemble(100_000, 1000), Focus()
-    rng = random.Random(0)
-    for i in range(30):
-        spans, edits, focus = refocus(spans, [rng.uniform(-1, 1) for _ in spans], 1000, focus)
-        spans = advance(spans, 100_000 + BLOCK * (i + 1), 1000)
-        telemetry.tick(spans[-1].stop, spans, 1000, edits, {"refocus": rng.random(), "read": 3.0}, delta_nll=-0.1)
-    page = telemetry.prometheus()
-    sample = re.compile(r'megacontext_[a-z_]+(\{[a-z]+="[^"]*"(,[a-z]+="[^"]*")*\})? -?[0-9.e+-]+')
-    described = set()
-    for line in page.splitlines():
+@pytest.mark.parametrize("sessions", [0, 1, 3])
+def test_prometheus_page_follows_the_text_format(sessions):
+    """One HELP and one TYPE for each metric, before its samples, whatever the number of sessions; no sample twice."""
+    told, rng = [], random.Random(0)
+    for _ in range(sessions):
+        telemetry, spans, focus = Telemetry(), assemble(100_000, 1000), Focus()
+        for i in range(30):
+            spans, edits, focus = refocus(spans, [rng.uniform(-1, 1) for _ in spans], 1000, focus)
+            spans = advance(spans, 100_000 + BLOCK * (i + 1), 1000)
+            telemetry.tick(spans[-1].stop, spans, 1000, edits, {"refocus": rng.random(), "read": 3.0}, delta_nll=-0.1)
+        told.append(telemetry)
+    text = page([telemetry.metrics() for telemetry in told])
+    sample = re.compile(r'(megacontext_[a-z_]+\{session="[0-9a-f]{8}"(,[a-z]+="[^"]*")*\}) -?[0-9.e+-]+')
+    described, seen = [], []
+    for line in text.splitlines():
         if line.startswith("# "):
-            described.add(line.split()[2])
+            described += [line.split()[2]] if line.startswith("# HELP") else []
         else:
-            assert sample.fullmatch(line), line
-            name = line.split("{")[0].split(" ")[0]
-            assert name in described or name.removesuffix("_sum").removesuffix("_count") in described
-    assert 'megacontext_stage_ms{stage="read",quantile="0.5"} 3\n' in page
-    assert "megacontext_ticks_total 30\n" in page and page.endswith("\n")
+            seen.append(sample.fullmatch(line)[1])
+            name = line.split("{")[0]
+            assert described[-1] in (name, name.removesuffix("_sum").removesuffix("_count")), "samples stand under their own head"
+    assert described == [f"megacontext_{name}" for name in METRICS] and len(seen) == len(set(seen)) and bool(seen) == bool(sessions)
+    for telemetry in told:
+        assert f'megacontext_stage_ms{{session="{telemetry.session}",stage="read",quantile="0.5"}} 3\n' in text
+        assert f'megacontext_ticks_total{{session="{telemetry.session}"}} 30\n' in text
+        assert f'megacontext_history_tokens{{session="{telemetry.session}"}} 100960\n' in text
+    assert text.endswith("\n")
 
 
 def test_a_tick_is_cheap():

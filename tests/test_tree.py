@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from megacontext import column as column_file
-from megacontext.column import CHUNK, CODECS, decode, encode
+from megacontext.column import CHUNK, CODECS, decode, encode, row_bytes
 from megacontext.span import BLOCK, Span
 from megacontext.tree import MegaTree, TreeError, make_header
 
@@ -213,6 +213,49 @@ def test_a_new_gistnet_keeps_the_tokens_and_starts_the_gists_again(tmp_path):
         assert tree.pending(1) == (500, 1250)
         np.testing.assert_array_equal(tree.gists(1, 0, 500), vectors(1, 0, 500, D, 5))
         tree.verify()
+
+
+@pytest.mark.parametrize("place", ["disk", "memory"])
+@pytest.mark.parametrize("width, dtype", [(8, "bfloat16"), (100, "bfloat16"), (D, "int8"), (D, "float32")])
+def test_gists_of_another_width_or_dtype_take_the_place_of_the_old_ones(tmp_path, place, width, dtype):
+    """A model of another size reads the same tokens. Rows of two sizes share a file, one after the other."""
+    rng = np.random.default_rng(0)
+    with MegaTree.create(tmp_path / "t", HEADER) if place == "disk" else MegaTree.in_memory(HEADER) as tree:
+        ingest(tree, 70_001)
+        tree.commit()
+        tree.reset_gists(model="gpt-2", width=width, gist_dtype=dtype)
+        assert not tree.whole
+        for level in (1, 2, 3):
+            a, b = tree.pending(level)
+            tree.append_gists(level, rng.integers(-127, 128, (b, width)).astype(np.float32), rng.integers(-127, 128, (b, K)))
+        assert tree.whole and tree.sizes()["level 1"] == 2187 * (row_bytes(width, dtype) + row_bytes(K, dtype))
+        one, three = tree.gists(1, 0, 2187), tree.gists(3, 1, 2)
+    if place == "disk":
+        with MegaTree.open(tmp_path / "t", model="gpt-2") as tree:
+            tree.verify()
+            assert (tree.tokens(0, 70_001) == ids(0, 70_001)).all()
+            np.testing.assert_array_equal(tree.gists(1, 0, 2187), one)
+            np.testing.assert_array_equal(tree.gists(3, 1, 2), three)
+            assert sum(tree.sizes().values()) - tree.sizes()["record"] == 4 * 70_001 + (2187 + 68 + 2) * (row_bytes(width, dtype) + row_bytes(K, dtype))
+
+
+def test_a_reader_of_gists_that_are_written_again_is_told_to_open_the_tree_again(tmp_path):
+    """It once went on with the old header: it would have read the new rows at the old width. The file keeps what was promised to it."""
+    with MegaTree.create(tmp_path / "t", HEADER) as writer:
+        ingest(writer, 70_001)
+    reader = MegaTree.open(tmp_path / "t", mode="r")
+    old = reader.gists(1, 0, 2187)  # has the file mapped
+    with MegaTree.open(tmp_path / "t") as writer:
+        size = (tmp_path / "t" / "level1.gists").stat().st_size
+        writer.reset_gists(model="gpt-2", width=4)
+        writer.append_gists(1, np.ones((500, 4)), np.ones((500, K)))
+    assert (tmp_path / "t" / "level1.gists").stat().st_size >= size == old.size * 2
+    for _ in range(2):
+        with pytest.raises(TreeError, match="refresh"):
+            reader.gists(1, 0, 2187)
+        with pytest.raises(TreeError, match="Open it again"):
+            reader.refresh()
+    reader.close()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -559,5 +602,10 @@ def test_an_append_costs_the_same_at_a_thousand_and_at_ten_million(ten_million, 
 def test_disk_bytes_are_what_the_accounting_says(ten_million):
     """4 bytes of id, and (D + K) bf16 numbers per gist, 1/31 of a gist per token: 4 + 2 (D + K) / 31 = 6.06; the record is extra."""
     total = sum(os.path.getsize(p) for p in ten_million.glob("level*")) / 10_000_000
+    with MegaTree.open(ten_million, mode="r") as tree:
+        sizes = tree.sizes()
+    record = sizes.pop("record")
+    assert sum(sizes.values()) / 10_000_000 == pytest.approx(total, rel=1e-3) and sizes["ids"] == 40_000_000
+    assert 0 < record / 10_000_000 < 0.02
     assert total == pytest.approx(4 + 2 * (D + K) / 31, rel=1e-3)
     assert os.path.getsize(ten_million / "tree.db") / 10_000_000 < 0.02

@@ -12,13 +12,14 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from megacontext import column as column_file
 from megacontext import tree as tree_file
 from megacontext.tree import MegaTree
 
-from tree_truth import HEADER, check_tree, ids, ingest
+from tree_truth import HEADER, K, check_tree, ids, ingest
 
 
 class Instants:
@@ -88,6 +89,32 @@ def test_at_every_instant_of_a_commit_the_tree_is_the_old_or_the_new_one(tmp_pat
             ingest(crashed, 100, gists=False)  # and it goes on
     assert lengths[:marker] == [40_000] * lengths.count(40_000) + [65_000] * (marker - lengths.count(40_000))
     assert set(lengths) == {40_000, 65_000, 33_333}, lengths  # the last commit is the end of the run: no instant comes after it
+
+
+def test_at_every_instant_of_a_reset_the_gists_are_the_old_or_the_new_ones(tmp_path, monkeypatch):
+    tree = MegaTree.create(tmp_path / "t", HEADER)
+    ingest(tree, 40_000)
+    tree.commit()
+    (tmp_path / "at").mkdir()
+    with monkeypatch.context() as patch:
+        instants = Instants(tmp_path / "t", tmp_path / "at", patch, tree)
+        tree.reset_gists(model="gpt-2", width=4)
+        tree.append_gists(1, np.full((1250, 4), 2.0), np.full((1250, K), 3.0))
+        tree.commit()
+        tree.record.db = instants.db
+    tree.close()
+    seen = []
+    for i in range(len(instants.events)):
+        with MegaTree.open(tmp_path / "at" / f"{i:04}") as crashed:
+            crashed.verify()
+            assert (crashed.tokens(0, 40_000) == ids(0, 40_000)).all()
+            model, count = crashed.header["model"], crashed.count(1)
+            if model == "gpt-1":
+                check_tree(crashed, 40_000)
+            else:
+                assert count in (0, 1250) and (crashed.gists(1, 0, count) == 2.0).all() and crashed.count(2) == 0
+        seen += [(model, count)] if (model, count) not in seen else []
+    assert seen == [("gpt-1", 1250), ("gpt-2", 0)], seen  # the last commit is the end of the run: no instant comes after it
 
 
 def test_data_is_flushed_before_the_record_speaks_of_it(tmp_path, monkeypatch):

@@ -1,0 +1,48 @@
+"""
+What the memory's networks cost, by arithmetic on their shapes. In: configs. Out: FLOPs, to stand beside nanochat.cost.forward_flops,
+with its conventions: 2 for each multiply-add of a matrix product or of attention; norms, softmaxes, means and lookups are free.
+
+D = model width, w = GistNet's inner width, K = children a node, C = tokens of left context, E = entries scored, n = newest tokens
+"""
+from megacontext.lensnet import MATCHES, PLACES, TAIL
+from megacontext.span import BLOCK
+from nanochat.cost import parameter_counts
+
+
+def gist_flops(config, left=0):
+    """One gist. The first layer also reads `left` tokens before the block: config.left at level 1, none above."""
+    D, w, n = config.width, config.inner, BLOCK + 1 # the children and the slot
+    ends = 2 * D * w * (left + BLOCK + 1)           # children and left narrowed, the slot widened
+    rounds = config.layers * n * (24 * w ** 2 + 4 * n * w) # q, k, v, out, up, down are 12 w^2 numbers
+    return ends + rounds + left * (4 * w ** 2 + 4 * n * w)
+
+
+def ingest_flops(config):
+    """GistNet's share of one token of history: a gist for every K tokens, and one for every K gists, whatever their level."""
+    return gist_flops(config, config.left) / BLOCK + gist_flops(config) / (BLOCK * (BLOCK - 1))
+
+
+def score_flops(config, entries, newest=TAIL):
+    """LensNet scores so many entries once."""
+    head = (2 * MATCHES + PLACES) * config.hidden + config.hidden
+    return 2 * entries * (newest * config.width + head)
+
+
+def embed_flops(config):
+    """One token embedded, in a GPT of this config: its look at the token before it."""
+    return 2 * config.width ** 2
+
+
+def embed_again_flops(config, gist_config):
+    """
+    What one token of history costs the GPT in tokens embedded again, at most: for every block those of the block and its left for GistNet
+    (blocks written together share their lefts), those of the block and the newest for LensNet.
+    """
+    return embed_flops(config) * (2 * BLOCK + gist_config.left + TAIL) / BLOCK
+
+
+def lane_flops(config):
+    """What one token of history costs the GPT in gists read once each for their keys and values: all but the head, seeing one entry."""
+    counts = parameter_counts(config)
+    once = 2 * (counts["matrices"] - config.width ** 2) + 4 * config.layers * config.width # a gist has no token before it
+    return once / (BLOCK - 1) # 1/K + 1/K^2 + ...

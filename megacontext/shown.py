@@ -1,0 +1,169 @@
+"""
+What the GPT has in front of it: the keys and values of exactly the entries of a working context, at the positions of the moment.
+
+Keys and values belong to entries, not to working contexts. So an edit moves entries in and out, and reads nothing again. Attention does not
+care for the order of its keys, so newcomers stand at the end whatever their place on the timeline; only the loose entries, tokens read
+since the last tick, must come last. Keys are kept as they were before they were turned, beside the turned ones that the GPT reads,
+so that turning them anew, to other positions, never adds rounding to rounding.
+
+Positions follow positions.py, mapped for a history of `frame` tokens. The frame is held for some ticks while new tokens run on past it, and
+moved before any distance can leave the trained range: so keys are turned anew now and then, not at every tick.
+
+L = layers, H = kv heads, d = head width, n = entries
+"""
+import numpy as np
+import torch
+
+from megacontext.positions import compressed
+from megacontext.span import BLOCK
+from nanochat.attention import rope_angles, rotate
+from nanochat.kv_cache import KVCache
+
+
+class Shown:
+    def __init__(self, gpt, capacity, policy=compressed):
+        """capacity: most entries; policy: from places on the timeline to positions, one of positions.POLICIES."""
+        config = gpt.config
+        self.gpt, self.policy = gpt, policy
+        self.cache = KVCache(config, 1, capacity, gpt.device, gpt.dtype)
+        self.unturned = torch.zeros_like(self.cache.k[:, 0]) # (L, H, capacity, d)
+        self.places = np.zeros(capacity)                     # of each entry on the timeline
+        self.spans = []                                      # in the order of the cache; loose entries follow
+        self.hold = max(BLOCK, config.seq_len // 16 // BLOCK * BLOCK) # tokens that a frame lasts
+        self.trained = config.seq_len - self.hold - BLOCK             # so that positions past the frame are trained ones too
+        self.set_frame(0)
+
+    @property
+    def settled(self):
+        """Entries of the spans; what follows them in the cache is loose."""
+        return sum(span.cost for span in self.spans)
+
+    @property
+    def loose(self):
+        """How many tokens at the end of the cache belong to no span yet."""
+        return self.cache.length - self.settled
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Positions
+
+    def mapped(self, timeline):
+        """Timeline positions (n,) -> positions the GPT was trained on, (1, n) fp32."""
+        mapped = self.policy(np.asarray(timeline, dtype=np.float64), self.frame, self.trained)
+        return torch.as_tensor(mapped, dtype=torch.float32, device=self.gpt.device)[None]
+
+    def mapped_token(self, place):
+        """mapped() of one token about as new as the frame, at less cost: there, every policy keeps distances."""
+        return torch.full((1, 1), self.head + (place - self.frame), device=self.gpt.device)
+
+    def turned(self, k, timeline, back=False):
+        """Keys (L, H, n, d) turned to where the timeline positions (n,) are mapped now, or back from there."""
+        cos, sin = rope_angles(self.mapped(timeline), self.gpt.config.head_width)
+        return rotate(k, cos, -sin if back else sin)
+
+    def set_frame(self, length):
+        """Positions are mapped for a history of `length` tokens; nothing must be in view yet, or be turned after this."""
+        self.frame, self.head = length, float(self.policy(float(length), length, self.trained)) # head: where the next token stands
+
+    def reframe(self, length, now=False):
+        """Map positions for a history of `length` tokens, if the frame has been held long enough or `now`."""
+        assert self.loose == 0, f"{self.loose} loose entries have no unturned keys: seal or lift them first"
+        if length == self.frame or not now and length < self.frame + self.hold:
+            return
+        n, here = self.cache.length, self.places[:self.cache.length]
+        before = self.policy(here, self.frame, self.trained)
+        self.set_frame(length)
+        if n and not np.array_equal(before, self.policy(here, length, self.trained)):
+            self.cache.k[:, 0, :, :n] = self.turned(self.unturned[:, :, :n], here)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Entries
+
+    def add(self, triples):
+        """Show spans: a list of (span, k, v), keys unturned."""
+        if triples:
+            spans, ks, vs = zip(*triples)
+            self._append(torch.cat(ks, dim=2), torch.cat(vs, dim=2), np.concatenate([span.positions() for span in spans]))
+            self.spans += spans
+
+    def remove(self, gone):
+        """Take a set of spans out of view -> {span: (k, v)}, keys unturned. The others close ranks."""
+        out, keep, kept, at, first = {}, [], [], 0, None
+        for span in self.spans:
+            if span in gone:
+                out[span] = self._pair(at, at + span.cost)
+                first = at if first is None else first
+            else:
+                kept.append(span)
+                if first is not None:
+                    keep.append(np.arange(at, at + span.cost))
+            at += span.cost
+        if out:
+            keep = np.concatenate(keep + [np.arange(at, self.cache.length)])
+            end, index = first + len(keep), torch.from_numpy(keep).to(self.gpt.device)
+            for tensor in (self.cache.k[:, 0], self.cache.v[:, 0], self.unturned):
+                tensor[:, :, first:end] = tensor[:, :, index]
+            self.places[first:end] = self.places[keep]
+            self.spans = kept
+            self.cache.rewind(end)
+        return out
+
+    def read(self, entries, timeline, see):
+        """Read entries (1, n) that stand at timeline positions (n,); they stay in view, loose. Returns hidden states (1, n, D)."""
+        start = self.cache.length
+        positions = self.mapped(timeline) if len(timeline) > 1 else self.mapped_token(timeline[0])
+        hidden = self.gpt.trunk(entries, positions, see, self.cache)
+        self.note(start, timeline)
+        return hidden
+
+    def note(self, start, timeline):
+        """Entries from `start` on were written to the cache, and stand at these timeline positions."""
+        self.places[start:start + len(timeline)] = timeline
+
+    def seal(self, span):
+        """The first loose entries are all of `span`."""
+        start = self.settled
+        end = start + span.cost
+        assert end <= self.cache.length, f"{span} has {span.cost} entries, {self.loose} are loose"
+        self.unturned[:, :, start:end] = self.turned(self.cache.k[:, 0, :, start:end], self.places[start:end], back=True)
+        self.spans.append(span)
+
+    def lift(self):
+        """Take the loose entries out of the cache -> (k, v, timeline), keys unturned. lay() brings them back."""
+        start, end = self.settled, self.cache.length
+        if start == end:
+            return self.unturned[:, :, :0], self.unturned[:, :, :0], self.places[:0]
+        k, v = self.turned(self.cache.k[:, 0, :, start:end], self.places[start:end], back=True), self.cache.v[:, 0, :, start:end].clone()
+        self.cache.rewind(start)
+        return k, v, self.places[start:end].copy()
+
+    def lay(self, k, v, timeline):
+        """Loose entries come back, at the end."""
+        if len(timeline):
+            self._append(k, v, timeline)
+
+    def pairs(self):
+        """{span: (k, v)} of all spans in the order of the cache, keys unturned."""
+        out, at = {}, 0
+        for span in self.spans:
+            out[span] = self._pair(at, at + span.cost)
+            at += span.cost
+        return out
+
+    def move(self, cache, row):
+        """Live in one row of a cache of several from now on."""
+        n = self.cache.length
+        cache.k[:, row, :, :n], cache.v[:, row, :, :n] = self.cache.k[:, 0, :, :n], self.cache.v[:, 0, :, :n]
+        self.cache.k, self.cache.v = cache.k[:, row:row + 1], cache.v[:, row:row + 1]
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def _pair(self, start, end):
+        return self.unturned[:, :, start:end].clone(), self.cache.v[:, 0, :, start:end].clone()
+
+    def _append(self, k, v, timeline):
+        start, end = self.cache.length, self.cache.length + len(timeline)
+        self.note(start, timeline)
+        self.unturned[:, :, start:end] = k
+        self.cache.k[:, 0, :, start:end] = self.turned(k, timeline)
+        self.cache.v[:, 0, :, start:end] = v
+        self.cache.advance(len(timeline))

@@ -1,0 +1,270 @@
+"""Files into a memory, gists written again by another model, and the accounts: what a kill leaves is gone on with, bit by bit."""
+
+import re
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import megacontext.ingest as ingest_file
+import scripts.mega_ingest as script
+from megacontext.column import row_bytes
+from megacontext.ingest import catch_up, ingest
+from megacontext.tree import MegaTree, make_header
+from nanochat.common import UserError
+from scripts.load import load_stage, open_stream
+from tests.tiny import VOCAB, tiny_networks
+from tests.tiny_run import make_run, make_text, tiny_tokenizer
+
+
+def run(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["mega_ingest", *map(str, arguments), "--device", "cpu"])
+    script.main()
+    return capsys.readouterr().out
+
+
+def contents(folder):
+    """Everything that counts in a tree on disk: header, ids, and the bytes of every gist."""
+    with MegaTree.open(folder, mode="r") as tree:
+        tree.verify()
+        return [tree.header, tree.tokens(0, tree.length).tolist()] + [tree._read(level, "gists", 0, tree.count(level)).tobytes() for level in range(1, tree.levels)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Gists by another model
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_killed_before_any_write_of_a_renewal_it_ends_as_a_fresh_ingest(tmp_path, monkeypatch, dtype):
+    """2,500 tokens in stretches of 256, two levels. A copy of the folder before each write of gists is what a kill there leaves."""
+    monkeypatch.setattr(ingest_file, "NODES_AT_ONCE", 8)
+    ids = torch.randint(VOCAB, (2500,), generator=torch.Generator().manual_seed(0)).tolist()
+    old, new = tiny_networks(seed=1)[:2], tiny_networks(seed=2)[:2]
+    for name, networks in (("fresh", new), ("t", old)):
+        with MegaTree.create(tmp_path / name, make_header(32, 0, dtype, model=name)) as tree:
+            ingest(*networks, tree, ids)
+    append, copies, done = MegaTree.append_gists, [], []
+
+    def killed_here(tree, level, gists):
+        copies.append(tmp_path / f"copy{len(copies)}")
+        shutil.copytree(tmp_path / "t", copies[-1])
+        append(tree, level, gists)
+
+    with MegaTree.open(tmp_path / "t") as tree:
+        tree.reset_gists(model="fresh")
+        with monkeypatch.context() as patch:
+            patch.setattr(MegaTree, "append_gists", killed_here)
+            catch_up(*new, tree, done.append)
+    expected = contents(tmp_path / "fresh")
+    assert len(copies) == 12 and done == [*range(256, 2500, 256), 78 * 32] and len(expected) == 4
+    left = []
+    for copy in copies:
+        with MegaTree.open(copy, model="fresh") as tree:
+            left.append(tree.pending(1))
+            assert not tree.whole
+            catch_up(*new, tree)
+            assert tree.whole
+        assert contents(copy) == expected
+    assert contents(tmp_path / "t") == expected
+    assert sorted(set(left)) == [(count, 78) for count in range(0, 78, 8)], "every stretch that was done is kept"
+
+
+class Killed(BaseException):
+    """Nobody catches it, like a signal; the tree is let go of without a commit."""
+
+
+class Bar:
+    """A progress bar that dies when it is told of its second step."""
+
+    def __init__(self, **settings):
+        self.n, self.told = settings.get("initial", 0), 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def update(self, n):
+        self.n, self.told = self.n + n, self.told + 1
+        if self.told == 2:
+            raise Killed
+
+
+@pytest.mark.parametrize("width, go_on", [(32, ["--renew"]), (32, ["text"]), (48, ["--renew"])])
+def test_a_memory_goes_to_another_model_and_a_kill_half_way_is_gone_on_with(base, tmp_path, monkeypatch, capsys, width, go_on):
+    """By the same command or a plain ingest, and to a model of another size too. A saved session keeps its budget; what it had read is read again."""
+    monkeypatch.chdir(tmp_path)
+    make_text(tmp_path / "text", files=85)
+    make_run("sft", seed=1)
+    run(monkeypatch, capsys, "text", "--tree", "memory")
+    stream = open_stream(load_stage("sft"), budget=224, tree="memory")
+    stream.save("memory")
+    stream.tree.close()
+
+    make_run("sft", seed=2, width=width)
+    for refused in (lambda: open_stream(load_stage("sft"), tree="memory"), lambda: run(monkeypatch, capsys, "text", "--tree", "memory")):
+        with pytest.raises(UserError, match="another model wrote the gists.*--tree memory --renew --stage sft --tag t"):
+            refused()
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(script, "tqdm", Bar)
+        run(monkeypatch, capsys, "--tree", "memory", "--renew")
+    with MegaTree.open("memory/tree", mode="r") as tree:
+        assert tree.length > 3 * 8192 and tree.count(1) == 512, "two stretches of more than three were committed"
+    with pytest.raises(UserError, match="not all written.*--renew"):
+        open_stream(load_stage("sft"), tree="memory")
+    assert "still to be written" in run(monkeypatch, capsys, "--tree", "memory", "--stat")
+
+    out = run(monkeypatch, capsys, *go_on, "--tree", "memory")
+    assert "still to be written" not in out and f"written by model {load_stage('sft').identity}" in out
+    run(monkeypatch, capsys, "text", "--tree", "fresh")
+    assert contents("memory/tree") == contents("fresh/tree")
+    renewed, fresh = open_stream(load_stage("sft"), tree="memory"), open_stream(load_stage("sft"), budget=224, tree="fresh")
+    assert renewed.budget == 224 and torch.allclose(renewed.feed([7]), fresh.feed([7]), atol=1e-5)
+    renewed.tree.close()
+    fresh.tree.close()
+    make_run("sft", seed=1)
+    with pytest.raises(UserError, match="another model"):
+        run(monkeypatch, capsys, "text", "--tree", "memory")
+
+
+def test_a_renewal_keeps_what_is_already_its_own(base, tmp_path, monkeypatch, capsys):
+    """--renew of a memory that this model wrote does nothing, to the last byte; with another dtype it writes the gists again."""
+    monkeypatch.chdir(tmp_path)
+    make_text(tmp_path / "text", files=5)
+    make_run("sft")
+    run(monkeypatch, capsys, "text", "--tree", "memory")
+    before = contents("memory/tree")
+    with monkeypatch.context() as patch:
+        patch.setattr(MegaTree, "append_gists", lambda *_: pytest.fail("gists were written"))
+        run(monkeypatch, capsys, "--tree", "memory", "--renew")
+    assert contents("memory/tree") == before
+
+    with pytest.raises(UserError, match="as bfloat16, not as int8.*--renew.*--gist-dtype int8"):
+        run(monkeypatch, capsys, "text", "--tree", "memory", "--gist-dtype", "int8")
+    run(monkeypatch, capsys, "--tree", "memory", "--renew", "--gist-dtype", "int8")
+    run(monkeypatch, capsys, "text", "--tree", "int8", "--gist-dtype", "int8")
+    assert contents("memory/tree") == contents("int8/tree") != before
+    assert contents("memory/tree")[0]["gist_dtype"] == "int8" and "int8" in run(monkeypatch, capsys, "--tree", "memory", "--stat")
+
+
+def test_another_tokenizer_is_refused_and_nothing_is_lost(base, tmp_path, monkeypatch, capsys):
+    make_run("sft")
+    with MegaTree.create(tmp_path / "m/tree", make_header(32, 0, model="x", tokenizer="of somebody else")) as tree:
+        tree.append_tokens(range(100))
+        tree.append_gists(1, np.ones((3, 32)))
+    before = contents(tmp_path / "m/tree")
+    with pytest.raises(UserError, match="another tokenizer"):
+        run(monkeypatch, capsys, "--tree", tmp_path / "m", "--renew")
+    assert contents(tmp_path / "m/tree") == before
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files and folders
+
+def folder_of_all_kinds(root):
+    """Returns the text that must be remembered, in order."""
+    texts = {"b/z.txt": "last of b\n", "b/a.md": "# first of b", "a.py": "x = 1\n", "c.weird": "no known ending, yet text é\n", "empty.txt": ""}
+    for name, text in texts.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text, encoding="utf-8")
+    (root / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    (root / "b/image.png").write_bytes(bytes(range(256)))
+    for hidden in (".git/config", "b/.secret"):
+        (root / hidden).parent.mkdir(exist_ok=True)
+        (root / hidden).write_text("HIDDEN")
+    return [texts[name] for name in ("a.py", "b/a.md", "b/z.txt", "c.weird")]
+
+
+def test_a_folder_is_all_its_text_in_order_and_the_rest_is_told(base, tmp_path, monkeypatch, capsys):
+    make_run("sft")
+    tokenizer, expected = tiny_tokenizer(), folder_of_all_kinds(tmp_path / "f")
+    (tmp_path / "named").write_text("named first\n")
+    arguments = [tmp_path / "named", tmp_path / "f", "--tree", tmp_path / "f" / "memory"] # the memory lies in the folder: not remembered itself
+    for _ in range(2):
+        out = run(monkeypatch, capsys, *arguments)
+        assert [line.split(" is not")[0] for line in out.splitlines() if line.startswith("left out")] == [
+            f"left out: {tmp_path}/f/b/image.png", f"left out: {tmp_path}/f/latin.txt"]
+        assert "2 files were left out, 6 are read" in out
+    assert "6 files, 6 of them already there" in out
+    with MegaTree.open(tmp_path / "f/memory/tree", mode="r") as tree:
+        ids = [tokenizer.bos] + [token for text in ["named first\n", *expected] for token in tokenizer.encode(text)]
+        assert tree.tokens(0, tree.length).tolist() == ids
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda f: f, "no file or folder"), (lambda f: f.mkdir() or f, "no text in"), (lambda f: f.write_bytes(b"ab\xff") and f, "not UTF-8 text .byte 2")])
+def test_what_cannot_be_read_is_told_before_a_model_is_loaded(tmp_path, monkeypatch, capsys, make, message):
+    with pytest.raises(UserError, match=message):
+        run(monkeypatch, capsys, make(tmp_path / "f"), "--tree", tmp_path / "m")
+
+
+@pytest.mark.parametrize("arguments, message", [([], "nothing to ingest"), (["--renew"], "no memory in"), (["--stat"], "no memory in"), (["--stat", "--renew"], "command of its own")])
+def test_a_command_that_makes_no_sense_is_told(tmp_path, monkeypatch, capsys, arguments, message):
+    with pytest.raises(UserError, match=message):
+        run(monkeypatch, capsys, *arguments, "--tree", tmp_path / "m")
+
+
+def test_many_small_files_are_one_stream(base, tmp_path, monkeypatch, capsys):
+    """A commit a stretch, and not a file; and a file that has changed since is named."""
+    make_text(tmp_path / "text", files=85)
+    make_run("sft")
+    commits, commit = [], MegaTree.commit
+    monkeypatch.setattr(MegaTree, "commit", lambda tree: (commits.append(tree.length), commit(tree)))
+    run(monkeypatch, capsys, tmp_path / "text", "--tree", tmp_path / "m")
+    length = commits[-1]
+    assert length > 3 * 8192 and sorted(set(commits)) == [*range(0, length, 8192), length] and len(commits) < 10
+    (tmp_path / "text/module_10.py").write_text("changed since")
+    with pytest.raises(UserError, match="module_10.py is not what stands at token"):
+        run(monkeypatch, capsys, tmp_path / "text", "--tree", tmp_path / "m")
+
+
+@pytest.mark.parametrize("kill", [1, 2, 3])
+def test_a_killed_ingest_is_continued_by_the_same_command(base, tmp_path, monkeypatch, capsys, kill):
+    """A second, large file after one that ended anywhere. Killed after some commits, the same command ends with the same tree, bit by bit."""
+    make_run("sft")
+    first, second = tmp_path / "first.txt", tmp_path / "second.txt"
+    first.write_text("Where it began. " * 300)
+    second.write_text("".join(f"Line {i} of {i * i % 97}.\n" for i in range(5000)))
+    for name in ("whole", "killed"):
+        run(monkeypatch, capsys, first, "--tree", tmp_path / name)
+    run(monkeypatch, capsys, first, second, "--tree", tmp_path / "whole")
+    commit, left = MegaTree.commit, [kill]
+
+    def dies(tree):
+        commit(tree)
+        left[0] -= 1
+        if left[0] == 0:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(MegaTree, "commit", dies)
+        run(monkeypatch, capsys, first, second, "--tree", tmp_path / "killed")
+    with MegaTree.open(tmp_path / "killed/tree", mode="r") as tree:
+        assert tree.length == kill * 8192
+    run(monkeypatch, capsys, first, second, "--tree", tmp_path / "killed")
+    assert contents(tmp_path / "killed/tree") == contents(tmp_path / "whole/tree")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The accounts
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_stat_adds_up(base, tmp_path, monkeypatch, capsys, dtype):
+    gpt, *_ = make_run("sft")
+    (tmp_path / "a.txt").write_text("The quick brown fox. " * 900)
+    run(monkeypatch, capsys, tmp_path / "a.txt", "--tree", tmp_path / "m", "--gist-dtype", dtype)
+    out = run(monkeypatch, capsys, "--tree", tmp_path / "m", "--stat")
+    rows = {cells[0]: (int(cells[1].replace(",", "")), float(cells[2].replace(",", ""))) for cells in re.findall(r"^\| (.+?) \| ([\d,]+) \| ([\d.,]+) \|$", out, re.M)}
+    length = int(re.search(r"^([\d,]+) tokens", out, re.M)[1].replace(",", ""))
+    assert length > 1024
+    ids, one, two, record, total, files, alone, cache = rows.values()
+    row = row_bytes(32, dtype)
+    assert (ids[0], one[0], two[0]) == (4 * length, length // 32 * row, length // 1024 * row) and [name[:7] for name in rows][1:3] == ["level 1", "level 2"]
+    assert record[0] == (tmp_path / "m/tree/tree.db").stat().st_size and total[0] == ids[0] + one[0] + two[0] + record[0]
+    others = sum((tmp_path / "m/tree" / name).stat().st_size for name in ("lock", "tree.db-shm"))
+    assert files[0] == total[0] + others == sum(path.stat().st_size for path in (tmp_path / "m/tree").iterdir())
+    assert alone == ids and cache[1] == 2 * 2 * gpt.config.layers * 32  # a key and a value of 2 bytes for each of 32 channels a layer, by hand
+    for size, per_token in rows.values():
+        assert per_token == pytest.approx(size / length, abs=6e-4)
