@@ -24,8 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megacontext.column import row_bytes
-from megacontext.runtime import LEAST_BUDGET, Session
+from megacontext.runtime import LEAST_BUDGET, STAGES, Session
 from megacontext.span import BLOCK
 from megacontext.working_context import check, cost, find
 from nanochat import hardware
@@ -33,7 +32,7 @@ from nanochat.common import UserError, run_main, setup
 from nanochat.conversation import Conversation
 from nanochat.engine import Engine
 from scripts.code_base import CodeBase, python_files, shuffled, take_files
-from scripts.load import add_flags, load_stage, open_tree
+from scripts.load import add_flags, load_stage, make_telemetry, open_tree
 from tasks.codeqa import Sources, TopicShift
 from tasks.common import same_words
 
@@ -100,12 +99,12 @@ class Tick(NamedTuple):
 
 
 class Watched(Session):
-    """A session that keeps what the demo prints, and looks at its own laws whenever something was read or edited."""
+    """A session that keeps what the demo prints, and checks its own laws whenever something was read or edited."""
 
     def __init__(self, *args, **settings):
         super().__init__(*args, **settings)
         self.fed, self.ticks, self.took = [], [], [] # since the beginning; took: ms of each feed
-        self.peak = self.looks = 0
+        self.peak = self.watched = 0
 
     def feed(self, ids, progress=None):
         start = time.perf_counter()
@@ -113,7 +112,7 @@ class Watched(Session):
         logits[0].item() # a GPU answers before it is done: wait
         self.took.append((time.perf_counter() - start) * 1000)
         self.fed += ids
-        self.look()
+        self.watch()
         return logits
 
     def score(self):
@@ -121,15 +120,15 @@ class Watched(Session):
         return self.scored[1]
 
     def refocus(self):
-        self.look()
+        self.watch()
         edits = super().refocus()
         self.ticks.append(Tick(self.length, *self.scored, edits))
-        self.look()
+        self.watch()
         return edits
 
-    def look(self):
+    def watch(self):
         check(self.spans, self.length, self.budget)
-        self.peak, self.looks = max(self.peak, cost(self.spans)), self.looks + 1
+        self.peak, self.watched = max(self.peak, cost(self.spans)), self.watched + 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -147,10 +146,9 @@ def name_of(span, stop=None):
 
 
 def show_tree(tree):
-    levels = range(1, tree.levels)
-    gists = row_bytes(tree.header["width"], tree.header["gist_dtype"]) * sum(tree.count(level) for level in levels)
-    say("tree", ", ".join([f"{tree.length:,} tokens"] + [f"L{level} {tree.count(level):,} gists" for level in levels])
-                + f"; {4 * tree.length:,} bytes of ids, {gists:,} of gists")
+    counts, sizes = [f"L{level} {tree.count(level):,} gists" for level in range(1, tree.levels)], tree.sizes()
+    ids = sizes.pop("ids")
+    say("tree", f"{', '.join([f'{tree.length:,} tokens'] + counts)}; {ids:,} bytes of ids, {sum(sizes.values()):,} of gists")
 
 
 def show_scores(code, tick):
@@ -232,10 +230,10 @@ def take_turn(n, turn, code, conversation, settings):
     show_scores(code, tick)
     show_edits(code, session.ticks[ticks:])
     show_context(code, session, blocks)
-    spent = {stage: session.stats[f"{stage}_ms"] - stats[f"{stage}_ms"] for stage in ("ingest", "refocus", "read")}
+    spent = {stage: session.stats[f"{stage}_ms"] - stats[f"{stage}_ms"] for stage in STAGES}
     total, ticks = session.took[feeds], len(session.ticks)
     say("time", f"{total:,.0f} ms to the first token: {', '.join(f'{stage} {ms:,.1f}' for stage, ms in spent.items())}, "
-                f"assembling and reading again {total - sum(spent.values()):,.1f}")
+                f"reading again {total - sum(spent.values()):,.1f}")
 
     said = "".join(piece.text for piece in ([first] if first else []) + list(pieces))
     answer_ms, right = session.took[feeds + 1:], same_words(said, turn.answer)
@@ -263,14 +261,14 @@ def tokens_under(tree, span):
 
 def check_laws(session):
     """Budget, tiling and losslessness as a reader would check them; raises if one is broken. What was fed is kept apart from the tree."""
+    session.flush() # the newest blocks are raw and get their gists later, together
     check(session.spans, session.length, session.budget)
     assert session.peak <= session.budget, f"{session.peak} entries of a budget of {session.budget}"
     opened = np.concatenate([tokens for span in session.spans for tokens in tokens_under(session.tree, span)])
     assert opened.tolist() == session.fed, "the working context does not open to the tokens that were fed"
-    top = session.tree.levels - 1
-    for level in range(1, top + 1):
+    for level in range(1, session.tree.levels):
         assert session.tree.count(level) == session.tree.length // BLOCK ** level, f"level {level} has a gist too few or too many"
-    say("laws", f"{session.looks:,} looks at tiling and budget, all held; {session.peak:,} of {session.budget:,} entries at most")
+    say("laws", f"{session.watched:,} checks of tiling and budget, all held; {session.peak:,} of {session.budget:,} entries at most")
     say("", f"the {len(session.spans)} spans open to {len(opened):,} tokens, the same as the {len(session.fed):,} that were fed")
 
 
@@ -280,6 +278,7 @@ def main():
         raise UserError(f"expected --tokens and --max-tokens of at least 1, got {args.tokens} and {args.max_tokens}")
     if args.no_memory:
         raise UserError("the demo shows the memory: leave --no-memory out")
+    telemetry = make_telemetry(args)
     if args.code is not None:
         python_files(args.code) # a wrong path is told before a model is loaded
     device, _ = setup(args.device, args.seed)
@@ -293,7 +292,7 @@ def main():
     code = CodeBase(files)
     turns = scenario(code, args.seed)
     budget = max(LEAST_BUDGET, shape.seq_len // 2) if args.budget is None else args.budget
-    session = Watched(loaded.gpt, loaded.gistnet, loaded.lensnet, open_tree(loaded), budget)
+    session = Watched(loaded.gpt, loaded.gistnet, loaded.lensnet, open_tree(loaded), budget, telemetry=telemetry)
 
     say("model", f"{loaded.stage}/{loaded.tag} step {loaded.meta['step']}: {shape.layers} layers, width {shape.width}, rows of {shape.seq_len:,} "
                  f"tokens, {str(loaded.gpt.dtype).removeprefix('torch.')}; {machine.name}")
@@ -310,6 +309,8 @@ def main():
     ms = [one for outcome in outcomes for one in outcome.answer_ms]
     say("summary", f"{len(turns)} turns, {session.length:,} tokens, {session.stats['ticks']} ticks, {session.stats['edits']} edits"
                    + (f", {np.median(ms):.1f} ms a token" if ms else ""))
+    stages = session.telemetry.summary()["ms"]
+    say("", "ms a tick (median): " + ", ".join(f"{name} {ms['p50']:.1f}" for name, ms in stages.items()))
     opened, right = sum(outcome.opened for outcome in outcomes), sum(outcome.right for outcome in outcomes)
     ranks = ", ".join(f"{outcome.rank}/{outcome.scored}" for outcome in outcomes)
     say("", f"opened {opened} of {len(turns)}, right {right} of {len(turns)}, ranks {ranks}")

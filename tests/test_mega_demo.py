@@ -42,7 +42,8 @@ def check_turn(text, budget):
     """One turn of the page: the tree, the context line, the runs of spans and the fate of the answer agree. Returns (opened, rank)."""
     length, = numbers(r"edits +\d+ at ([\d,]+) tokens", text)
     counts = [number(one) for one in re.findall(r"L\d ([\d,]+) gists", re.search(r"^tree .*", text, re.M)[0])]
-    assert counts == [length // BLOCK ** level for level in range(1, len(counts) + 1)]
+    assert 0 <= length // BLOCK - counts[0] <= 8, "the blocks of the raw tail get their gists later"
+    assert counts[1:] == [counts[0] // BLOCK ** level for level in range(1, len(counts))] and counts[-1] < BLOCK
 
     context = re.search(r"^context .*", text, re.M)[0]
     gists = {int(level): int(n) for n, level in re.findall(r"(\d+) gists of L(\d)", context)}
@@ -79,7 +80,7 @@ def test_the_page_adds_up(page, budget):
 
 
 def test_the_same_seed_gives_the_same_page(page):
-    same = lambda text: re.sub(r"(?m)^time .*|in [\d,]+ ms|[\d.]+ ms a token", "", text)
+    same = lambda text: re.sub(r"(?m)^time .*|in [\d,]+ ms|[\d.]+ ms a token|ms a tick.*", "", text)
     first, again, other = page("--tokens", "4000"), page("--tokens", "4000"), page("--tokens", "4000", "--seed", "1")
     assert same(first) == same(again) != same(other)
 
