@@ -351,3 +351,15 @@ def test_a_batch_is_its_sessions_one_by_one():
     for a, b in zip(alone, together):
         assert a.spans == b.spans and a.tree.tokens(0, a.length).tolist() == b.tree.tokens(0, b.length).tolist()
         assert torch.allclose(a.feed(ids), b.feed(ids), atol=1e-3), "a session of a batch still reads alone"
+
+
+def test_a_store_that_is_too_small_costs_forwards_and_nothing_else():
+    """
+    Gists that a context wanted were once pushed out of the store by others read for the same context. With room for next to nothing,
+    the context must still be shown whole.
+    """
+    memory, rng = session(tiny_networks(seq_len=512), budget=192, kept=0.2), np.random.default_rng(0)
+    while memory.length < 12000:
+        memory.feed(some_ids(int(rng.choice([1, 5, 40, 300, 3000])), int(rng.integers(1 << 30))))
+        assert set(memory.shown.spans) == {span for span in memory.spans if not span.live}
+        assert memory.shown.loose == (memory.spans[-1].live if memory.spans else 0) and memory.store.entries[0] <= 0.2 * 192
