@@ -1,6 +1,7 @@
 """mega_eval on tiny networks: its tables stand in the report, and its last line has all the numbers, the sessions' telemetry too."""
 
 import json
+import shlex
 import sys
 
 import pytest
@@ -30,3 +31,5 @@ def test_the_tables_and_the_json_tell_what_the_sessions_did(base, tmp_path, monk
     cells = [cell.strip() for cell in line.split("|")[1:-1]]
     assert cells[1] == str(told["lensnet/700"]["ticks"]) and cells[4].startswith("0: ")
     assert line in (report.folder() / "mega.md").read_text() and "| 700 tokens, recency |" in out
+    numbers = dict(pair.split("=") for pair in shlex.split(next(line for line in out.splitlines() if line.startswith("summary "))) if "=" in pair)
+    assert float(numbers["lensnet/700/budget_use"]) == pytest.approx(told["lensnet/700"]["budget_use"], rel=1e-4) and float(numbers["loss_window"]) > 0
