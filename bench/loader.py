@@ -1,11 +1,12 @@
 """
 How many tokens a second the loader delivers, with nothing to wait for it:
 
-python -m bench.loader                                  # on the Python standard library, some 60 seconds
+python -m bench.loader                                  # on the Python standard library, about a minute
 python -m bench.loader --source dir:PATH --threads 2
 
 Three loads, each from a fresh loader: short documents (~3,000 characters, packed best-fit at align 1), whole documents
-(align 32, as the memory is trained), and one document that holds all of the source. Beside them: what is cropped or
+(align 32, as the memory is trained), and one document that holds all of the source. They are measured in turn, several times,
+and the best of each counts: what others do on the machine can only slow a loader down. Beside them: what is cropped or
 padded for other numbers of waiting pieces, how long a resume takes, and what training the smallest GPT on this CPU eats.
 The last line is one JSON object; the bars are tokens_per_second and long_doc_tokens_per_second >= 1,000,000 on 2 cores.
 """
@@ -18,7 +19,7 @@ import time
 import torch
 
 from nanochat import packing
-from nanochat.common import run_main
+from nanochat.common import UserError, run_main
 from nanochat.dataloader import Loader
 from nanochat.dataset import open_source
 from nanochat.gpt import GPT, GPTConfig
@@ -38,14 +39,23 @@ def short_documents(texts):
             at += size
 
 
-def measure(items, tokenizer, args, align, seconds):
-    """Tokens a second between the first batch and the end, and the loader's statistics."""
+def measure(items, align, tokenizer, args):
+    """Tokens a second between the first batch and the end, and the loader."""
     with Loader(items, tokenizer, args.batch, args.seq_len, align=align, threads=args.threads) as loader:
         next(loader)
         start, first = time.perf_counter(), loader.stats["tokens"]
-        while (took := time.perf_counter() - start) < seconds:
+        while (took := time.perf_counter() - start) < args.seconds:
             next(loader)
         return (loader.stats["tokens"] - first) / took, loader
+
+
+def measure_all(loads, tokenizer, args):
+    """{load: (tokens a second of each run, a loader that has run)}, of {load: (items, align)}."""
+    runs = {name: [] for name in loads}
+    for _ in range(args.repeats):
+        for name, load in loads.items():
+            runs[name].append(measure(*load, tokenizer, args))
+    return {name: ([speed for speed, _ in found], found[-1][1]) for name, found in runs.items()}
 
 
 def shares(loader):
@@ -55,7 +65,7 @@ def shares(loader):
             "padded": round(stats["padded"] / (stats["tokens"] + stats["padded"]), 5)}
 
 
-def packing_table(short, tokenizer, args, tokens=4_000_000):
+def packing_table(short, tokenizer, args, tokens=2_000_000):
     """{waiting pieces: {align: shares}} on short documents."""
     table, usual = {}, packing.WAITING
     for waiting in (32, 128, 512):
@@ -76,7 +86,7 @@ def resume_seconds(items, tokenizer, args, state):
     return time.perf_counter() - start
 
 
-def training_speed(threads, steps=4, rows=4, seq_len=512, vocab_size=4096):
+def training_speed(threads, steps=3, rows=4, seq_len=512, vocab_size=4096):
     """Tokens a second of forward and backward of the smallest GPT (depth 4) with a small vocabulary, in the best step."""
     gpt = GPT(GPTConfig.from_depth(4, vocab_size, seq_len))
     ids, best = torch.randint(vocab_size, (rows, seq_len + 1)), float("inf")
@@ -93,11 +103,14 @@ def main():
     parser.add_argument("--source", default="stdlib", help="text to load")
     parser.add_argument("--vocab-size", type=int, default=32768, help="of the tokenizer, trained here on the source")
     parser.add_argument("--chars", type=int, default=20_000_000, help="of the source to use")
-    parser.add_argument("--seconds", type=float, default=8, help="per measurement")
+    parser.add_argument("--seconds", type=float, default=2, help="per measurement")
+    parser.add_argument("--repeats", type=int, default=3, help="measurements of each load, of which the best counts")
     parser.add_argument("--threads", type=int, default=2, help="of the tokenizer")
     parser.add_argument("--batch", type=int, default=16, help="rows of a batch")
     parser.add_argument("--seq-len", type=int, default=2048, help="tokens of a row")
     args = parser.parse_args()
+    if args.repeats < 1 or args.threads < 1:
+        raise UserError(f"expected --repeats and --threads of at least 1, got {args.repeats} and {args.threads}")
 
     texts, size = [], 0
     for text in open_source(args.source).documents():
@@ -106,29 +119,33 @@ def main():
         if size > args.chars:
             break
     start = time.perf_counter()
-    tokenizer = Tokenizer.train(iter(texts), args.vocab_size, threads=args.threads)
+    try:
+        tokenizer = Tokenizer.train(iter(texts), args.vocab_size, threads=args.threads)
+    except ValueError as error:
+        raise UserError(f"{args.source}: {error}") from error
     print(f"{len(texts):,} documents, {size:,} characters of {args.source}; tokenizer of {args.vocab_size:,} trained in "
           f"{time.perf_counter() - start:.1f} s")
     short = list(short_documents(texts))
     random.Random(0).shuffle(short)
 
-    short_speed, loader = measure(short, tokenizer, args, 1, args.seconds)
-    print(f"short documents  align  1  {short_speed:12,.0f} tokens/s  {shares(loader)}")
-    long_speed, loader = measure(texts, tokenizer, args, 32, args.seconds)
-    print(f"whole documents  align 32  {long_speed:12,.0f} tokens/s  {shares(loader)}")
-    again = resume_seconds(texts, tokenizer, args, loader.state())
-    print(f"resumed in {again:.2f} s from a state of {len(json.dumps(loader.state())):,} bytes")
-    giant_speed, loader = measure(["\n".join(texts)], tokenizer, args, 32, args.seconds)
-    print(f"one document     align 32  {giant_speed:12,.0f} tokens/s  {shares(loader)}")
+    loads = {"short documents": (short, 1), "whole documents": (texts, 32), "one document": (["\n".join(texts)], 32)}
+    measured = measure_all(loads, tokenizer, args)
+    for name, (speeds, loader) in measured.items():
+        runs = ", ".join(f"{speed:,.0f}" for speed in speeds)
+        print(f"{name:16} align {loads[name][1]:2}  {max(speeds):12,.0f} tokens/s, the best of {runs}  {shares(loader)}")
+    state = measured["whole documents"][1].state()
+    again = resume_seconds(texts, tokenizer, args, state)
+    print(f"resumed in {again:.2f} s from a state of {len(json.dumps(state)):,} bytes")
     table = packing_table(short, tokenizer, args)
     for waiting, row in table.items():
         print(f"{waiting:5} waiting pieces: {row}")
     eaten = training_speed(args.threads)
     print(f"training a GPT of depth 4 here eats {eaten:,.0f} tokens/s")
+    short_speed, long_speed, giant_speed = (max(speeds) for speeds, _ in measured.values())
     print(json.dumps({"tokens_per_second": round(short_speed), "long_doc_tokens_per_second": round(min(long_speed, giant_speed)),
                       "whole_documents_tokens_per_second": round(long_speed), "one_document_tokens_per_second": round(giant_speed),
                       "cpu_training_tokens_per_second": round(eaten), "times_cpu_training": round(min(short_speed, long_speed, giant_speed) / eaten, 1),
-                      "resume_seconds": round(again, 2), "waiting": packing.WAITING, "packing": table,
+                      "resume_seconds": round(again, 2), "waiting": packing.WAITING, "packing": table, "repeats": args.repeats,
                       "source": args.source, "threads": args.threads, "seq_len": args.seq_len, "vocab_size": args.vocab_size}))
 
 

@@ -46,14 +46,14 @@ parser.add_argument("--device", default="", help="cuda, mps or cpu (empty = the 
 class Damped(Session):
     """Keys of gists weakened pair by pair, as if averaged over the turns of all the positions that they stand for."""
 
-    def _read_gists(self, new):
-        before = set(self.store.near.held)
-        super()._read_gists(new)
+    def _read_gists(self, spans):
+        held = set(self.store.near.held)
+        read = super()._read_gists(spans)
         half = self.gpt.config.head_width // 2
         rates = ROPE_BASE ** (-torch.arange(half, device=self.gpt.device, dtype=torch.float32) / half) # radians a position
-        for span in set(self.store.near.held) - before:
-            k, _ = self.store.near.held[span]
+        for span, k in [(span, k) for span, k, _ in read] + [(span, k) for span, (k, _) in self.store.near.held.items() if span not in held]:
             k *= torch.exp(-(rates * width_of(span.level)).square() / 24).repeat(2).to(k.dtype) # variance of a uniform stretch: width^2 / 12
+        return read
 
 
 def main():

@@ -44,7 +44,7 @@ def texts_under(path):
                     yield from batch.column(0).to_pylist()
         elif file.is_file():
             try:
-                yield file.read_text(encoding="utf-8")
+                yield file.read_text(encoding="utf-8-sig") # as nanochat/documents.py reads it, without a byte-order mark
             except UnicodeDecodeError:
                 continue  # a test file in some old encoding: none of the trainers is asked about it
 

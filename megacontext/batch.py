@@ -46,7 +46,7 @@ class Batch:
             session.shown.note(session.shown.cache.length, places[row:row + 1])
             session.shown.cache.advance(1)
             session._count("read", time.perf_counter() - share, read_tokens=1)
-            session.grown()
+            session.grown(entries.x[row])
         return logits
 
 

@@ -35,10 +35,10 @@ def embed_flops(config):
 
 def embed_again_flops(config, gist_config):
     """
-    What one token of history costs the GPT in tokens embedded again, at most: for every block those of the block and its left for GistNet
-    (blocks written together share their lefts), those of the block and the newest for LensNet.
+    What one token of history costs the GPT in tokens embedded again, at most: for every block those of the block and its left, for GistNet
+    (blocks written together share their lefts). LensNet asks with the embeddings that were read.
     """
-    return embed_flops(config) * (2 * BLOCK + gist_config.left + TAIL) / BLOCK
+    return embed_flops(config) * (BLOCK + gist_config.left) / BLOCK
 
 
 def lane_flops(config):

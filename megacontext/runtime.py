@@ -62,7 +62,8 @@ class Session:
         self.shown = Shown(gpt, budget, positions)
         self.store = KVStore(gpt.device, kept * budget, kept_in_ram * budget)
         self.spans, self.scores, self.edits, self.focus = [], [], [], Focus()
-        self.looks = {} # span in view -> what LensNet compares with the tail, (D,)
+        self.looks = {}  # span in view -> what LensNet compares with the tail, (D,)
+        self.newest = [] # embeddings of the tokens read last, each (n, D); none after a jump
         self.telemetry, self.told = telemetry or Telemetry(), {}
         self.stats = dict(ticks=0, edits=0, read_tokens=0, ingested_tokens=0) | {f"{stage}_ms": 0.0 for stage in STAGES}
         if state is not None:
@@ -95,6 +96,7 @@ class Session:
             start = time.perf_counter()
             ingest(self.gpt, self.gistnet, self.tree, ids[:skip], progress)
             start = self._count("ingest", start, ingested_tokens=skip)
+            self.newest = []
             self._assemble()
             self._count("splice", start)
             ids = ids[skip:]
@@ -110,20 +112,21 @@ class Session:
         """Read tokens that stay within the live block; a tick when they complete it."""
         start, length = time.perf_counter(), self.tree.length
         self.tree.append_tokens(ids)
-        logits = self._forward(length)
+        logits, x = self._forward(length)
         self._count("read", start, read_tokens=len(ids))
-        self.grown()
+        self.grown(x)
         return logits
 
     def _forward(self, start):
-        """Read the timeline's tokens from `start` to its end behind what is in view; logits (V,) of the next token."""
+        """Read the timeline's tokens from `start` to its end behind what is in view; logits (V,) of the next token, embeddings (n, D)."""
         n, have = self.tree.length - start, self.shown.cache.length
         see = "all" if n == 1 else causal_after(have, n, self.gpt.device)
         entries = embed_tokens(self.gpt, self.tree, start, start + n)
-        return self.gpt.head(self.shown.read(entries, range(start, start + n), see)[0, -1])
+        return self.gpt.head(self.shown.read(entries, range(start, start + n), see)[0, -1]), entries.x[0]
 
-    def grown(self):
-        """Tokens were appended to the tree and read: the context follows, and a finished block makes a tick."""
+    def grown(self, x):
+        """Tokens, embedded as x (n, D), were appended to the tree and read: the context follows, and a finished block makes a tick."""
+        self.newest.append(x)
         self.spans = advance(self.spans, self.tree.length) # the last refocus left room for it
         self.scores = (self.scores + [0.0])[:len(self.spans)]
         if self.tree.length % BLOCK == 0:
@@ -148,7 +151,7 @@ class Session:
         whole = [span for span in spans if span.level == 0 and not span.live]
         shown.lift()
         shown.remove(set(whole))
-        logits = self._forward(min(span.start for span in spans if span.level == 0))
+        logits, _ = self._forward(min(span.start for span in spans if span.level == 0))
         for span in whole:
             shown.seal(span)
         return logits
@@ -182,29 +185,43 @@ class Session:
         spans = [span for span in self.spans if not span.live]
         if not spans or not self.n_diff:
             return [0.0] * len(self.spans)
-        tail = embed_tokens(self.gpt, self.tree, max(0, length - ASKING), length).x
-        self.looks = {span: self.looks[span] if span in self.looks else None for span in spans}
-        self._look([span for span in spans if self.looks[span] is None])
-        gists = torch.stack(list(self.looks.values()))
+        tail = self._tail()
+        self._look([span for span in spans if span not in self.looks], tail)
+        gists = torch.stack([self.looks[span] for span in spans])
         levels = torch.tensor([span.level for span in spans], device=device)
         here = self.shown.mapped([span.centre for span in spans])[0]
         distances = (self.shown.mapped([length])[0] - here).clamp(min=1) # as the GPT sees them, within what was trained
         seen = torch.ones(1, len(spans), dtype=torch.bool, device=device)
-        tail_seen = torch.ones(1, tail.size(1), dtype=torch.bool, device=device)
-        scores = self.lensnet(tail, tail_seen, gists[None], levels[None], distances[None], seen)[0].tolist()
+        tail_seen = torch.ones(1, len(tail), dtype=torch.bool, device=device)
+        scores = self.lensnet(tail[None], tail_seen, gists[None], levels[None], distances[None], seen)[0].tolist()
         return scores + [0.0] * (len(self.spans) - len(spans)) # the live block is the last
 
-    def _look(self, spans):
+    def _tail(self):
+        """Embeddings (n, D) of the newest tokens, those that ask."""
+        wanted = min(ASKING, self.tree.length)
+        tail = torch.cat(self.newest)[-wanted:] if self.newest else self.newest
+        if len(tail) < wanted:
+            tail = embed_tokens(self.gpt, self.tree, self.tree.length - wanted, self.tree.length).x[0]
+        self.newest = [tail]
+        return tail
+
+    def _look(self, spans, tail):
         """What LensNet compares with the tail: of a gist, itself; of raw tokens, their mean, as in training."""
+        if len(self.looks) > 4 * len(self.spans): # only those in view are worth their place
+            self.looks = {span: self.looks[span] for span in self.spans if span in self.looks}
         gists = [span for span in spans if span.level]
         if gists:
             rows = torch.as_tensor(self.tree.gists_of(gists), dtype=self.gpt.dtype, device=self.gpt.device)
             self.looks |= dict(zip(gists, rows.unbind()))
-        self.looks |= {span: norm(embed_tokens(self.gpt, self.tree, span.start, span.stop).x[0].mean(dim=0)) for span in spans if not span.level}
+        for span in spans:
+            if not span.level:
+                newest = span.stop == self.tree.length
+                self.looks[span] = norm((tail[-BLOCK:] if newest else embed_tokens(self.gpt, self.tree, span.start, span.stop).x[0]).mean(dim=0))
 
     # ------------------------------------------------------------------------------------------------------------------
     # Keys and values
 
+    @torch.no_grad()
     def _assemble(self):
         """A fresh working context for the tree as it is, by recency."""
         complete(self.gpt, self.gistnet, self.tree)
@@ -230,29 +247,32 @@ class Session:
         shown.reframe(self.tree.length, now)
         missing = wanted.difference(shown.spans)
         new = [span for span in self.spans if span in missing] # in the order of the timeline
-        if any(span.level and span not in self.store for span in new):
-            self._read_gists(new)
-        shown.add([(span, *self.store.take(span)) for span in new if span in self.store])
-        blocks = [span for span in new if span not in set(shown.spans)]
+        held = [(span, *self.store.take(span)) for span in new if span in self.store] # before anything else goes in, and pushes it out
+        shown.add(held)
+        unread = missing.difference(span for span, _, _ in held)
+        gists, blocks = ([span for span in new if span in unread and (span.level > 0) == is_gist] for is_gist in (True, False))
+        if gists:
+            shown.add(self._read_gists(gists))
         if blocks:
             self._read_blocks(blocks)
 
-    def _read_gists(self, new):
+    def _read_gists(self, spans):
         """
-        Keys and values of gists into the store: each is read alone, because a gist sees itself only. Those that raw blocks in view will
-        have when they collapse are read along: a forward of many costs hardly more than a forward of one.
+        Keys and values of gists, as a list of (span, k, v): each is read alone, because a gist sees itself only. Those that raw blocks in view
+        will have when they collapse are read along, into the store: a forward of many costs hardly more than a forward of one.
         """
         gpt = self.gpt
-        spans = [span for span in new if span.level]
-        spans += [span.parent() for span in self.spans if span.level == 0 and span.index < self.tree.count(1)]
-        spans = [span for span in spans if span not in self.store]
-        x = torch.as_tensor(self.tree.gists_of(spans), dtype=gpt.dtype, device=gpt.device)
-        means = [self._value_means(span) for span in spans]
+        ahead = [span.parent() for span in self.spans if span.level == 0 and span.index < self.tree.count(1)]
+        both = spans + [span for span in ahead if span not in self.store]
+        x = torch.as_tensor(self.tree.gists_of(both), dtype=gpt.dtype, device=gpt.device)
+        means = [self._value_means(span) for span in both]
         values = [torch.stack([mean[i] for mean in means])[:, None] for i in range(len(gpt.config.value_layers))]
-        alone = KVCache(gpt.config, len(spans), 1, gpt.device, gpt.dtype)
+        alone = KVCache(gpt.config, len(both), 1, gpt.device, gpt.dtype)
         gpt.trunk(Entries(x[:, None], values), torch.zeros(1, 1, device=gpt.device), "all", alone) # at position 0 keys are unturned
-        for i, span in enumerate(spans):
-            self.store.put(span, alone.k[:, i].clone(), alone.v[:, i].clone())
+        read = [(span, alone.k[:, i].clone(), alone.v[:, i].clone()) for i, span in enumerate(both)]
+        for span, k, v in read[len(spans):]:
+            self.store.put(span, k, v)
+        return read[:len(spans)]
 
     def _value_means(self, span):
         """A gist's value embeddings are the means of its tokens': one (value_width,) a value layer."""
@@ -311,7 +331,7 @@ class Session:
         if state.length > self.length:
             raise UserError(f"cannot rewind to {state.length} tokens: this session has {self.length}")
         self.tree.truncate(state.length)
-        self.shown, self.looks = Shown(self.gpt, self.budget, self.shown.policy), {}
+        self.shown, self.looks, self.newest = Shown(self.gpt, self.budget, self.shown.policy), {}, []
         self.store = KVStore(self.gpt.device, self.store.near.size, self.store.far.size) # blocks past the mark will be other blocks
         self._restore(state)
 

@@ -86,25 +86,34 @@ class Shown:
             self.spans += spans
 
     def remove(self, gone):
-        """Take a set of spans out of view -> {span: (k, v)}, keys unturned. The others close ranks."""
-        out, keep, kept, at, first = {}, [], [], 0, None
+        """
+        Take a set of spans out of view -> {span: (k, v)}, keys unturned. Into each hole moves the last span of its size, so that little is
+        left to move when the others close ranks.
+        """
+        assert self.loose == 0, f"{self.loose} loose entries would be left behind: seal or lift them first"
+        out, row, last, at = {}, [], {}, 0 # row: of each span that was here, [span or None for a hole, its place]
         for span in self.spans:
             if span in gone:
                 out[span] = self._pair(at, at + span.cost)
-                first = at if first is None else first
             else:
-                kept.append(span)
-                if first is not None:
-                    keep.append(np.arange(at, at + span.cost))
+                last.setdefault(span.cost, []).append(len(row))
+            row.append([None if span in gone else span, at])
             at += span.cost
-        if out:
-            keep = np.concatenate(keep + [np.arange(at, self.cache.length)])
-            end, index = first + len(keep), torch.from_numpy(keep).to(self.gpt.device)
-            for tensor in (self.cache.k[:, 0], self.cache.v[:, 0], self.unturned):
-                tensor[:, :, first:end] = tensor[:, :, index]
-            self.places[first:end] = self.places[keep]
-            self.spans = kept
-            self.cache.rewind(end)
+        if not out:
+            return out
+        for i, span in enumerate(self.spans):
+            if span in out and last.get(span.cost) and last[span.cost][-1] > i:
+                j = last[span.cost].pop()
+                row[i], row[j] = row[j], [None, 0]
+        row = [(span, place) for span, place in row if span is not None]
+        came = np.concatenate([np.arange(place, place + span.cost) for span, place in row] or [np.zeros(0, dtype=np.int64)])
+        to = np.flatnonzero(came != np.arange(len(came)))
+        index, source = torch.from_numpy(to).to(self.gpt.device), torch.from_numpy(came[to]).to(self.gpt.device)
+        for tensor in (self.cache.k[:, 0], self.cache.v[:, 0], self.unturned):
+            tensor[:, :, index] = tensor[:, :, source]
+        self.places[to] = self.places[came[to]]
+        self.spans = [span for span, _ in row]
+        self.cache.rewind(len(came))
         return out
 
     def read(self, entries, timeline, see):

@@ -42,7 +42,10 @@ STAGES = ("base", "mid", "sft", "rl")
 def base_dir() -> Path:
     """The folder that holds everything we make: tokenizer/, data/, <stage>_checkpoints/<tag>/, report/."""
     folder = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder} ({error.strerror}): set NANOCHAT_BASE_DIR to one that can be written to") from error
     return folder
 
 
@@ -147,3 +150,17 @@ def cleanup():
     import torch.distributed as td
     if td.is_available() and td.is_initialized():
         td.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text
+
+def check_unicode(text):
+    """Refuse lone surrogates, which have no UTF-8 form. They come from decoding with errors="surrogateescape"."""
+    if text.isascii():
+        return
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"character {error.start} of the text is the lone surrogate U+{ord(text[error.start]):04X}, which "
+                         f"has no UTF-8 form: read the text with errors=\"replace\"") from None

@@ -26,6 +26,7 @@ import json
 import random
 import time
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,11 +36,12 @@ import torch.distributed as td
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from nanochat.common import Dist, UserError, base_dir
+from nanochat.common import Dist, UserError, base_dir, check_unicode
 from nanochat.download import fetch
 
 BUNDLE = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip" # nanochat's copy of DataComp-LM's files
-KINDS = ("multiple_choice", "schema", "language_modeling")
+FIELDS = {"multiple_choice": {"query": str, "choices": list, "gold": int}, "schema": {"context_options": list, "continuation": str, "gold": int},
+          "language_modeling": {"context": str, "continuation": str}}
 WINDOW = 512       # examples that are sorted by length together
 HEAD_ROWS = 1024   # scored tokens whose logits are held at once
 
@@ -95,11 +97,11 @@ def read_tasks(folder):
             entry = json.loads(line)
             task = CoreTask(entry["label"], entry["file"], entry["task_type"], int(entry["num_fewshot"]), entry["continuation_delimiter"],
                             float(entry["random_baseline"]))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{listed}, entry {n}: expected a task with label, file, task_type, num_fewshot, continuation_delimiter and "
                             f"random_baseline, got {line[:80]!r} ({error!r})") from error
-        if task.kind not in KINDS:
-            raise UserError(f"{listed}, entry {n}: expected a task_type of {', '.join(KINDS)}, got {task.kind!r}")
+        if task.kind not in FIELDS:
+            raise UserError(f"{listed}, entry {n}: expected a task_type of {', '.join(FIELDS)}, got {task.kind!r}")
         tasks.append(task)
     return tasks
 
@@ -112,22 +114,35 @@ def find_file(folder, task):
 
 def read_items(path, task):
     """The examples of a file, checked, in the fixed random order from which a subset is taken."""
-    fields = {"multiple_choice": ("query", "choices", "gold"), "schema": ("context_options", "continuation", "gold"),
-              "language_modeling": ("context", "continuation")}[task.kind]
     try:
         data = path.read_bytes()
         lines = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8").split("\n")
         items = [json.loads(line) for line in lines if line.strip()]
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
         raise UserError(f"{path}: expected one JSON object a line, got {error}") from error
     for n, item in enumerate(items, 1):
-        missing = [field for field in fields if not isinstance(item, dict) or field not in item]
-        if missing or ("gold" in fields and not 0 <= item["gold"] < len(item[fields[0] if task.kind == "schema" else "choices"])):
-            raise UserError(f"{path}, example {n}: expected {', '.join(fields)} of a {task.kind} task, got {str(item)[:80]}")
+        if not is_sound(item, FIELDS[task.kind]):
+            raise UserError(f"{path}, example {n}: expected {', '.join(FIELDS[task.kind])} of a {task.kind} task (texts, a list of texts, the number of one of "
+                            f"them), got {str(item)[:80]}")
     if len(items) <= task.shots:
         raise UserError(f"{path}: {task.label} shows {task.shots} examples and asks another, so at least {task.shots + 1} are needed, got {len(items)}")
     random.Random(1337).shuffle(items) # files are often sorted
     return items
+
+
+def is_sound(item, fields):
+    """Is each field there and of its type, a list one of texts, `gold` the number of one of them, and every text one that can be encoded?"""
+    if not isinstance(item, dict) or not all(type(item.get(field)) is kind for field, kind in fields.items()):
+        return False
+    options = [option for field, kind in fields.items() if kind is list for option in item[field]]
+    if not all(isinstance(option, str) for option in options):
+        return False
+    try:
+        for text in options + [item[field] for field, kind in fields.items() if kind is str]:
+            check_unicode(text)
+    except ValueError: # half a character
+        return False
+    return "gold" not in fields or 0 <= item["gold"] < len(options)
 
 
 def download_bundle():

@@ -14,27 +14,37 @@ folder of one document gives its last 5%, cut at a line end.
 """
 
 import argparse
-import hashlib
 import mmap
 import os
+import shlex
 import sysconfig
 from bisect import bisect_right
 from itertools import accumulate
 from pathlib import Path
 
 from nanochat.common import UserError, base_dir, run_main
-from nanochat.documents import TABLES, BigText, Part, TextFile, open_file, slices
+from nanochat.documents import TABLES, Part, TextFile, excerpt, open_bytes, open_file, slices, suffix
 from nanochat.download import CLIMBMIX, Shards, download
+from nanochat.folders import SPLITS, VAL_SHARE, find_text, fingerprint, some, split_folder, split_names, split_notes
 
-SPLITS = ("train", "val")
-VAL_SHARE = 0.05
-SUFFIXES = (".txt", ".md", ".py") + TABLES
+FAIR = 10_000  # characters that a document may give to a Sample before others had their turn
 
 
 def data_dir(folder=None) -> Path:
-    """Where data lives: the flag, else NANOCHAT_DATA_DIR, else base_dir()/data."""
+    """Where data lives: the argument, else NANOCHAT_DATA_DIR, else base_dir()/data."""
     folder = folder or os.environ.get("NANOCHAT_DATA_DIR")
-    return Path(folder).expanduser() if folder else base_dir() / "data"
+    return Path(os.path.expanduser(folder)) if folder else base_dir() / "data"
+
+
+def add_data_dir(parser):
+    """The flag of every script that opens text; its main() hands the value to use_data_dir()."""
+    parser.add_argument("--data-dir", default="", help="where downloads and relative sources are (empty = NANOCHAT_DATA_DIR, else data/ in the base)")
+
+
+def use_data_dir(folder):
+    """What --data-dir says holds for all that this process opens, sources and tasks alike, as if the environment had said it."""
+    if folder:
+        os.environ["NANOCHAT_DATA_DIR"] = str(data_dir(folder).absolute())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -46,11 +56,12 @@ class Source:
 
     name         the spec it was opened with
     files        objects with len() and [i], see nanochat/documents.py
-    fingerprint  changes when the set of documents changes; where the folder lies does not matter
+    fingerprint  tells sets of documents apart, as folders.fingerprint says; where the folder lies does not matter
+    notes        lines that the user should see before anything is learnt from it
     """
 
-    def __init__(self, name, files, fingerprint):
-        self.name, self.files, self.fingerprint = name, files, fingerprint
+    def __init__(self, name, files, fingerprint, notes=()):
+        self.name, self.files, self.fingerprint, self.notes = name, files, fingerprint, list(notes)
         self.starts = [0, *accumulate(len(file) for file in files)]
         self.parts = [(self, 1.0)]
 
@@ -67,11 +78,7 @@ class Source:
     def documents(self):
         """Every document once, as str, in order. (A BigText comes as its slices, one str each.)"""
         for i in range(len(self)):
-            document = self[i]
-            if isinstance(document, BigText):
-                yield from (text for _, _, text in document.slices())
-            else:
-                yield document
+            yield from excerpt(self[i])
 
 
 class Mix:
@@ -82,38 +89,76 @@ class Mix:
         self.fingerprint = "+".join(f"{source.fingerprint}*{weight:g}" for source, weight in parts)
 
     def documents(self):
-        """
-        Every document of every part once. The next one comes from the part that is furthest behind its share of the
-        characters so far; parts that have ended no longer take part, so the end of a pass may be off the weights.
-        """
-        streams = [(source.documents(), weight) for source, weight in self.parts]
-        given = [0] * len(streams)
-        alive = list(range(len(streams)))
-        while alive:
-            i = min(alive, key=lambda i: given[i] / streams[i][1])
-            text = next(streams[i][0], None)
-            if text is None:
-                alive.remove(i)
-            else:
-                given[i] += len(text)
+        """Every document of every part once, as by_weight() mixes them."""
+        return by_weight([(source.documents(), weight) for source, weight in self.parts])
+
+
+def by_weight(streams):
+    """
+    Texts of several (iterator, weight) as one stream. The next one comes from the iterator that is furthest behind its share of
+    the characters so far; those that have ended no longer take part, so the end of a pass may be off the weights.
+    """
+    given, alive = [0] * len(streams), list(range(len(streams)))
+    while alive:
+        i = min(alive, key=lambda i: given[i] / streams[i][1])
+        text = next(streams[i][0], None)
+        if text is None:
+            alive.remove(i)
+        else:
+            given[i] += len(text)
+            yield text
+
+
+class Sample:
+    """
+    Some of a source's text, for those who cannot take all of it: at most max_chars characters, in the weights of a mix, from as many
+    documents as there are. First comes the beginning of each, its equal share of what is wanted or FAIR characters if that is
+    more; then, as short documents leave room, as much again of those that have it, then twice as much, and so on.
+
+    max_chars  None = the whole source
+    doc_cap    most characters of one document, in one round (None = the rule above)
+    Iterate it once; afterwards `documents` and `chars` say how many there were.
+    """
+
+    def __init__(self, source, max_chars=None, doc_cap=None):
+        self.source, self.max_chars, self.doc_cap = source, max_chars, doc_cap
+        self.documents = self.chars = 0
+
+    def __iter__(self):
+        whole = sum(weight for _, weight in self.source.parts)
+        for text in by_weight([(self._of(source, weight / whole), weight) for source, weight in self.source.parts]):
+            text = text if self.max_chars is None else text[:self.max_chars - self.chars]
+            self.chars += len(text)
+            if text:
                 yield text
+            if self.chars == self.max_chars:
+                return
+
+    def _of(self, source, share):
+        """Texts of one part of the source, which is to give this share of the characters."""
+        if self.doc_cap is not None or self.max_chars is None:
+            yield from self._round(source, 0, self.doc_cap)
+            return
+        start, stop = 0, max(FAIR, int(share * self.max_chars) // len(source))
+        while (yield from self._round(source, start, stop)):
+            start, stop = stop, 2 * stop
+
+    def _round(self, source, start, stop):
+        """Characters [start, stop) of every document, as far as it has them; returns whether any may have more."""
+        more = False
+        for i in range(len(source)):
+            self.documents += start == 0
+            given = 0
+            for text in excerpt(source[i], start, stop):
+                given += len(text)
+                yield text
+            more = more or stop is not None and given == stop - start
+        return more
 
 
-def name_hash(name):
-    """A file's name as a number in [0, 1): decides its split and its place in the order."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
-
-
-def split_names(names, split):
-    """
-    Names of one split, in the order of their hashes (a shuffle that is the same everywhere).
-    val is every name that hashes below VAL_SHARE; with few names at least one, and train keeps at least one.
-    """
-    assert len(names) >= 2, "one file is split inside"
-    order = sorted(names, key=name_hash)
-    val = sum(name_hash(name) < VAL_SHARE for name in order)
-    val = min(max(val, 1), len(order) - 1)
-    return order[:val] if split == "val" else order[val:]
+def notes(items):
+    """Lines that the user should see before anything is learnt from a source, or from several with weights."""
+    return [f"{part.name}: {note}" for part, _ in items.parts for note in getattr(part, "notes", ())]
 
 
 class Lines:
@@ -146,29 +191,22 @@ def last_lines(path, text, end):
 def split_file(path, split):
     """The only file of a folder: its last 5% of documents are val; a single document gives its last 5%, from a line end."""
     file = open_file(path)
-    if path.suffix in TABLES:
+    if suffix(path) in TABLES:
         if len(file) < 2:
             return Lines(file, split) if len(file) else file
         border = len(file) - max(1, round(VAL_SHARE * len(file)))
         return Part(file, 0, border) if split == "train" else Part(file, border, len(file))
-    if not file.stop:
-        raise UserError(f"{path} is empty: there is nothing to learn from")
-    with open(path, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as text:
+    with open_bytes(path) as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as text:
         border, size = last_lines(path, text, b"\n"), len(text)
     return TextFile(path, 0, border) if split == "train" else TextFile(path, border, size)
 
 
-def make_source(name, root, names, split):
-    """A Source of the named files under root, each a document or a table of them."""
-    files = [open_file(root / file) for file in names]
-    return finish(name, split, files, [f"{file}:{os.path.getsize(root / file)}" for file in names])
-
-
-def finish(name, split, files, facts):
-    digest = hashlib.sha256("\n".join([split, *facts]).encode()).hexdigest()[:16]
-    source = Source(name, files, digest)
-    if not len(source):
-        raise UserError(f"{name} has no documents in its {split} split: add text, or choose another source")
+def make_source(name, root, names, split, notes=(), files=None):
+    """A Source of the named files under root, each a document or a table of them, or of `files`, which are parts of these."""
+    files = files or [open_file(root / file) for file in names]
+    source = Source(name, files, fingerprint(split, root, names), notes)
+    if not any(len(source[i]) for i in range(len(source))):
+        raise UserError(f"{name} has no text in its {split} split ({some(names)}): add text, or choose another source")
     return source
 
 
@@ -181,7 +219,7 @@ def open_stdlib(split):
         folders[:] = sorted(set(folders) - skip)
         for file in files:
             path = Path(folder) / file
-            if path.suffix == ".py" and is_text(path):
+            if suffix(path) == ".py" and is_text(path):
                 names.append(path.relative_to(root).as_posix())
     if len(names) < 2:
         raise UserError(f"this Python keeps no .py files in {root}: use another source, such as dir:PATH")
@@ -200,30 +238,19 @@ def is_text(path):
 
 def open_dir(path, split, data):
     """A folder of one's own text. A relative path is looked up here first, then in the data folder."""
-    root = Path(path).expanduser()
-    if not root.is_absolute() and not root.is_dir():
-        root = data / path
-    if not root.is_dir():
-        places = f"{path}" if Path(path).is_absolute() else f"{Path(path).absolute()} nor at {data / path}"
-        raise UserError(f"no folder at {places}: expected one with .txt, .md, .py, .jsonl or .parquet files")
-    shards = sorted(shard.name for shard in root.glob("shard_*.parquet"))
-    if shards: # then nothing else in the folder is training text
-        names = shards
-    else:
-        names = sorted(file.relative_to(root).as_posix() for file in root.rglob("*")
-                       if file.suffix in SUFFIXES and file.is_file()
-                       and not any(part.startswith(".") for part in file.relative_to(root).parts))
-    name = f"dir:{path}"
-    if not names:
-        raise UserError(f"{root} holds no text: expected .txt, .md, .py, .jsonl or .parquet files in it or below it")
-    if len(names) == 1:
-        file = root / names[0]
-        return finish(name, split, [split_file(file, split)], [f"{names[0]}:{os.path.getsize(file)}"])
-    if shards:
-        names = names[-1:] if split == "val" else names[:-1]
-    else:
-        names = split_names(names, split)
-    return make_source(name, root, names, split)
+    here = Path(os.path.expanduser(path))
+    places = [here] if here.is_absolute() else [here.absolute(), data / here]
+    root = next((place for place in places if os.path.isdir(place)), None)
+    kinds = ".txt, .md, .py, .jsonl or .parquet files"
+    if root is None:
+        raise UserError(f"no folder at {' nor at '.join(map(str, places))}: expected one with {kinds}")
+    folder, name = find_text(root), f"dir:{path}"
+    if not folder.sizes:
+        raise UserError("; ".join([f"{root} holds no text: expected {kinds} in it or below it", *folder.notes]))
+    if len(folder.sizes) == 1:
+        names = list(folder.sizes)
+        return make_source(name, root, names, split, folder.notes, [split_file(root / names[0], split)])
+    return make_source(name, root, split_folder(folder, split), split, folder.notes + split_notes(folder))
 
 
 def open_climbmix(split, data):
@@ -281,10 +308,13 @@ def open_source(spec, split="train", data=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
 
-def check(spec, data):
+def check(spec):
     """Read every document of both splits, so that a broken file shows now and not in the middle of a run."""
-    for split in SPLITS:
-        for source, weight in open_source(spec, split, data).parts:
+    sources = [open_source(spec, split) for split in SPLITS]
+    for note in notes(sources[0]):
+        print(note)
+    for split, whole in zip(SPLITS, sources):
+        for source, _ in whole.parts:
             sizes = [sum(len(text) for _, _, text in slices(source[i])) for i in range(len(source))]
             print(f"{source.name} ({split}): {len(sizes):,} documents, {sizes.count(0):,} of them empty; "
                   f"{sum(sizes):,} characters, {max(sizes):,} in the longest")
@@ -296,20 +326,24 @@ def main():
     parser.add_argument("-n", type=int, default=0, help="shards to have for training (-1 = all); the validation shard is added")
     parser.add_argument("-w", type=int, default=4, help="shards to fetch at the same time")
     parser.add_argument("--url", default=CLIMBMIX.url, help="where the shards are")
-    parser.add_argument("--data-dir", default="", help="the data folder (default: NANOCHAT_DATA_DIR, else data/ in the base)")
     parser.add_argument("--check", metavar="SOURCE", default="", help="read all of a source, such as dir:PATH, and report")
+    add_data_dir(parser)
     args = parser.parse_args()
-    data, last = data_dir(args.data_dir), CLIMBMIX.shards - 1
+    use_data_dir(args.data_dir)
+    last = CLIMBMIX.shards - 1
     if not args.n and not args.check:
         raise UserError("nothing to do: give -n SHARDS to download, or --check SOURCE")
     if args.n < -1 or args.n > last or args.w < 1:
         raise UserError(f"expected -n of -1 to {last} and -w of at least 1, got -n {args.n} -w {args.w}")
     if args.n:
-        count = last if args.n == -1 else args.n
-        paths = download([*range(count), last], data / "climbmix", Shards(args.url, CLIMBMIX.shards), args.w)
-        print(f"{len(paths)} shards in {data / 'climbmix'}")
+        count, folder = last if args.n == -1 else args.n, data_dir() / "climbmix"
+        paths = download([*range(count), last], folder, Shards(args.url, CLIMBMIX.shards), args.w)
+        print(f"{len(paths)} shards in {folder}")
+        if args.data_dir:
+            where = shlex.quote(str(data_dir()))
+            print(f"to learn from them: --source climbmix --data-dir {where}, or NANOCHAT_DATA_DIR={where} in the environment")
     if args.check:
-        check(args.check, data)
+        check(args.check)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ Out: objects with len(file) documents, file[i] being a str, or a BigText where t
      `slices(document)`, the pieces of text that are tokenized one at a time
 The idea: any document can be fetched by its number. A parquet file is read a row group at a time, a jsonl file is seen
 through the offsets of its lines, and a text file beyond BIG never becomes a str. What cannot be read is an error that
-names the file and the place; nothing is skipped or repaired.
+names the file and the place; nothing is skipped or repaired. Only a byte-order mark at the start of a file is no part of
+its text, whatever the kind of file.
 """
 
 import json
@@ -16,6 +17,7 @@ from array import array
 from bisect import bisect_right
 from collections import OrderedDict
 from itertools import accumulate
+from pathlib import Path
 
 from nanochat.common import UserError
 
@@ -24,6 +26,21 @@ BIG = 16 << 20               # bytes; a larger text file is streamed from disk, 
 READ = 1 << 18               # bytes of such a file that are read at a time
 ROW_GROUP_CACHE = 256 << 20  # bytes of decoded row groups kept, shared by all sources of the process
 TABLES = (".jsonl", ".parquet")  # files of many documents
+BOM = b"\xef\xbb\xbf"            # how some editors begin a file of UTF-8
+
+
+def open_bytes(path):
+    """The file, to read from; one that cannot be opened is a UserError."""
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise UserError(f"{path} cannot be opened ({error.strerror}): make it readable, or take it out of the folder")
+
+
+def bom(file):
+    """How many bytes at the start of an open file are a byte-order mark."""
+    return len(BOM) if file.read(len(BOM)) == BOM else 0
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Long documents are tokenized in slices
@@ -63,6 +80,20 @@ def slices(document, at=0):
         at += len(text)
 
 
+def excerpt(document, start=0, stop=None):
+    """Characters [start, stop) of a document: one str, or of a BigText a str for each slice that has some."""
+    if not isinstance(document, BigText):
+        yield document[start:stop]
+        return
+    at = 0
+    for _, _, text in document.slices():
+        if part := text[max(0, start - at):stop if stop is None else max(0, stop - at)]:
+            yield part
+        at += len(text)
+        if stop is not None and at >= stop:
+            return
+
+
 def near(document, share):
     """A place to start at, past a share of the document: after a line end within the next 1,000 characters, if there is."""
     goal = int(share * len(document))
@@ -84,7 +115,7 @@ class BigText:
         return self.stop - self.start
 
     def slices(self, at=0):
-        with open(self.path, "rb") as file:
+        with open_bytes(self.path) as file:
             file.seek(self.start + at)
             left, tail, text = self.stop - self.start - at, b"", ""
             while left or text:
@@ -100,7 +131,7 @@ class BigText:
                 at, text = at + size, text[len(piece):]
 
     def near(self, goal):
-        with open(self.path, "rb") as file:
+        with open_bytes(self.path) as file:
             file.seek(self.start + goal)
             data = file.read(min(1000, len(self) - goal))
         border = data.find(b"\n") + 1
@@ -134,24 +165,27 @@ class TextFile:
         return 1
 
     def __getitem__(self, i):
-        if self.stop - self.start > BIG:
-            return BigText(self.path, self.start, self.stop)
-        with open(self.path, "rb") as file:
-            file.seek(self.start)
-            data = file.read(self.stop - self.start)
+        with open_bytes(self.path) as file:
+            start = self.start or bom(file)
+            if self.stop - start > BIG:
+                return BigText(self.path, start, self.stop)
+            file.seek(start)
+            data = file.read(self.stop - start)
         try:
             return data.decode()
         except UnicodeDecodeError as error:
-            raise not_utf8(self.path, self.start + error.start)
+            raise not_utf8(self.path, start + error.start)
 
 
 class JsonLines:
     """One JSON object a line, text in its field `text`. Blank lines are no documents. Opening notes where lines start."""
 
     def __init__(self, path):
-        self.path, at = path, 0
+        self.path = path
         self.starts, self.lines = array("q"), array("q")
-        with open(path, "rb") as file:
+        with open_bytes(path) as file:
+            at = bom(file)
+            file.seek(at)
             for number, line in enumerate(file, 1):
                 if line.strip():
                     self.starts.append(at)
@@ -162,7 +196,7 @@ class JsonLines:
         return len(self.starts)
 
     def __getitem__(self, i):
-        with open(self.path, "rb") as file:
+        with open_bytes(self.path) as file:
             file.seek(self.starts[i])
             line = file.readline()
         where = f"{self.path}, line {self.lines[i]}"
@@ -170,7 +204,7 @@ class JsonLines:
             record = json.loads(line.decode())
         except UnicodeDecodeError as error:
             raise UserError(f"{where}: not UTF-8 (byte {error.start} of the line): convert the file or drop the line")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error: # the second where brackets are nested thousands deep
             raise UserError(f"{where}: expected a JSON object, got {line[:60]!r} ({error}): repair or drop the line")
         if not isinstance(record, dict) or "text" not in record:
             found = f"the fields {sorted(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
@@ -218,7 +252,7 @@ class ParquetFile:
         import pyarrow.parquet as pq
         self.path, self.broken = path, (pa.ArrowException, OSError)
         try:
-            with pq.ParquetFile(path) as file:
+            with open_bytes(path) as handle, pq.ParquetFile(handle) as file: # by itself it opens no name that is not UTF-8
                 schema, meta = file.schema_arrow, file.metadata
                 sizes = [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]
         except self.broken as error:
@@ -250,7 +284,7 @@ class ParquetFile:
     def _read(self, group):
         import pyarrow.parquet as pq
         try:
-            with pq.ParquetFile(self.path) as file:
+            with open_bytes(self.path) as handle, pq.ParquetFile(handle) as file:
                 return file.read_row_group(group, columns=["text"]).column("text")
         except self.broken as error:
             raise self._unreadable(error)
@@ -270,4 +304,9 @@ class Part:
 
 
 def open_file(path):
-    return {".jsonl": JsonLines, ".parquet": ParquetFile}.get(path.suffix, TextFile)(path)
+    return {".jsonl": JsonLines, ".parquet": ParquetFile}.get(suffix(path), TextFile)(path)
+
+
+def suffix(path):
+    """What decides how a file is read: .TXT is .txt."""
+    return Path(path).suffix.lower()

@@ -14,6 +14,7 @@ import os
 import re
 import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +49,19 @@ class TryAgain(Exception):
 
 class Stopped(Exception):
     """The user interrupted the program while a worker was busy."""
+
+
+class DiskError(UserError):
+    """No file can be written there: trouble of one shard that is trouble of all."""
+
+
+@contextmanager
+def disk(place):
+    """A disk that is full, gone or closed to us is the user's to mend; what was written before stays, for the next time."""
+    try:
+        yield
+    except OSError as error:
+        raise DiskError(f"cannot write to {place} ({error.strerror or error}): make room there, or choose another folder") from error
 
 
 def check_status(response):
@@ -123,7 +137,7 @@ def fetch_once(client, url, path, progress, stop):
 def fetch(client, url, path, progress=lambda have: None, stop=None, sleep=None):
     """Fetch url to path, trying TRIES times. Nothing happens if path is there. Two programs may do this at once."""
     stop = stop or threading.Event()
-    with FileLock(str(path) + ".lock"):
+    with disk(path), FileLock(str(path) + ".lock"):
         for attempt in range(TRIES):
             if path.exists():
                 return
@@ -140,11 +154,12 @@ def fetch(client, url, path, progress=lambda have: None, stop=None, sleep=None):
 
 def download(numbers, folder, source=CLIMBMIX, workers=4, quiet=False, sleep=None):
     """
-    Fetch shards into a folder. One that fails does not stop the others; a UserError at the end names all that failed.
-    Returns the paths.
+    Fetch shards into a folder. One that fails does not stop the others, unless the disk is the reason; a UserError at the end names
+    all that failed. Returns the paths.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    with disk(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / source.shard(i) for i in numbers]
     missing, failed, stop = [path for path in paths if not path.exists()], [], threading.Event()
     lock, here = threading.Lock(), {}
@@ -158,6 +173,8 @@ def download(numbers, folder, source=CLIMBMIX, workers=4, quiet=False, sleep=Non
 
             try:
                 fetch(client, f"{source.url}/{path.name}", path, progress, stop, sleep)
+            except DiskError:
+                raise
             except UserError as error:
                 failed.append(str(error))
             with lock:

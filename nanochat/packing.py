@@ -12,8 +12,8 @@ The ideas:
   keep every document's start in sight) and the loss is counted; a conversation is never cropped: the row is padded.
 - With align=32 a piece starts at a multiple of 32 in its row, and gaps are padded: no block of 32 mixes two documents.
 - A piece has an address (document, place of its slice, tokens to skip): a lane is saved as addresses, not as tokens.
-An over-long conversation keeps its first T tokens: what is left is a sound, shorter conversation. The cut tokens count
-as cropped. If the assistant does not speak within them, the conversation is skipped, and counted as skipped.
+A conversation longer than a row is cut: it keeps its first T tokens, a sound, shorter conversation, and the others count as
+cropped. Where the assistant does not speak within them there is nothing to learn: the conversation is skipped. See `fate`.
 
 T = seq_len
 """
@@ -73,6 +73,13 @@ def first_documents(documents, lanes):
     length = cycle(documents, lanes)
     return [next(number for number in range(lane, lanes * (length + 1), lanes) if number % length < documents)
             for lane in range(lanes)]
+
+
+def fate(mask, seq_len):
+    """What becomes of a conversation whose tokens have this mask: it is "whole", "cut" at the row's end, or "skipped"."""
+    if not any(mask[1:seq_len + 1]): # the first token is never predicted
+        return "skipped"
+    return "cut" if len(mask) - 1 > seq_len else "whole"
 
 
 class Stream:
@@ -138,7 +145,7 @@ class Stream:
         done, new = 0, []
         while done < self.ahead and (piece := next(self.reader, None)) is not None:
             self.ready.append(piece)
-            done += len(piece.text) + 200  # an empty document or a conversation is work too
+            done += len(piece.text) + 4 * len(piece.ids or ()) + 200  # a conversation, rendered already, and an empty document are work too
             if piece.ids is None:
                 new.append(piece)
         return new
@@ -188,13 +195,13 @@ class Stream:
 
     def cut_conversation(self, piece):
         ids, mask, T = piece.ids, piece.mask, self.T
-        lost = max(0, len(ids) - 1 - T)
-        if not any(mask[1:T + 1]):
+        becomes = fate(mask, T)
+        if becomes == "skipped":
             self.stats["cropped"] += max(0, len(ids) - 1)
             self.nothing(piece, "skipped")
             return
-        self.stats["cropped"] += lost
-        self.stats["cut"] += lost > 0
+        self.stats["cropped"] += max(0, len(ids) - 1 - T)
+        self.stats["cut"] += becomes == "cut"
         ids, mask = np.asarray(ids[:T + 1], np.int32), np.asarray(mask[:T + 1])
         self.pieces.append(Piece(ids[:-1], np.where(mask[1:], ids[1:], -1), False, self.part, piece.doc, 0, 0))
         self.after = (piece.doc + self.step, 0, 0)

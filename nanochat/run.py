@@ -7,6 +7,7 @@ a run that dies has told everything up to then and a resumed run goes on in the 
 
 import json
 import math
+import shlex
 import time
 from pathlib import Path
 
@@ -51,7 +52,7 @@ class Log:
             print0(f"step {step} | " + " ".join(f"{key}={short(value)}" for key, value in metrics.items()))
 
     def summary(self, **metrics):
-        """The last word of a run: `summary key=value ...` on the terminal, {"summary": {...}} in the file."""
+        """The last word of a run: `summary key=value ...` on the terminal (shlex.split takes it apart), {"summary": {...}} in the file."""
         if not self.main:
             return
         metrics = {key: _plain(value) for key, value in metrics.items()}
@@ -76,10 +77,11 @@ def _plain(value):
 
 
 def short(value, digits=5):
-    """A number for reading: 5 significant digits, no spaces."""
+    """A value for reading: of a number 5 significant digits, words with spaces in quotes, so that shlex.split finds them again."""
     if isinstance(value, float):
         return f"{value:.{digits}g}"
-    return str(value).replace(" ", "_")
+    text = str(value)
+    return shlex.quote(text) if text != "".join(text.split()) else text
 
 
 def duration(seconds):

@@ -83,7 +83,7 @@ def fit(objective, optimizer, loader, curves, *, log, progress, dist, device, st
         last = done == curves.total
         saving = save is not None and (last or save_every > 0 and done % save_every == 0)
         if done % log_every == 0 or last or saving: # what is not a number must not be saved
-            metrics = objective.report(_added(sums, dist))
+            metrics = objective.report(added(sums, dist))
             sums = dict.fromkeys(objective.SUMS, 0.0)
             if not math.isfinite(metrics["loss"]):
                 raise UserError(f"the loss is {metrics['loss']} at step {done}; the checkpoint of step {saved} is kept. Lower the learning rates, or look at the data")
@@ -102,7 +102,7 @@ def fit(objective, optimizer, loader, curves, *, log, progress, dist, device, st
     gc.unfreeze()
 
 
-def _added(sums, dist):
+def added(sums, dist):
     """Sums over all ranks as plain numbers."""
     total = torch.tensor([float(value) for value in sums.values()], dtype=torch.float64)
     if dist.world > 1:

@@ -21,10 +21,10 @@ import torch
 from nanochat import core_eval, hardware, report
 from nanochat.common import STAGES, UserError, cleanup, print0, run_main, setup
 from nanochat.dataloader import val_loader
-from nanochat.dataset import open_source
+from nanochat.dataset import add_data_dir, open_source, use_data_dir
 from nanochat.engine import Engine
 from nanochat.loss_eval import bits_per_byte
-from nanochat.run import duration
+from nanochat.run import duration, short
 from scripts.load import load_stage, open_stream
 
 parser = argparse.ArgumentParser(description="Evaluate a model on text", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -40,6 +40,7 @@ parser.add_argument("--core", default="", help="a folder with the files of the 2
 parser.add_argument("--core-max-per-task", type=int, default=-1, help="questions of each task (-1 = all)")
 parser.add_argument("--device", default="", help="cuda, mps or cpu (empty = the best there is)")
 parser.add_argument("--dtype", default="auto", help="auto, bf16 or fp32")
+add_data_dir(parser)
 
 PROMPTS = ("The capital of France is", "If yesterday was Friday, then tomorrow will be", "import os\nimport sys\n\n\ndef main(", "class Stack:\n    def __init__(self):")
 SHOWN = 200 # characters of a long text that are shown before its continuation
@@ -148,6 +149,7 @@ def main():
     for flag in ("tokens", "device_batch"):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected at least 1")
+    use_data_dir(args.data_dir)
     began = time.perf_counter()
     device, dist = setup(args.device)
     dtype, _ = hardware.pick_dtype(hardware.describe(device), args.dtype)
@@ -175,7 +177,7 @@ def main():
         path = report.write_section("base", "Reading text", *parts(entries), data=entries, results=results(entries), seconds=sum(e["seconds"] for e in entries.values()))
         core = entry["core"] and entry["core"]["core"]
         print0(f"summary stage={args.stage} tag={loaded.tag} train_bpb={entry['train_bpb']:.6f} val_bpb={entry['val_bpb']:.6f} core={'not_measured' if core is None else f'{core:.6f}'} "
-               f"seconds={entry['seconds']:.1f} report={path}")
+               f"seconds={entry['seconds']:.1f} report={short(path)}")
     cleanup()
 
 

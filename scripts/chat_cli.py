@@ -61,7 +61,7 @@ def settings_of(args):
 def read_text(path):
     """A file as text, for people: absent, a folder or not UTF-8 are each one clear line."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file: # a byte-order mark is no part of a text, as in nanochat/documents.py
             return file.read()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None

@@ -5,6 +5,7 @@ python -m scripts.chat_eval --stage sft --both                       # tasks tha
 python -m scripts.chat_eval --stage sft --both --seconds 3           # the same on a laptop, in about a minute
 python -m scripts.chat_eval --stage sft --tasks chatcore             # ARC, MMLU, GSM8K, HumanEval, SpellingBee
 python -m scripts.chat_eval --tasks passkey@8x,codeqa@64x            # in a text of 8 and of 64 times the longest training row
+python -m scripts.chat_eval --tasks keyvalue,variables@8x,frequent@8x,babi1@8x,babi2@8x,babi3@8x    # more of the sort, left out above for time
 
 On 8 GPUs: torchrun --standalone --nproc_per_node=8 -m scripts.chat_eval --tasks chatcore
 
@@ -17,6 +18,7 @@ import argparse
 import re
 import time
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.distributed as td
@@ -24,12 +26,14 @@ from tqdm import tqdm
 
 from nanochat import hardware, report
 from nanochat.common import STAGES, UserError, cleanup, print0, run_main, setup
+from nanochat.dataset import add_data_dir, use_data_dir
 from nanochat.engine import Engine, LeftPadded
-from nanochat.run import duration
+from nanochat.run import duration, short
 from scripts.load import load_stage, open_stream
 from scripts.mixtures import SPARE, texts_of
 from tasks.arc import ARC
 from tasks.arithmetic import Arithmetic
+from tasks.babi import Babi
 from tasks.codeqa import CodeQuestions, Sources, TopicShift
 from tasks.common import Task, clip, final_text
 from tasks.gsm8k import GSM8K
@@ -37,6 +41,7 @@ from tasks.haystack import Filler
 from tasks.humaneval import HumanEval
 from tasks.mmlu import MMLU
 from tasks.needle import KeyValue, MultiKey, Passkey
+from tasks.ruler import FrequentWords, VariableTracking
 from tasks.spellingbee import SimpleSpelling, SpellingBee
 
 OFFLINE = "arithmetic,spelling,spellingbee,passkey,multikey,codeqa,topicshift,passkey@8x,multikey@8x,codeqa@8x"
@@ -57,6 +62,7 @@ parser.add_argument("--device-batch", type=int, default=8, help="questions answe
 parser.add_argument("--seed", type=int, default=0, help="of the generated questions")
 parser.add_argument("--device", default="", help="cuda, mps or cpu (empty = the best there is)")
 parser.add_argument("--dtype", default="auto", help="of the weights: auto, bf16 or fp32")
+add_data_dir(parser)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -71,21 +77,23 @@ class Exam:
 
 
 class Exams:
-    """Exams by name. The long texts are read and parsed when the first exam needs them."""
+    """Exams by name. The long texts are read and parsed when the first exam needs them, and shared: they remember what was measured."""
 
     def __init__(self, tokenizer, source, seq_len, seed):
         self.source, self.seq_len, self.seed = source, seq_len, seed
         self.measure = lambda text: len(tokenizer.encode(text))
-        self.texts = self.filler = self.sources = None
 
-    def held(self, task):
-        """What a task on long text hides its facts in, read once."""
-        self.texts = self.texts or texts_of(self.source, "val")
-        if task in (CodeQuestions, TopicShift):
-            self.sources = self.sources or Sources(self.texts, self.measure)
-            return self.sources
-        self.filler = self.filler or Filler(self.texts, self.measure)
-        return self.filler
+    @cached_property
+    def texts(self):
+        return texts_of(self.source, "val")
+
+    @cached_property
+    def filler(self):
+        return Filler(self.texts, self.measure)
+
+    @cached_property
+    def sources(self):
+        return Sources(self.texts, self.measure)
 
     def build(self, name):
         """The exam of a name such as passkey or passkey@8x. Raises UserError when its data is not there."""
@@ -94,18 +102,19 @@ class Exams:
         if base in SHORT:
             make, max_tokens = SHORT[base]
             return Exam(name, make(settings), max_tokens, guess=0.25 if base in ("arc_easy", "arc_challenge", "mmlu") else 0.0)
-        task, max_tokens = LONG[base]
-        settings["length"] = self.seq_len - SPARE if rows is None else self.seq_len * rows
-        if task is KeyValue: # its text is all pairs: there is nothing to hide them in
-            return Exam(name, KeyValue(short=True, measure=self.measure, **settings), max_tokens)
-        return Exam(name, task(self.held(task), **settings), max_tokens)
+        make, max_tokens = LONG[base]
+        return Exam(name, make(self, settings | dict(length=self.seq_len - SPARE if rows is None else self.seq_len * rows)), max_tokens)
 
 
 # name -> (how the task is made from its settings, most tokens of an answer)
 SHORT = {"arithmetic": (lambda generated: Arithmetic(**generated), 64), "spelling": (lambda generated: SimpleSpelling(**generated), 48),
          "spellingbee": (lambda generated: SpellingBee(**generated), 96), "gsm8k": (lambda _: GSM8K("test"), 256), "humaneval": (lambda _: HumanEval(), 512),
          "arc_easy": (lambda _: ARC("easy", "test"), 1), "arc_challenge": (lambda _: ARC("challenge", "test"), 1), "mmlu": (lambda _: MMLU("test"), 1)}
-LONG = {"passkey": (Passkey, 16), "multikey": (MultiKey, 16), "keyvalue": (KeyValue, 16), "codeqa": (CodeQuestions, 40), "topicshift": (TopicShift, 40)}
+LONG = {"passkey": (lambda held, long: Passkey(held.filler, **long), 16), "multikey": (lambda held, long: MultiKey(held.filler, **long), 16),
+        "keyvalue": (lambda held, long: KeyValue(short=True, measure=held.measure, **long), 16), "variables": (lambda held, long: VariableTracking(held.filler, **long), 32),
+        "frequent": (lambda held, long: FrequentWords(measure=held.measure, **long), 32), "codeqa": (lambda held, long: CodeQuestions(held.sources, **long), 40),
+        "topicshift": (lambda held, long: TopicShift(held.sources, **long), 40),
+        **{f"babi{n}": (lambda held, long, n=n: Babi(held.filler, task=n, **long), 16) for n in (1, 2, 3)}}
 
 
 def split_name(name):
@@ -234,6 +243,7 @@ def main():
         raise UserError(f"expected --max-problems of at least 1 or -1 and --device-batch of at least 1, got {args.max_problems} and {args.device_batch}")
     if args.both and args.no_memory:
         raise UserError("--both asks with memory and without, --no-memory without: use one of them")
+    use_data_dir(args.data_dir)
     names, began = names_of(args.tasks), time.perf_counter()
     device, dist = setup(args.device, args.seed)
     dtype, _ = hardware.pick_dtype(hardware.describe(device), args.dtype)
@@ -264,7 +274,7 @@ def main():
         path = report.write_section("chat", "Tasks", *parts(entries), data=entries, results=results(entries), seconds=sum(e["seconds"] for e in entries.values()))
         means = [f"mean_{column}={sum(e[column]['accuracy'] for e in exams.values() if column in e) / max(1, sum(column in e for e in exams.values())):.4f}" for column in columns]
         cores = [f"chatcore_{column}={score:.4f}" for column, score in scores.items() if score is not None]
-        print0(" ".join([f"summary stage={args.stage} tag={loaded.tag}", *means, *cores, f"seconds={entry['seconds']:.1f} report={path}"]))
+        print0(" ".join([f"summary stage={args.stage} tag={loaded.tag}", *means, *cores, f"seconds={entry['seconds']:.1f} report={short(path)}"]))
     cleanup()
 
 

@@ -25,7 +25,7 @@ from megacontext.span import BLOCK
 from megacontext.telemetry import Telemetry
 from nanochat import report
 from nanochat.common import UserError, pick_device_type, print0, run_main
-from nanochat.dataset import open_source
+from nanochat.dataset import add_data_dir, open_source, use_data_dir
 from nanochat.engine import Engine
 from scripts.load import load_stage, open_stream
 from scripts.mixtures import texts_of
@@ -42,6 +42,7 @@ parser.add_argument("--seeds", type=int, default=3, help="samples of rows; the s
 parser.add_argument("--recall-lengths", default="1024,8192", help="tokens of history, comma list; empty = no recall table")
 parser.add_argument("--recall-problems", type=int, default=6, help="questions for each length and depth")
 parser.add_argument("--device", default="")
+add_data_dir(parser)
 
 DEPTHS = (0.0, 0.5, 0.9)
 
@@ -82,6 +83,7 @@ def told(numbers, digits=4):
 
 def main():
     args = parser.parse_args()
+    use_data_dir(args.data_dir)
     began = time.time()
     device = torch.device(args.device or pick_device_type())
     loaded = load_stage(args.stage, args.tag or None, device=device)

@@ -5,10 +5,12 @@ Offline conversations are written by the project itself: sums with the calculato
 back in a long text of the corpus (which arguments does a function take, a passkey, one of many keys, a change of topic and back).
 The GPU tiers add SmolTalk, MMLU and GSM8K from the data hub, or from NANOCHAT_DATA_DIR.
 """
-from nanochat.dataset import open_source
+from nanochat.common import UserError, print0
+from nanochat.dataset import SPLITS, open_source, parse_spec
 from tasks.arithmetic import Arithmetic
 from tasks.codeqa import CodeQuestions, Sources, TopicShift, read_source
-from tasks.common import TaskMixture
+from tasks.common import TaskMixture, digest
+from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K
 from tasks.haystack import Filler
 from tasks.mmlu import MMLU
@@ -16,18 +18,18 @@ from tasks.needle import MultiKey, Passkey
 from tasks.smoltalk import SmolTalk
 from tasks.spellingbee import SimpleSpelling, SpellingBee
 
-SHORTEST = 320   # tokens of a long-context conversation
-SHORTEST_SHIFT = 1024 # rows that can hold two classes and the questions about them
+SHORTEST = 320         # tokens of a long-context conversation
+SHORTEST_SHIFT = 512   # of one about two classes
 LEAST_PYTHON = 10      # files; a source of other text is not asked about code
-SPARE = 64       # tokens of a row left to the special tokens of a few turns
-TEXTS = 400      # documents that questions are asked about: enough not to be learnt by heart, few enough to parse in seconds
+SPARE = 64             # tokens of a row left to the special tokens of a few turns
+TEXTS = 400            # documents that questions are asked about: enough not to be learnt by heart, few enough to parse in seconds
 
 
 class Everything:
     """Conversations in which every token has a loss: mid-training reads them as text."""
 
     def __init__(self, task, tokenizer):
-        self.task, self.tokenizer, self.name = task, tokenizer, task.name
+        self.task, self.tokenizer, self.name, self.fingerprint = task, tokenizer, task.name, task.fingerprint
 
     def __len__(self):
         return len(self.task)
@@ -55,7 +57,59 @@ def texts_of(source, split):
         texts.append(text)
         if len(texts) == TEXTS:
             break
+    if not any(texts):
+        raise UserError(f"{source} has no text in its {split} split, only empty documents: add some")
     return texts
+
+
+def hub_tasks(split):
+    """What the data hub, or NANOCHAT_DATA_DIR, adds to the conversations."""
+    train = split == "train"
+    chat = [SmolTalk(split="train" if train else "test"), MMLU(split="auxiliary_train" if train else "test", stop=100_000 if train else 1000)]
+    return chat + [GSM8K(split="train" if train else "test")] * (4 if train else 1)
+
+
+def own_data(sources, conversations):
+    """
+    Open everything that a run reads, so that what is missing or broken ends it before anything is trained.
+    sources  specs of text, where the reference shards may still have to be fetched;  conversations  a file of one's own, or ""
+    Returns fingerprints (of text, of conversations) of what is the user's own: a stage that has read something else is not done.
+    """
+    text = []
+    for name in sorted({name for spec in sources for name, _ in parse_spec(spec)} - {"climbmix"}):
+        for split in SPLITS:
+            texts_of(name, split)
+            text += [open_source(name, split).fingerprint] if name.startswith("dir:") else []
+    return digest(*text) if text else "", CustomJSON(conversations).fingerprint if conversations else ""
+
+
+def long_tasks(source, split, tokenizer, seq_len, seed):
+    """
+    Tasks about long texts of a source, each from the shortest length on at which every conversation can be made: what cannot be made must
+    show before the first step, not in the middle of the run. What is left out is told.
+    """
+    high = seq_len - SPARE
+    if high < SHORTEST:
+        raise UserError(f"rows of {seq_len} tokens are too short for questions about long texts: expected --max-seq-len of at least {SHORTEST + SPARE}")
+    measure = lambda text: len(tokenizer.encode(text))
+    texts = texts_of(source, split)
+    filler, python = Filler(texts, measure), [text for text in texts if read_source(text)[0]] # files that define something with an answer
+    wanted = [(Passkey, filler, SHORTEST, dict(size=500)), (MultiKey, filler, SHORTEST, dict(size=1500, questions=4))]
+    if len(python) >= LEAST_PYTHON:
+        code = Sources(python, measure)
+        wanted += [(CodeQuestions, code, SHORTEST, dict(size=1500, questions=3)), (TopicShift, code, SHORTEST_SHIFT, dict(size=500))]
+    else:
+        print0(f"left out    {split}: questions about code, {len(python)} of the texts are Python files that define something, it takes {LEAST_PYTHON}")
+    tasks = []
+    for make, held, low, settings in wanted:
+        lacks = f"rows of {seq_len} tokens are too short"
+        while low <= high and (lacks := (task := make(held, length=(low, high), seed=seed, split=split, **settings)).lacking()):
+            low *= 2
+        if lacks:
+            print0(f"left out    {split}: {make.name}, {lacks}")
+        else:
+            tasks.append(task)
+    return tasks
 
 
 def conversations(source, split, tokenizer, seq_len, hub, seed=0):
@@ -64,22 +118,9 @@ def conversations(source, split, tokenizer, seq_len, hub, seed=0):
     dealt by number, a sum of twenty tokens would drown among texts of a thousand, and hardly anything the assistant says would be trained.
     source   where the long texts come from;  hub   also SmolTalk, MMLU and GSM8K
     """
-    measure = lambda text: len(tokenizer.encode(text))
-    texts = texts_of(source, split)
-    settings = dict(length=(SHORTEST, seq_len - SPARE), seed=seed, split=split)
-    filler = Filler(texts, measure)
     short = [task(size=4000, seed=seed, split=split) for task in (Arithmetic, SimpleSpelling, SpellingBee)]
-    long = [Passkey(filler, size=500, **settings), MultiKey(filler, size=1500, questions=4, **settings)]
-    python = [text for text in texts if read_source(text)[0]] # files that define something with an answer
-    if len(python) >= LEAST_PYTHON:
-        code = Sources(python, measure)
-        long.append(CodeQuestions(code, size=1500, questions=3, **settings))
-        if seq_len >= SHORTEST_SHIFT:
-            long.append(TopicShift(code, size=500, **settings | dict(length=(SHORTEST_SHIFT // 2, seq_len - SPARE))))
+    long = long_tasks(source, split, tokenizer, seq_len, seed)
     parts = [(TaskMixture(short, seed=seed), 0.5), (TaskMixture(long, seed=seed), 0.5)]
     if hub:
-        train = split == "train"
-        chat = [SmolTalk(split="train" if train else "test"), MMLU(split="auxiliary_train" if train else "test", stop=100_000 if train else 1000)]
-        chat += [GSM8K(split="train" if train else "test")] * (4 if train else 1)
-        parts = [(items, 0.15) for items, _ in parts] + [(TaskMixture(chat, seed=seed), 0.7)]
+        parts = [(items, 0.15) for items, _ in parts] + [(TaskMixture(hub_tasks(split), seed=seed), 0.7)]
     return Parts(parts)

@@ -7,6 +7,7 @@ Out: a list of Stages for scripts/speedrun.py, and the plan as text.
 import hashlib
 import shlex
 from dataclasses import dataclass
+from pathlib import Path
 
 from nanochat import cost, tiers
 from nanochat.common import UserError, base_dir
@@ -30,6 +31,12 @@ class Wishes:
             raise UserError(f"TAG={tag}: expected the name of a folder, without / and not beginning with . or -")
         return cls(mc == "1", environment.get("RUN", ""), tag, environment.get("SOURCE", ""), environment.get("CONVERSATIONS", ""))
 
+    def check_files(self):
+        """What can be seen without any package: is the file there?"""
+        path = Path(self.conversations).expanduser()
+        if self.conversations and not path.is_file():
+            raise UserError(f"CONVERSATIONS={self.conversations}: expected a file with one conversation a line, there is none at {path.absolute()}")
+
     def told(self, tier, **more):
         """The environment that asks for this, as one types it: what changes the result, and more."""
         named = dict(TIER=tier, MC="" if self.memory else "0", TAG=self.tag, SOURCE=self.source, CONVERSATIONS=self.conversations, **more)
@@ -42,6 +49,7 @@ class Stage:
     name      what it is called
     command   words
     needs     names of stages whose work it reads: when one of them is done anew, so is this
+    reads     fingerprints of the user's own files that it reads: when they change, it is done anew
     makes     folders below base_dir() that are there when it is done, and are set aside before it makes something else
     extra     words after the command that change nothing in what it makes
     always    cheap enough to do every time
@@ -52,6 +60,7 @@ class Stage:
     makes: tuple = ()
     extra: tuple = ()
     always: bool = False
+    reads: tuple = ()
 
     @property
     def line(self):
@@ -64,13 +73,13 @@ class Stage:
 
 
 def keys(stages):
-    """{name: fingerprint of a stage's command and of the commands of everything it needs}."""
+    """{name: fingerprint of a stage's command, of what is the user's own among what it reads, and of the same of everything it needs}."""
     by_name, found = {stage.name: stage for stage in stages}, {}
 
     def key(name):
         if name not in found:
             needed = [key(need) for need in by_name[name].needs if need in by_name]
-            found[name] = hashlib.sha256(repr((by_name[name].command, needed)).encode()).hexdigest()[:16]
+            found[name] = hashlib.sha256(repr((by_name[name].command, *by_name[name].reads, needed)).encode()).hexdigest()[:16]
         return found[name]
 
     return {name: key(name) for name in by_name}
@@ -81,20 +90,33 @@ def flag(name, value):
     return () if value in (-1, "") else (name, str(value))
 
 
-def stages(recipe, wishes):
-    """Every command of the run, in order."""
+def sources(recipe, wishes):
+    """Every source of text that the run reads."""
+    return {wishes.source} if wishes.source else {recipe.source, recipe.long_source, recipe.memory_source}
+
+
+def hub(recipe):
+    """Does the run take conversations from the data hub?"""
+    return recipe.device == "cuda"
+
+
+def stages(recipe, wishes, own_text="", own_talk=""):
+    """
+    Every command of the run, in order.
+    own_text, own_talk  fingerprints of the user's own text and conversations, "" for none
+    """
     one = ("python", "-m")
     many = ("torchrun", "--standalone", f"--nproc_per_node={recipe.processes}", "-m") if recipe.processes > 1 else one
     tag = wishes.tag or f"d{recipe.depth}" + ("" if wishes.memory else "-plain")
     text, device = ("--source", wishes.source or recipe.source), ("--device", recipe.device)
     long_text = ("--source", wishes.source or recipe.long_source)
-    hub = ("--hub",) if recipe.device == "cuda" else ()
+    from_hub = ("--hub",) if hub(recipe) else ()
     sft_steps = tiers.later_steps(recipe)[1]
 
-    def train(name, *flags, needs):
+    def train(name, *flags, needs, reads=()):
         flags += (*flag("--save-every", recipe.save_every), *flag("--eval-tokens", recipe.eval_tokens), *device, "--resume")
         folder = {"base_train": "base", "mid_train": "mid", "chat_sft": "sft"}[name] + f"_checkpoints/{tag}"
-        return Stage(name, (*many, f"scripts.{name}", "--tag", tag, *flags), needs, (folder,), flag("--run", wishes.run))
+        return Stage(name, (*many, f"scripts.{name}", "--tag", tag, *flags), needs, (folder,), flag("--run", wishes.run), reads=reads)
 
     def read(name, stage, *flags):
         tokens = ("--tokens", str(recipe.eval_tokens))
@@ -108,16 +130,16 @@ def stages(recipe, wishes):
         Stage("report_start", (*one, "nanochat.report", "--reset", "--tier", recipe.tier, "--arguments", wishes.told(recipe.tier)), ("chat_sft",)),
         Stage("download", (*one, "nanochat.dataset", "-n", str(tiers.shards(recipe)))),
         Stage("tok_train", (*one, "scripts.tok_train", *text, "--vocab-size", str(recipe.vocab_size), "--max-chars", str(recipe.tokenizer_chars)),
-              ("download",), ("tokenizer",)),
+              ("download",), ("tokenizer",), reads=flag("text", own_text)), # and with it everything that follows
         Stage("tok_eval", (*one, "scripts.tok_eval", *text), ("report_start",)),
         train("base_train", "--depth", str(recipe.depth), *(() if wishes.memory else ("--plain",)), *text, "--max-seq-len", str(recipe.seq_len),
               *flag("--batch-tokens", recipe.batch_tokens), *flag("--num-tokens", tiers.horizon(recipe)), *flag("--lr", recipe.lr), needs=("tok_train",)),
         read("base_eval", "base", "--core", recipe.core),
-        train("mid_train", "--base-tag", tag, *long_text, *hub, "--max-seq-len", str(recipe.long_len), *flag("--num-steps", recipe.mid_steps), needs=("base_train",)),
+        train("mid_train", "--base-tag", tag, *long_text, *from_hub, "--max-seq-len", str(recipe.long_len), *flag("--num-steps", recipe.mid_steps), needs=("base_train",)),
         read("mid_eval", "mid", "--core", "off", "--samples", "0"),
         chat("mid_chat_eval", "mid"),
-        train("chat_sft", "--mid-tag", tag, *long_text, *hub, *flag("--conversations", wishes.conversations), "--max-seq-len", str(recipe.long_len),
-              "--num-steps", str(sft_steps), needs=("mid_train",)),
+        train("chat_sft", "--mid-tag", tag, *long_text, *from_hub, *flag("--conversations", wishes.conversations), "--max-seq-len", str(recipe.long_len),
+              "--num-steps", str(sft_steps), needs=("mid_train",), reads=flag("conversations", own_talk)),
         read("sft_eval", "sft", "--core", "off", "--samples", "0"),
         chat("chat_eval", "sft"),
         Stage("mega_eval", (*one, "scripts.mega_eval", "--stage", "sft", "--tag", tag, "--source", wishes.source or recipe.memory_source,

@@ -5,9 +5,10 @@ python -m scripts.speedrun --plan      # what would be done: needs no package, w
 python -m scripts.speedrun             # do it
 
 The environment says what is wanted: TIER (8gpu, 1gpu, cpu), MC=0, RUN, TAG, SOURCE, CONVERSATIONS, NANOCHAT_BASE_DIR (README.md).
-The idea: base_dir()/stages holds a small file for each stage: its key (its command and those of all stages that it needs) and
-whether it is done. A stage whose key is done is skipped; one that was killed runs again and goes on from its last checkpoint;
-one that would make something else than what lies there first sets that aside, so nothing old is mixed in or lost.
+The idea: base_dir()/stages holds a small file for each stage: its key (its command, what is the user's own among the files that it
+reads, and the same of all stages that it needs) and whether it is done. A stage whose key is done is skipped; one that was killed
+runs again and goes on from its last checkpoint; one that would make something else than what lies there first sets that aside, so
+nothing old is mixed in or lost. What the run will read is opened before its first stage.
 """
 import argparse
 import fcntl
@@ -22,7 +23,7 @@ from contextlib import contextmanager
 from nanochat import tiers
 from nanochat.common import UserError, base_dir, run_main
 from nanochat.run import duration
-from scripts.plan import TALK, Wishes, downloads, keys, stages, told
+from scripts.plan import TALK, Wishes, downloads, hub, keys, sources, stages, told
 
 parser = argparse.ArgumentParser(prog="speedrun.sh", description="Train, evaluate and report, from nothing to a model that talks",
                                  epilog="Environment: TIER=8gpu|1gpu|cpu, MC=0|1, RUN=name, TAG=name, SOURCE=text, CONVERSATIONS=file.jsonl, "
@@ -143,19 +144,35 @@ def run_stages(found, folder, base, again):
     return time.monotonic() - began
 
 
+def ready(recipe, wishes, folder, base):
+    """The stages of the run, after a look at all that they will read. Raises UserError for what is missing or broken: nothing is trained yet."""
+    try:
+        from scripts import mixtures
+    except ImportError as error:
+        raise UserError(f"a package is missing ({error}). Start with bash speedrun.sh, which does the set-up") from error
+    run = stages(recipe, wishes, *mixtures.own_data(sources(recipe, wishes), wishes.conversations))
+    wanted = keys(run)
+    if hub(recipe) and not all(is_done(read_stamp(folder, stage), stage, wanted[stage.name], base) for stage in run if stage.name in ("mid_train", "chat_sft")):
+        for split in ("train", "val"):
+            mixtures.hub_tasks(split)
+    return run
+
+
 def main():
     args = parser.parse_args()
     wishes, found = Wishes.of(os.environ), tiers.look()
+    wishes.check_files()
     recipe, reason = tiers.choose(found, os.environ.get("TIER", ""))
     if args.plan or args.brief:
         print(told(found, recipe, reason, wishes, commands=args.plan))
         return
-    run = stages(recipe, wishes)
     folder = base_dir() / "stages"
     folder.mkdir(exist_ok=True)
     with alone(folder):
+        run = stages(recipe, wishes)
         begun = any(read_stamp(folder, stage) for stage in run) # then part of what it needs is there already
         tiers.check_machine(found, recipe, 0 if begun else tiers.disk(recipe, downloads(recipe, run)))
+        run = ready(recipe, wishes, folder, base_dir())
         again = wishes.told(recipe.tier, RUN=wishes.run, NANOCHAT_BASE_DIR=os.environ.get("NANOCHAT_BASE_DIR", ""))
         seconds = run_stages(run, folder, base_dir(), f"{again} bash speedrun.sh")
     print(f"\nDone in {duration(seconds)}. The report is report.md. Talk to the model:\n  source .venv/bin/activate\n" + "\n".join(f"  {line}" for line in TALK))

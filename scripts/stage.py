@@ -14,10 +14,11 @@ import torch
 from nanochat import checkpoint, cost, hardware, schedule
 from nanochat.common import UserError, checkpoint_dir, cleanup, print0, setup
 from nanochat.dataloader import Loader, gather_state, val_loader
+from nanochat.dataset import add_data_dir, notes, use_data_dir
 from nanochat.loss_eval import bits_per_byte
 from nanochat.optim import make_optimizer
 from nanochat.run import Log, Progress
-from nanochat.train import Curves, PlainObjective, fit
+from nanochat.train import Curves, PlainObjective, added, fit
 from scripts.load import describe, modules
 
 
@@ -36,6 +37,7 @@ def add_flags(parser, curriculum):
     parser.add_argument("--save-every", type=int, default=-1, help="checkpoint every N steps (-1 = at the end only)")
     parser.add_argument("--log-every", type=int, default=10, help="a line every N steps")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of this tag, if there is one")
+    add_data_dir(parser)
 
 
 @dataclass
@@ -48,9 +50,10 @@ class Place:
 
 
 def start(args):
-    """Device, processes and precision. Called before any network is built."""
+    """Device, processes and precision. Called before any network is built or text opened."""
     if args.max_seq_len % 32 or args.max_seq_len < 64:
         raise UserError(f"--max-seq-len {args.max_seq_len}: expected a multiple of 32, the block of the memory tree, and at least 64")
+    use_data_dir(args.data_dir)
     device, dist = setup(args.device, args.seed)
     machine = hardware.describe(device)
     dtype, why = hardware.pick_dtype(machine, args.dtype)
@@ -88,6 +91,8 @@ def train(stage, tag, args, place, networks, tokenizer, plan, items, val_items, 
     counts = {name: sum(p.numel() for p in module.parameters()) for name, module in named.items()}
     print0(f"model       d{config.layers}: " + ", ".join(f"{name} {count / 1e6:.2f}M" for name, count in counts.items()) + " parameters")
     print0(f"plan        {plan.steps} steps x {plan.batch_tokens} tokens = {plan.tokens / 1e6:.2f}M; {accumulate} x {rows} rows x {args.max_seq_len} tokens on each process")
+    for note in notes(items):
+        print0(f"text        {note}")
 
     folder = checkpoint_dir(stage, tag)
     identity = dict(identity, batch_tokens=plan.batch_tokens, steps=plan.steps, seed=args.seed)
@@ -128,8 +133,10 @@ def train(stage, tag, args, place, networks, tokenizer, plan, items, val_items, 
             accumulate=accumulate, amp=place.amp, evaluate=evaluate, eval_every=args.eval_every, save=save, save_every=args.save_every, log_every=args.log_every)
     else:
         evaluate(begin) # everything was trained and saved before the last run ended; its numbers are still owed
+    # what was read and what of it was lost, over the whole run and all ranks; the loader says what each means
+    read = {name: int(count) for name, count in added({name: loader.stats[name] for name in ("documents", "empty", "cropped", "cut", "skipped", "padded")}, dist).items()}
     log.summary(stage=stage, tag=tag, **last, steps=plan.steps, tokens=plan.tokens, flops=cost.train_flops(config) * plan.tokens, peak_mb=peak_memory(device) / 2**20,
-                params=sum(counts.values()), memory=int(memory), seed=args.seed, cropped=loader.stats["cropped"], padded=loader.stats["padded"], **progress.summary())
+                params=sum(counts.values()), memory=int(memory), seed=args.seed, **read, **progress.summary())
     log.close()
     loader.close()
     cleanup()

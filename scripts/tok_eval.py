@@ -15,14 +15,15 @@ from unittest import mock
 import tiktoken
 
 from nanochat.common import UserError, base_dir, print0, run_main
-from nanochat.dataset import open_source
+from nanochat.dataset import Sample, add_data_dir, open_source, use_data_dir
 from nanochat.run import Log
 from nanochat.tokenizer import Tokenizer
 
 parser = argparse.ArgumentParser(description="Bytes per token on kinds of text", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 parser.add_argument("--source", default="stdlib", help="its train and val splits are measured: stdlib, dir:PATH, climbmix, or a mix")
 parser.add_argument("--max-chars", type=int, default=1_000_000, help="characters taken of each split")
-parser.add_argument("--doc-cap", type=int, default=10_000, help="most characters taken of one document (-1 = all)")
+parser.add_argument("--doc-cap", type=int, default=-1, help="most characters taken of one document (-1 = a share of --max-chars from each, then more of the long ones)")
+add_data_dir(parser)
 
 OTHERS = {"gpt2": "GPT-2", "cl100k_base": "GPT-4"}
 
@@ -173,18 +174,6 @@ def cached_encoding(name):
             return None
 
 
-def split_sample(source, max_chars, doc_cap):
-    """Texts from the beginnings of a source's documents."""
-    texts, chars = [], 0
-    for text in source.documents():
-        text = text[:max_chars - chars] if doc_cap == -1 else text[:min(doc_cap, max_chars - chars)]
-        texts.append(text)
-        chars += len(text)
-        if chars >= max_chars:
-            break
-    return texts
-
-
 def count_tokens(encode, texts):
     return sum(len(encode(text)) for text in texts)
 
@@ -210,6 +199,7 @@ def main():
     args = parser.parse_args()
     if args.max_chars < 1 or (args.doc_cap < 1 and args.doc_cap != -1):
         raise UserError(f"expected --max-chars of at least 1 and --doc-cap of at least 1 or -1, got {args.max_chars} and {args.doc_cap}")
+    use_data_dir(args.data_dir)
     tokenizer = Tokenizer.load()
     encodings = {name: cached_encoding(name) for name in OTHERS}
     encoders = {"ours": tokenizer.encode,
@@ -219,15 +209,13 @@ def main():
 
     kinds = {kind: [text] for kind, text in SAMPLES.items()}
     for split in ("train", "val"):
-        kinds[f"{args.source}, {split}"] = split_sample(open_source(args.source, split), args.max_chars, args.doc_cap)
+        kinds[f"{args.source}, {split}"] = list(Sample(open_source(args.source, split), args.max_chars, None if args.doc_cap == -1 else args.doc_cap))
     start, rows = time.perf_counter(), []
     for kind, texts in kinds.items():
         for text in texts:
             if tokenizer.decode(tokenizer.encode(text)) != text:
                 raise AssertionError(f"a text of {kind} does not survive encoding and decoding: {text[:80]!r}")
         size = sum(len(text.encode()) for text in texts)
-        if size == 0:
-            raise UserError(f"{kind} holds no text: choose another source")
         rows.append((kind, size, {name: encode and count_tokens(encode, texts) for name, encode in encoders.items()}))
 
     missing = [OTHERS[name] for name, encoding in encodings.items() if encoding is None]

@@ -12,38 +12,21 @@ beside it. Everything trained later is tied to its fingerprint: a new tokenizer 
 """
 
 import argparse
+import os
 import time
 
 from nanochat.common import UserError, base_dir, print0, run_main
-from nanochat.dataset import open_source
+from nanochat.dataset import Sample, add_data_dir, notes, open_source, use_data_dir
 from nanochat.run import Log
-from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
+from nanochat.tokenizer import SPECIAL_TOKENS, TooLittleText, Tokenizer
 
 parser = argparse.ArgumentParser(description="Train the tokenizer", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 parser.add_argument("--source", default="stdlib", help="stdlib, dir:PATH, climbmix, or a mix such as dir:books:0.7,stdlib:0.3")
 parser.add_argument("--vocab-size", type=int, default=32768, help="size of the vocabulary, the nine special tokens included")
 parser.add_argument("--max-chars", type=int, default=2_000_000_000, help="characters to learn from (-1 = the whole source)")
-parser.add_argument("--doc-cap", type=int, default=10_000, help="most characters taken of one document, for variety (-1 = all)")
+parser.add_argument("--doc-cap", type=int, default=-1, help="most characters taken of one document (-1 = a share of --max-chars from each, then more of the long ones)")
 parser.add_argument("--threads", type=int, default=-1, help="threads that count pieces (-1 = every core); changes nothing else")
-
-
-class Sample:
-    """The texts to learn from, and how many there were once they are drawn."""
-
-    def __init__(self, documents, max_chars, doc_cap):
-        self.source, self.max_chars, self.doc_cap = documents, max_chars, doc_cap
-        self.documents = self.chars = 0
-
-    def __iter__(self):
-        for text in self.source:
-            text = text if self.doc_cap == -1 else text[:self.doc_cap]
-            if self.max_chars != -1:
-                text = text[:self.max_chars - self.chars]
-            self.documents += 1
-            self.chars += len(text)
-            yield text
-            if self.chars == self.max_chars:
-                return
+add_data_dir(parser)
 
 
 class Progress:
@@ -70,12 +53,23 @@ def main():
     for flag in ("max_chars", "doc_cap", "threads"):
         if getattr(args, flag) < 1 and getattr(args, flag) != -1:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected at least 1, or -1")
+    if args.threads > os.cpu_count():
+        raise UserError(f"--threads {args.threads}: expected at most {os.cpu_count()}, the cores of this machine, or -1 for all of them")
+    use_data_dir(args.data_dir)
+    source = open_source(args.source, "train")
+    for note in notes(source):
+        print0(note)
+    max_chars, doc_cap, threads = (None if value == -1 else value for value in (args.max_chars, args.doc_cap, args.threads))
 
-    sample = Sample(open_source(args.source, "train").documents(), args.max_chars, args.doc_cap)
+    sample = Sample(source, max_chars, doc_cap)
     start = time.perf_counter()
     try:
-        tokenizer = Tokenizer.train(sample, args.vocab_size, args.threads if args.threads != -1 else None, Progress())
-    except ValueError as error: # a text that is no Unicode, or too little of it for so many tokens
+        tokenizer = Tokenizer.train(sample, args.vocab_size, threads, Progress())
+    except TooLittleText as error:
+        limits = [f"--doc-cap {doc_cap}"] * (doc_cap is not None) + [f"--max-chars {max_chars}"] * (sample.chars == max_chars)
+        raise UserError(f"{args.source}: {error}. It was shown {sample.chars:,} characters of {sample.documents:,} document(s)"
+                        + (f"; {' and '.join(limits)} kept more from it" if limits else "")) from error
+    except ValueError as error:
         raise UserError(f"{args.source}: {error}") from error
     seconds = time.perf_counter() - start
     path = tokenizer.save()

@@ -8,14 +8,15 @@ DCLM evaluation files: query, choices, gold.
 """
 
 from nanochat.common import UserError
-from tasks.common import Task, clip, dialogue, final_text
-from tasks.rows import listed, load_rows
+from tasks.common import clip, dialogue, final_text
+from tasks.rows import RowTask, load_rows
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SUBSETS = {"easy": "ARC-Easy", "challenge": "ARC-Challenge"}
+SHAPES = ({"question": str, "choices": dict, "answerKey": str}, {"query": str, "choices": list, "gold": int}) # the hub's, DCLM's
 
 
-class ChoiceTask(Task):
+class ChoiceTask(RowTask):
     """A task whose answer is one of a few letters."""
 
     kind = "choice"
@@ -28,32 +29,29 @@ class ChoiceTask(Task):
 
 class ARC(ChoiceTask):
     def __init__(self, subset="easy", split="train", **kwargs):
-        super().__init__(**kwargs)
         if subset not in SUBSETS or split not in ("train", "validation", "test"):
             raise ValueError(f"expected easy or challenge, and train, validation or test; got {subset!r} and {split!r}")
         self.name = f"arc_{subset}"
-        self.rows = load_rows("allenai/ai2_arc", SUBSETS[subset], split, name="arc", fields=("choices",),
-                              also=[f"icl/world_knowledge/arc_{subset}"] if split == "test" else [])
+        super().__init__(load_rows("allenai/ai2_arc", SUBSETS[subset], split, *SHAPES, name="arc",
+                                   also=[f"icl/world_knowledge/arc_{subset}"] if split == "test" else []), **kwargs)
 
-    def count(self):
-        return len(self.rows)
-
-    def example(self, index):
-        row, where = self.rows[index], f"{self.name}, row {index}"
-        choices = listed(row["choices"], where)
+    def read(self, row, where):
         if "gold" in row:
-            return choice_conversation(row["query"].removeprefix("Question: "), choices, int(row["gold"]), where)
-        texts, labels = list(choices["text"]), list(choices["label"]) # labels are A, B, C or 1, 2, 3
+            return choice_conversation(row["query"].removeprefix("Question: "), row["choices"], row["gold"], where)
+        texts, labels = row["choices"].get("text"), row["choices"].get("label") # labels are A, B, C or 1, 2, 3
+        if not isinstance(texts, list) or not isinstance(labels, list) or len(texts) != len(labels):
+            raise UserError(f"{where}: expected choices with as many labels as texts, got {clip(row['choices'])}")
         if row["answerKey"] not in labels:
-            raise UserError(f"{where}: expected an answerKey among {labels}, got {row['answerKey']!r}")
+            raise UserError(f"{where}: expected an answerKey among {clip(labels)}, got {clip(row['answerKey'])}")
         return choice_conversation(row["question"], texts, labels.index(row["answerKey"]), where)
 
 
 def choice_conversation(question, choices, right, where):
     """A question, the list of choices and the number of the right one -> conversation."""
-    if not isinstance(choices, list) or len(choices) < 2 or not 0 <= right < len(choices) <= len(LETTERS):
-        raise UserError(f"{where}: expected at least two choices and the number of the right one, "
-                        f"got {clip(choices)} and {right}")
+    if not 2 <= len(choices) <= len(LETTERS) or not all(isinstance(choice, str) for choice in choices):
+        raise UserError(f"{where}: expected 2 to {len(LETTERS)} choices, each a text, got {clip(choices)}")
+    if not 0 <= right < len(choices):
+        raise UserError(f"{where}: expected the number of the right choice, 0 to {len(choices) - 1}, got {right}")
     letters = list(LETTERS[:len(choices)])
     lines = "\n".join(f"{letter}: {choice}" for letter, choice in zip(letters, choices))
     text = f"{question}\n{lines}\nAnswer with the letter only."

@@ -17,6 +17,7 @@ import re
 import warnings
 from collections import Counter
 from dataclasses import dataclass
+from itertools import islice
 
 from nanochat.common import UserError
 from tasks.haystack import Ask, Filler, LongTask
@@ -169,16 +170,17 @@ class Sources(Filler):
 
     def __init__(self, texts, measure=len):
         super().__init__(texts, measure)
-        self.known = {} # number of a text -> ([(fact, size)], [(class, size)])
+        self.known = {} # number of a text -> ([(fact, size, said)], [(class, size, said)])
         self.counts = self.children = None # how often each name is defined, and inherited from, in all texts
 
     def read(self, number):
+        """([(fact, size, said)], [(class, size, said)]) of a text: the size of the definition, and of its question with the answer."""
         if number not in self.known:
-            text = self.texts[number]
+            text, size = self.texts[number], lambda item: self.measure(text[item.start:item.end])
             facts, classes = read_source(text)
-            self.known[number] = ([(fact, self.measure(text[fact.start:fact.end])) for fact in facts
+            self.known[number] = ([(fact, size(fact), self.measure(f"{fact.question(qualified=True)}\n{fact.answer}")) for fact in facts
                                    if self.once(fact.owner or fact.name) and not self.guessable(fact)],
-                                  [(item, self.measure(text[item.start:item.end])) for item in classes if self.once(item.name)])
+                                  [(item, size(item), self.measure(f"Show me class {item.name}.\n{item.header}")) for item in classes if self.once(item.name)])
         return self.known[number]
 
     def count(self):
@@ -202,15 +204,22 @@ class CodeTask(LongTask):
     def __init__(self, texts, measure=len, **kwargs):
         super().__init__(texts if isinstance(texts, Sources) else Sources(texts, measure), **kwargs)
 
-    def search(self, rng, wanted, what):
-        """The first text from a random one on for which wanted(number) is not empty -> (number, wanted(number))."""
+    def search(self, rng, wanted):
+        """The first text from a random one on for which wanted(number) is not empty -> (number, wanted(number)), or None."""
         texts = len(self.filler.texts)
         first = rng.randrange(texts)
         for number in (n % texts for n in range(first, first + texts)):
             if found := wanted(number):
                 return number, found
-        raise UserError(f"{self.name}: none of {texts} texts has {what}. Give it Python source (--source stdlib) "
-                        "or a greater length")
+        return None
+
+    def nothing(self, what):
+        return UserError(f"{self.name}: none of {len(self.filler.texts)} texts has {what}. Give it Python source (--source stdlib) or a greater length")
+
+    def with_some(self, wanted, least):
+        """Are there `least` texts for which wanted(number) is not empty?"""
+        found = (number for number in range(len(self.filler.texts)) if wanted(number))
+        return len(list(islice(found, least))) == least
 
 
 class CodeQuestions(CodeTask):
@@ -218,6 +227,8 @@ class CodeQuestions(CodeTask):
     kinds      what is asked, a selection of KINDS
     questions  how many are asked, each about another file; the one at the wanted depth comes last. One training row of several
                questions learns from all of them
+    A definition with what is shown around it, its question and its answer take at most `share` of the length, one part in
+    questions + 1: so whatever is drawn, it fits, and the rest is filler.
     """
 
     name = "codeqa"
@@ -231,29 +242,39 @@ class CodeQuestions(CodeTask):
             raise UserError(f"codeqa: expected at least {questions + 1} files ({questions} to ask about, others to fill with), "
                             f"got {len(self.filler.used)}")
 
+    def lacking(self):
+        enough = self.with_some(lambda n: self.askable(n, self.kinds, self.share(self.low)), self.questions)
+        return "" if enough else f"fewer than {self.questions} files define something that one can ask about in {self.low} tokens"
+
     def example(self, index):
         rng = self.rng(index)
         length, depth = self.draw(rng)
-        longest = length / (self.questions + 3) # of a definition and what is shown around it
         used, facts, asks = set(), [], []
         for n in range(self.questions):
-            kind = rng.choice(self.kinds) # kinds evenly: most definitions have arguments
-            number, found = self.search(rng, lambda n: n not in used and self.askable(n, kind, longest),
-                                        f"a definition ({kind}) that fits a length of {length}")
+            number, (fact, _, said) = self.choose(rng, used, length)
             used.add(number)
-            fact = rng.choice(found)
-            start, end = self.window(self.filler.texts[number], fact, longest)
+            start, end = self.window(self.filler.texts[number], fact, self.share(length) - said)
             place = depth if n == self.questions - 1 else rng.random()
             facts.append((place, f"\n{self.filler.texts[number][start:end]}\n"))
             asks.append(Ask(fact.question(), fact.answer, n, 1 + fact.at - start))
         return self.recall(rng, length, facts, asks, avoid=used)
 
-    def askable(self, number, kind, longest):
-        return [fact for fact, size in self.filler.read(number)[0]
-                if fact.kind == kind and size <= longest and self.filler.once(fact.name)]
+    def share(self, length):
+        return length / (self.questions + 1)
+
+    def choose(self, rng, used, length):
+        """A text that is not in `used`, and something to ask about it: kinds evenly, as most definitions have arguments, but those that no text has."""
+        for kind in rng.sample(self.kinds, len(self.kinds)):
+            if found := self.search(rng, lambda n: n not in used and self.askable(n, [kind], self.share(length))):
+                return found[0], rng.choice(found[1])
+        raise self.nothing(f"{'another' if used else 'a'} definition that fits a length of {length}")
+
+    def askable(self, number, kinds, share):
+        return [(fact, size, said) for fact, size, said in self.filler.read(number)[0]
+                if fact.kind in kinds and size + said <= share and self.filler.once(fact.name)]
 
     def window(self, text, fact, longest):
-        """(start, end) of whole lines around the definition, at most `longest` unless the definition itself is longer."""
+        """(start, end) of whole lines around the definition, at most `longest`."""
         room = WINDOW - (fact.end - fact.start)
         while room > 0:
             start = text.rfind("\n", 0, max(0, fact.start - room // 2)) + 1
@@ -266,19 +287,22 @@ class CodeQuestions(CodeTask):
 
 
 class TopicShift(CodeTask):
-    """Five turns; "turns" holds answer and depth of each. depth is that of class A, to which the last question returns."""
+    """
+    Five turns; "turns" holds answer and depth of each. depth is that of class A, to which the last question returns.
+    A class takes at most a quarter of the length, a question with its answer a fourteenth: two and five of them leave a seventh.
+    """
 
     name = "topicshift"
+
+    def lacking(self):
+        enough = self.with_some(lambda n: self.classes(n, self.low), 2) and len(self.filler.used) > 2
+        return "" if enough else f"fewer than 2 files have a class with two facts that one can ask about in {self.low} tokens"
 
     def example(self, index):
         rng = self.rng(index)
         length, depth = self.draw(rng)
-        longest = length / 4 # of a class
-        what = f"two classes with two facts each that fit a length of {length}"
-        first, found = self.search(rng, lambda n: self.classes(n, longest), what)
-        a, about_a = rng.choice(found)
-        second, found = self.search(rng, lambda n: n != first and self.classes(n, longest), what)
-        b, about_b = rng.choice(found)
+        first, a, about_a = self.choose(rng, None, length)
+        second, b, about_b = self.choose(rng, first, length)
         shown = [f"\n{self.filler.texts[number][item.start:item.end]}\n" for number, item in ((first, a), (second, b))]
         before, after = rng.sample(about_a, 2)
         aside = rng.choice(about_b)
@@ -290,16 +314,22 @@ class TopicShift(CodeTask):
         out["topics"] = [a.name, b.name]
         return out
 
-    def classes(self, number, longest):
-        """[(class, what can be asked about it)] of one text."""
+    def choose(self, rng, other, length):
+        """A text that is not the other one, a class of it, and what can be asked about that."""
+        if found := self.search(rng, lambda n: n != other and self.classes(n, length)):
+            return found[0], *rng.choice(found[1])
+        raise self.nothing(f"{'a' if other is None else 'another'} class with two facts that fits a length of {length}")
+
+    def classes(self, number, length):
+        """[(class, what can be asked about it)] of one text, as far as it fits a length."""
         facts, classes = self.filler.read(number)
         out = []
-        for item, size in classes:
-            about = [fact for fact, _ in facts if fact.owner == item.name and item.start <= fact.start and fact.end <= item.end]
+        for item, size, shown in classes:
+            about = [(fact, said) for fact, _, said in facts if fact.owner == item.name and item.start <= fact.start and fact.end <= item.end]
             # a property's setter has its getter's name: ask only about what is said once
-            said = Counter((fact.kind, fact.name, fact.argument) for fact in about)
-            about = [fact for fact in about if said[fact.kind, fact.name, fact.argument] == 1]
-            if len(about) >= 2 and size <= longest:
+            often = Counter((fact.kind, fact.name, fact.argument) for fact, _ in about)
+            about = [fact for fact, said in about if often[fact.kind, fact.name, fact.argument] == 1 and said <= length / 14]
+            if len(about) >= 2 and size <= length / 4 and shown <= length / 14:
                 out.append((item, about))
         return out
 

@@ -12,12 +12,20 @@ The last message is the assistant's and holds the right answer: training reads a
 compares. A task neither tokenizes nor talks to a model, so it needs nothing but the standard library.
 """
 
+import hashlib
 import random
 
 import numpy as np
 
+from nanochat.common import check_unicode
+
 ROLES = ("system", "user", "assistant")
 PARTS = ("text", "python", "python_output")
+
+
+def digest(*facts):
+    """A short hash of plain values."""
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
 class Task:
@@ -39,6 +47,11 @@ class Task:
     def example(self, index):
         """Conversation number `index` of the unsliced list."""
         raise NotImplementedError(f"{type(self).__name__} must make its conversations")
+
+    @property
+    def fingerprint(self):
+        """Changes when the conversations change, as far as one can tell without making them all: a run that is continued checks it."""
+        return digest(self.name, self.count(), self.slice)
 
     def __len__(self):
         return len(range(*self.slice.indices(self.count())))
@@ -73,6 +86,10 @@ class GeneratedTask(Task):
             raise ValueError(f"{self.name}: expected a size of at least 1, got {size}")
         self.size, self.seed, self.split = size, seed, split
 
+    @property
+    def fingerprint(self):
+        return digest(super().fingerprint, self.seed, self.split)
+
     def count(self):
         return self.size
 
@@ -95,6 +112,10 @@ class TaskSequence(Task):
             raise ValueError("expected at least one task, got an empty list")
         self.ends = np.cumsum([len(task) for task in self.tasks])
 
+    @property
+    def fingerprint(self):
+        return digest(super().fingerprint, [task.fingerprint for task in self.tasks])
+
     def count(self):
         return int(self.ends[-1])
 
@@ -111,8 +132,12 @@ class TaskMixture(TaskSequence):
 
     def __init__(self, tasks, seed=0, start=0, stop=None, step=1):
         super().__init__(tasks, start, stop, step)
-        self.order = np.arange(super().count())
+        self.seed, self.order = seed, np.arange(super().count())
         random.Random(seed).shuffle(self.order)
+
+    @property
+    def fingerprint(self):
+        return digest(super().fingerprint, self.seed)
 
     def example(self, index):
         return super().example(int(self.order[index]))
@@ -148,8 +173,11 @@ def turns(conversation):
     return out
 
 
-def check_conversation(conversation):
-    """None if the shape is right, else one phrase: what was expected and what came. Used where a user brings the text."""
+def check_conversation(conversation, empty=False):
+    """
+    None if the shape is right, else one phrase: what was expected and what came. Used where other people bring the text.
+    empty  a message may say nothing
+    """
     messages = conversation.get("messages") if isinstance(conversation, dict) else None
     if not isinstance(messages, list) or not messages:
         return 'expected {"messages": [...]} with at least two messages, got ' + clip(conversation)
@@ -159,7 +187,7 @@ def check_conversation(conversation):
         role, content = message["role"], message["content"]
         if role not in ROLES:
             return f"message {n}: expected a role of {', '.join(ROLES)}, got {clip(role)}"
-        if problem := check_content(role, content):
+        if problem := check_content(role, content, empty):
             return f"message {n}: {problem}"
     spoken = [message["role"] for message in messages]
     if "system" in spoken[1:]:
@@ -174,16 +202,26 @@ def check_conversation(conversation):
     return None
 
 
-def check_content(role, content):
+def check_content(role, content, empty):
+    """None, or what is wrong with what one message says."""
     if isinstance(content, str):
-        return None if content.strip() else "expected some text, got an empty one"
-    if role != "assistant":
+        texts = [content]
+    elif role != "assistant":
         return f"expected the {role}'s content to be text, got {clip(content)}"
-    if not isinstance(content, list) or not content:
+    elif not isinstance(content, list) or not content:
         return f"expected text or a list of parts, got {clip(content)}"
-    for part in content:
-        if not (isinstance(part, dict) and part.get("type") in PARTS and isinstance(part.get("text"), str)):
-            return f'expected a part {{"type": one of {", ".join(PARTS)}, "text": ...}}, got {clip(part)}'
+    else:
+        for part in content:
+            if not (isinstance(part, dict) and part.get("type") in PARTS and isinstance(part.get("text"), str)):
+                return f'expected a part {{"type": one of {", ".join(PARTS)}, "text": ...}}, got {clip(part)}'
+        texts = [part["text"] for part in content]
+    if not empty and not any(text.strip() for text in texts):
+        return "expected some text, got an empty one"
+    try:
+        for text in texts:
+            check_unicode(text)
+    except ValueError as error:
+        return str(error)
     return None
 
 

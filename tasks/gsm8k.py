@@ -10,30 +10,25 @@ import re
 from decimal import Decimal, InvalidOperation
 
 from nanochat.common import UserError
-from tasks.common import Task, clip, dialogue
-from tasks.rows import load_rows
+from tasks.common import clip, dialogue
+from tasks.rows import RowTask, load_rows
 
 CALL = re.compile(r"<<([^<>=]*)=([^<>]*)>>")
 FINAL = re.compile(r"####\s*([-+$]*[0-9.,]*[0-9])")
 
 
-class GSM8K(Task):
+class GSM8K(RowTask):
     name = "gsm8k"
 
     def __init__(self, split="train", **kwargs):
-        super().__init__(**kwargs)
         if split not in ("train", "test"):
             raise ValueError(f"expected the split train or test, got {split!r}")
-        self.rows = load_rows("openai/gsm8k", "main", split, name="gsm8k", fields=("question", "answer"))
+        super().__init__(load_rows("openai/gsm8k", "main", split, {"question": str, "answer": str}, name="gsm8k"), **kwargs)
 
-    def count(self):
-        return len(self.rows)
-
-    def example(self, index):
-        row = self.rows[index]
+    def read(self, row, where):
         number = final_number(row["answer"])
         if number is None:
-            raise UserError(f"gsm8k, row {index}: expected an answer that ends in '#### number', got {clip(row['answer'])}")
+            raise UserError(f"{where}: expected an answer that ends in '#### number', got {clip(row['answer'])}")
         return {"messages": dialogue(row["question"], with_tools(row["answer"])), "answer": str(number)}
 
     def evaluate(self, conversation, answer_text):

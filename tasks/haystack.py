@@ -13,12 +13,14 @@ it reads as real text, and wraps round (repeating itself) only when it is longer
 """
 
 import bisect
+import hashlib
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
-from tasks.common import GeneratedTask, dialogue
+from tasks.common import GeneratedTask, dialogue, digest
 
 PIECE = 1000  # characters: small enough to come close to a length, large enough that a million tokens are few pieces
 
@@ -34,6 +36,11 @@ class Filler:
             raise ValueError(f"expected texts to hide facts in, got {len(self.texts)} texts without a line of text")
         self.used = {number for number, _, _ in self.pieces} # texts that are not empty
         self.sizes = np.full(len(self.pieces), -1, dtype=np.int64)
+
+    @cached_property
+    def fingerprint(self):
+        """Changes when the texts do."""
+        return digest(*(hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() for text in self.texts))
 
     def piece(self, n):
         number, start, end = self.pieces[n % len(self.pieces)]
@@ -132,6 +139,11 @@ def insert(text, facts):
     return "".join(out), offsets
 
 
+def needed(measure, facts, question, said=""):
+    """The length that facts and questions take without any filler."""
+    return measure("\n".join([*facts, "", question, said])) + len(facts) + 2  # line ends we may add
+
+
 def hide(filler, rng, facts, length, question, said="", avoid=()):
     """
     Filler with the facts in it and the question at the end; with `said`, the answer and what may follow it, at most `length`
@@ -139,10 +151,10 @@ def hide(filler, rng, facts, length, question, said="", avoid=()):
     facts: list of (depth, fact) -> (text, offsets): where in the text each fact begins.
     """
     measure = filler.measure
-    needed = measure("\n".join([fact for _, fact in facts] + ["", question, said])) + len(facts) + 2  # line ends we may add
-    room = length - needed
+    needs = needed(measure, [fact for _, fact in facts], question, said)
+    room = length - needs
     if room < 0:
-        raise ValueError(f"{len(facts)} facts and their questions take {needed}, more than the length of {length}. "
+        raise ValueError(f"{len(facts)} facts and their questions take {needs}, more than the length of {length}. "
                          "Ask for a longer text or for fewer facts")
     hay = filler.take(rng, room, avoid)
     while True:
@@ -177,6 +189,11 @@ class Ask:
     at: int = 0
 
 
+def following(questions):
+    """All that is said after the first question."""
+    return "\n".join([questions[0].answer] + [text for ask in questions[1:] for text in (ask.question, ask.answer)])
+
+
 class LongTask(GeneratedTask):
     """
     A generated task over a long text.
@@ -198,6 +215,15 @@ class LongTask(GeneratedTask):
             raise ValueError(f"{self.name}: expected a depth from 0 (oldest) to 1 (newest) or None, got {depth}")
         self.depth = depth
 
+    @property
+    def fingerprint(self):
+        return digest(super().fingerprint, self.low, self.high, self.depth, self.filler.fingerprint)
+
+    def too_long(self, facts, questions):
+        """What a task that is trained on says in lacking() if this is the most that a conversation can hold: "" if the shortest length has room."""
+        needs = needed(self.filler.measure, facts, questions[0].question, following(questions))
+        return "" if needs <= self.low else f"the facts and questions of a conversation take up to {needs} of {self.low} tokens"
+
     def draw(self, rng):
         """(length, depth) of one conversation."""
         length = self.low if self.low == self.high else round(math.exp(rng.uniform(*map(math.log, (self.low, self.high)))))
@@ -208,8 +234,7 @@ class LongTask(GeneratedTask):
         Hide `facts`, a list of (depth, text), and ask `questions`, a list of Ask, one after the other. -> conversation,
         whose extras are those of the last question.
         """
-        said = "\n".join([questions[0].answer] + [text for ask in questions[1:] for text in (ask.question, ask.answer)])
-        text, offsets = hide(self.filler, rng, facts, length, questions[0].question, said, avoid)
+        text, offsets = hide(self.filler, rng, facts, length, questions[0].question, following(questions), avoid)
         spoken = dialogue(text, questions[0].answer, *[part for ask in questions[1:] for part in (ask.question, ask.answer)])
         extras = [{"answer": ask.answer, "depth": round((offsets[ask.fact] + ask.at) / len(text), 4)} for ask in questions]
         out = {"messages": spoken, "bucket": bucket(length), **extras[-1]}

@@ -23,11 +23,20 @@ class Passkey(LongTask):
         super().__init__(texts, **kwargs)
         self.digits = digits
 
+    def lacking(self):
+        fact, ask = self.say(" ".join("0" * self.digits))
+        return self.too_long([fact], [ask])
+
     def example(self, index):
         rng = self.rng(index)
         length, depth = self.draw(rng)
-        key = digits(rng, self.digits)
-        return self.recall(rng, length, [(depth, f"The passkey is {key}.")], [Ask("What is the passkey?", key)])
+        fact, ask = self.say(digits(rng, self.digits))
+        return self.recall(rng, length, [(depth, fact)], [ask])
+
+    @staticmethod
+    def say(key):
+        """(what the text says, what is asked)"""
+        return f"The passkey is {key}.", Ask("What is the passkey?", key)
 
 
 class MultiKey(LongTask):
@@ -45,15 +54,26 @@ class MultiKey(LongTask):
             raise ValueError(f"expected 1 <= questions <= pairs, got {questions} questions on {pairs} pairs")
         self.pairs, self.questions, self.digits, self.words = pairs, questions, digits, words
 
+    def lacking(self):
+        measure = self.filler.measure
+        key = max(NAMES, key=lambda name: measure(f" {name}"))
+        value = max(VALUES, key=lambda word: measure(f" {word}")) if self.words else " ".join("0" * self.digits)
+        fact, ask = self.say(key if self.pairs <= len(NAMES) else f"{key} {key}", value)
+        return self.too_long([fact] * self.pairs, [ask] * self.questions)
+
     def example(self, index):
         rng = self.rng(index)
         length, depth = self.draw(rng)
         keys = names(rng, self.pairs)
         values = [rng.choice(VALUES) if self.words else digits(rng, self.digits) for _ in keys]
         depths = [rng.random() for _ in keys[1:]] + [depth]
-        facts = [(depth, f"The key of {key} is {value}.") for depth, key, value in zip(depths, keys, values)]
-        asked = range(self.pairs - self.questions, self.pairs)
-        return self.recall(rng, length, facts, [Ask(f"What is the key of {keys[n]}?", values[n], n) for n in asked])
+        said = [self.say(key, value, n) for n, (key, value) in enumerate(zip(keys, values))]
+        return self.recall(rng, length, [(depth, fact) for depth, (fact, _) in zip(depths, said)], [ask for _, ask in said[-self.questions:]])
+
+    @staticmethod
+    def say(key, value, n=0):
+        """(what the text says, what is asked)"""
+        return f"The key of {key} is {value}.", Ask(f"What is the key of {key}?", value, n)
 
 
 class KeyValue(LongTask):

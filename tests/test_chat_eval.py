@@ -134,6 +134,7 @@ def test_names():
     assert names_of("passkey, chatcore,passkey,mmlu") == ["passkey", *chat_eval.CHATCORE.split(",")]
     assert split_name("codeqa@64x") == ("codeqa", 64) and split_name("gsm8k") == ("gsm8k", None)
     assert names_of(chat_eval.OFFLINE) == chat_eval.OFFLINE.split(",")
+    assert split_name("variables@8x") == ("variables", 8) and split_name("babi3") == ("babi3", None)
     for wrong in ("gsm", "gsm8k@8x", "passkey@0x", "passkey@x", "passkey@8", ""):
         with pytest.raises(UserError, match=f"no task {wrong!r}"):
             names_of(f"arithmetic,{wrong}")
@@ -143,8 +144,10 @@ def test_long_texts_have_the_asked_length(tmp_path):
     """At the row's length question and answer fit into it; at 8x the text is 8 rows long, to a few percent."""
     source, row = make_text(tmp_path / "text"), 1500
     exams = Exams(tokenizer, source, row, seed=0)
+    assert set(chat_eval.LONG) == {"passkey", "multikey", "keyvalue", "variables", "frequent", "babi1", "babi2", "babi3", "codeqa", "topicshift"}
     for name in chat_eval.LONG:
         short, long = exams.build(name), exams.build(f"{name}@8x")
+        assert short.task.name == long.task.name == name
         for i in range(3):
             prompt = tokenizer.render_prompt({"messages": short.task[i]["messages"][:-1]})
             assert 0.5 * row < len(prompt) <= row - short.max_tokens, f"{name}: {len(prompt)} tokens"
@@ -176,6 +179,15 @@ def test_a_run_writes_its_section_and_a_second_stage_joins_it(base, tmp_path, mo
     page = report.assemble()
     assert "### sft (t, step 3)" in page and "### mid (t, step 3)" in page
     assert "| measure | mid | sft | sft, with memory |" in page and "ChatCORE: not measured" in page
+
+
+def test_all_tasks_on_long_texts_can_be_asked(base, tmp_path, monkeypatch):
+    """Variable tracking, frequent words and the stories were there, tested, and could not be asked by any script."""
+    make_run("sft", seq_len=1024)
+    names = [*chat_eval.LONG, "variables@2x", "frequent@2x", "babi1@2x", "babi2@2x", "babi3@2x"]
+    run(monkeypatch, "--no-memory", "--tasks", ",".join(names), "--source", make_text(tmp_path / "text"), "--max-problems", "1")
+    exams = report.read_data("chat")["sft"]["exams"]
+    assert list(exams) == names and all(exam["plain"]["n"] == 1 for exam in exams.values()) # none is missing
 
 
 def test_data_that_is_not_there_is_named_and_the_rest_is_measured(base, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,14 @@ def test_places(base):
         common.checkpoint_dir("pre", "d12")
 
 
+def test_a_base_that_cannot_be_made_is_told(tmp_path, monkeypatch):
+    """NANOCHAT_BASE_DIR below a file: a NotADirectoryError of nobody's making."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "file" / "below"))
+    with pytest.raises(UserError, match=r"cannot make the folder .*/file/below \(Not a directory\): set NANOCHAT_BASE_DIR"):
+        common.base_dir()
+
+
 def test_ranks_come_from_torchrun_or_not_at_all(monkeypatch):
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     for name in names:
@@ -73,12 +82,14 @@ def test_the_log_says_the_same_to_the_file_and_the_terminal(tmp_path, capsys):
     log.close()
     log = Log(tmp_path / "new", "train")  # a resumed run appends
     log.write(4, show=False, loss=2.25)
-    log.summary(val_bpb=0.123456789, steps=5)
+    log.summary(val_bpb=0.123456789, steps=5, source="dir:/my books/it's")
     log.close()
     lines = [json.loads(line) for line in open(tmp_path / "new" / "train.jsonl")]
     assert lines == [{"step": 3, "loss": 2.5, "note": "two words", "bad": "nan"}, {"step": 4, "loss": 2.25},
-                     {"summary": {"val_bpb": 0.123456789, "steps": 5}}]
-    assert capsys.readouterr().out == "step 3 | loss=2.5 note=two_words bad=nan\nsummary val_bpb=0.12345679 steps=5\n"
+                     {"summary": {"val_bpb": 0.123456789, "steps": 5, "source": "dir:/my books/it's"}}]
+    step, summary = capsys.readouterr().out.splitlines()
+    assert step == "step 3 | loss=2.5 note='two words' bad=nan"
+    assert shlex.split(summary) == ["summary", "val_bpb=0.12345679", "steps=5", "source=dir:/my books/it's"], "a path with spaces is still that path"
 
 
 def test_other_ranks_log_nothing(tmp_path, capsys):

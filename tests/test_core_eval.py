@@ -267,9 +267,13 @@ def test_without_a_list_the_folder_holds_the_22_tasks(tmp_path):
     ("{", "expected one JSON object a line"),
     ('{"query": "Q", "choices": ["a"]}', "choice.jsonl, example 1: expected query, choices, gold"),
     ('{"query": "Q", "choices": ["a"], "gold": 1}', "choice.jsonl, example 1: expected query, choices, gold"),
+    *((json.dumps(dict(query="Q", choices=["a", "b"], gold=0) | change), "choice.jsonl, example 1: expected query, choices, gold of a multiple_choice task") for change in
+      (dict(gold="1"), dict(gold=None), dict(gold=0.0), dict(gold=True), dict(gold=-1), dict(choices="ab"), dict(choices=["a", 2]), dict(query=None), dict(query="\ud83d"))),
+    ("[" * 200_000, "expected one JSON object a line"),
     ('{"query": "Q", "choices": ["a", "b"], "gold": 1}', "shows 2 examples and asks another, so at least 3 are needed, got 1"),
 ])
 def test_a_broken_file_is_one_clear_line(tmp_path, line, told):
+    """A gold that is no number used to end in a TypeError, a choice that is no text in an AttributeError in the middle of the evaluation."""
     path = tmp_path / "choice.jsonl"
     path.write_text(line + "\n")
     with pytest.raises(UserError, match=told):

@@ -14,6 +14,8 @@ import tracemalloc
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -457,6 +459,27 @@ def test_fewer_documents_than_lanes_or_ranks(world, count):
     assert sum(bool(batches) for batches in passes) == min(world, count)
 
 
+@pytest.mark.parametrize("rows", [3, 100])
+def test_fewer_row_groups_than_ranks(tmp_path, monkeypatch, rows):
+    """
+    A parquet file of one row group for eight ranks: where ranks take whole row groups, seven of them would have nothing to read. Here
+    they take rows of the run, so the eight together give what one gives, and no process decodes the group twice.
+    """
+    texts = [f"document {i:03d} " * 9 for i in range(rows)]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "only.parquet")
+    assert pq.ParquetFile(tmp_path / "only.parquet").num_row_groups == 1
+    reads, read = [], documents.ParquetFile._read
+    monkeypatch.setattr(documents.ParquetFile, "_read", lambda file, group: reads.append(group) or read(file, group))
+    source = open_source(f"dir:{tmp_path}")
+    one = by_row(take(Loader(source, Bytes(), 16, 64), 3))
+    ranks = [take(Loader(source, Bytes(), 2, 64, rank=rank, world=8), 3) for rank in range(8)]
+    assert all(len(batches) == 3 and (batch.targets >= 0).any() for batches in ranks for batch in batches)
+    assert by_row(batch for batches in ranks for batch in batches) == one and reads == [0]
+    passes = [list(val_loader(source, Bytes(), 2, 64, rank=rank, world=8)) for rank in range(8)]
+    found = by_row(batch for batches in passes for batch in batches)
+    assert sum(target >= 0 for _, targets, _ in found.values() for target in targets) == sum(len(sequence(text)) - 1 for text in source.documents())
+
+
 @pytest.mark.parametrize("big", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 6])
 def test_lanes_that_share_a_document_start_apart(tmp_path, monkeypatch, count, big):
@@ -549,6 +572,26 @@ def test_conversations_are_whole_or_counted(seed, align):
     assert stats["documents"] == 60 and stats["skipped"] == 60 - len(expected)
     assert stats["cut"] == sum(len(ids) - 1 > T and any(mask[1:T + 1]) for ids, mask in items)
     assert stats["tokens"] + stats["cropped"] == total and stats["tokens"] == sum(len(ids) for ids, _ in expected)
+
+
+@pytest.mark.parametrize("said, becomes", [(3, "whole"), (5, "whole"), (6, "cut"), (90, "cut")])
+def test_the_rule_for_a_conversation_longer_than_its_row_by_hand(said, becomes):
+    """
+    A row of 8: three tokens of the user's, then so many of the assistant's. There used to be a second rule, in the tokenizer, that
+    nothing but its own test used; this is the one that trains.
+    """
+    ids, mask = [BOS, *b"abc", *b"x" * said], [0] * 4 + [1] * said
+    assert packing.fate(mask, 8) == becomes
+    loader = Loader([(ids, mask)], None, 1, 8, lanes=1, one_pass=True)
+    [batch] = take(loader, 1)
+    seen = min(said, 5)
+    assert batch.inputs.tolist()[0] == [*ids[:3 + seen], *[BOS] * (5 - seen)] and batch.targets.tolist()[0] == [-1] * 3 + [120] * seen + [-1] * (5 - seen)
+    assert (loader.stats["cut"], loader.stats["cropped"]) == (int(becomes == "cut"), said - seen)
+
+
+@pytest.mark.parametrize("mask", [[0] * 9 + [1], [1] + [0] * 40, []])
+def test_a_conversation_without_an_answer_in_its_row_is_skipped(mask):
+    assert packing.fate(mask, 8) == "skipped"
 
 
 def test_conversations_in_training_are_padded_not_cropped():

@@ -11,8 +11,9 @@ from hypothesis import given, settings, strategies as st
 
 from nanochat import dataset, documents
 from nanochat.common import UserError
-from nanochat.dataset import Mix, data_dir, main, name_hash, open_source, parse_spec, split_names
+from nanochat.dataset import Mix, Sample, Source, data_dir, main, notes, open_source, parse_spec, use_data_dir
 from nanochat.documents import BigText, JsonLines, ParquetFile, TextFile, slices
+from nanochat.folders import name_hash, split_names
 
 SHARED = os.environ.get("NANOCHAT_SHARED_DATA", os.path.join(os.path.dirname(__file__), "..", "..", "shared", "data"))
 
@@ -247,7 +248,9 @@ def test_parquet_text_that_is_not_utf8_is_named(tmp_path):
 @pytest.mark.parametrize("line, words", [
     (b"{broken", "line 3: expected a JSON object"), (b"[1]", "line 3: expected an object with a field `text`, got a list"),
     (b'{"content": "x"}', r"line 3.*fields \['content'\]"), (b'{"text": 5}', "line 3.*got a int"),
-    (b'{"text": "\xff"}', "line 3: not UTF-8"), (b'{"text": "\\ud800"}', "line 3.*surrogate")])
+    (b'{"text": "\xff"}', "line 3: not UTF-8"), (b'{"text": "\\ud800"}', "line 3.*surrogate"),
+    pytest.param(b"[" * 200_000, "line 3: expected a JSON object.*recursion", id="deep"), # json gives up with a RecursionError
+    pytest.param(b'{"text": "x", "more": ' + b'{"a":' * 100_000, "line 3: expected a JSON object", id="deeper")])
 def test_a_bad_line_is_named_by_its_number(tmp_path, line, words):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "one"}\n\n' + line + b'\n{"text": null}\n{"text": "\xc3\xa9"}')
@@ -269,6 +272,108 @@ def test_text_that_is_not_utf8_is_named_with_its_place(tmp_path, monkeypatch, bi
     path.write_bytes(b"x" * 30 + "é".encode()[:1]) # ends within a character
     with pytest.raises(UserError, match=r"byte 30\)"):
         list(slices(TextFile(path)[0]))
+
+
+@pytest.mark.parametrize("kind, big", [("txt", False), ("txt", True), ("jsonl", False), ("parquet", False)])
+def test_a_byte_order_mark_is_no_text(tmp_path, monkeypatch, kind, big):
+    """
+    Some editors begin a file with U+FEFF. A .txt was learnt from with it, a .jsonl was refused for it. It is part of no text, but
+    one inside a text is what somebody wrote.
+    """
+    if big:
+        monkeypatch.setattr(documents, "BIG", 10)
+    text, path = "one\n\ufefftwo\n" + "three\n" * 40, tmp_path / f"a.{kind}"
+    write = {"txt": lambda path, rows: path.write_text(rows[0]), "jsonl": lines, "parquet": parquet}[kind]
+    write(path, [text])
+    clean = [texts(open_source(f"dir:{tmp_path}", split)) for split in ("train", "val")]
+    if kind != "parquet": # which has its own beginning
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    marked = [texts(open_source(f"dir:{tmp_path}", split)) for split in ("train", "val")]
+    assert marked == clean and "".join(marked[0] + marked[1]) == text
+    assert isinstance(documents.open_file(path)[0], BigText if big else str)
+
+
+def test_a_file_that_cannot_be_opened_is_named(tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.txt").write_text("some text")
+    source = open_source(f"dir:{tmp_path}")
+    for i in range(3):
+        (tmp_path / f"{i}.txt").unlink()
+    with pytest.raises(UserError, match=r"\d.txt cannot be opened \(No such file"):
+        texts(source)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(st.sampled_from("ab \n.é"), max_size=100), st.integers(0, 110), st.none() | st.integers(0, 110))
+def test_an_excerpt_is_those_characters(tmp_path_factory, text, start, stop):
+    path = tmp_path_factory.mktemp("excerpt") / "text.txt"
+    path.write_text(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents, "SLICE", 12)
+        parts = list(documents.excerpt(BigText(path, 0, len(text.encode())), start, stop))
+        assert all(parts) and "".join(parts) == text[start:stop] == "".join(documents.excerpt(text, start, stop))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples
+
+@pytest.mark.parametrize("big", [False, True])
+def test_a_sample_of_one_book_is_the_book(tmp_path, monkeypatch, big):
+    """A cap of 10,000 characters a document left that much of a whole book, and the tokenizer's training asked for more text."""
+    if big:
+        monkeypatch.setattr(documents, "BIG", 1000)
+        monkeypatch.setattr(documents, "SLICE", 3000)
+    text = "".join(f"line {i} of a book\n" for i in range(5000))
+    (tmp_path / "book.txt").write_text(text)
+    source = open_source(f"dir:{tmp_path}")
+    whole = "".join(texts(source))
+    for max_chars, doc_cap, size in ((None, None, len(whole)), (10**9, None, len(whole)), (50_001, None, 50_001), (10**9, 5001, 5001), (300, 5001, 300)):
+        sample = Sample(source, max_chars, doc_cap)
+        assert "".join(sample) == whole[:size] and (sample.documents, sample.chars) == (1, size), "slices of a document are one document"
+
+
+def test_a_sample_by_hand(monkeypatch):
+    """
+    Of 4 documents and 60 characters each may give 15. The short ones have but 3, so 36 are taken: a second round brings up to 15 more of
+    each, which is 1 and 15, and a third up to 30 more, of which 8 are still wanted.
+    """
+    monkeypatch.setattr(dataset, "FAIR", 5)
+    source = Source("by hand", [["A" * 16], ["bbb", "ccc"], ["D" * 99]], "")
+    sample = Sample(source, 60)
+    assert list(sample) == ["A" * 15, "bbb", "ccc", "D" * 15, "A", "D" * 15, "D" * 8] and (sample.documents, sample.chars) == (4, 60)
+    assert list(Sample(source, 12)) == ["A" * 5, "bbb", "ccc", "D"], "5 are fair, though a quarter of 12 is less"
+    assert list(Sample(source, 40, doc_cap=4)) == ["A" * 4, "bbb", "ccc", "D" * 4], "a cap is a cap"
+    assert "".join(Sample(source)) == "".join(source.documents())
+    assert sorted("".join(Sample(source, 999))) == sorted("".join(source.documents())), "and there it ends"
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 60), min_size=1, max_size=12), st.integers(1, 400), st.integers(1, 30))
+def test_a_sample_takes_all_it_may_and_from_everyone(sizes, most, fair):
+    source = Source("sizes", [[chr(65 + i) * size for i, size in enumerate(sizes)]], "")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dataset, "FAIR", fair)
+        sample = Sample(source, most)
+        taken = "".join(sample)
+    assert len(taken) == sample.chars == min(most, sum(sizes)), "never less than is there"
+    given = [taken.count(chr(65 + i)) for i in range(len(sizes))]
+    share = max(fair, most // len(sizes))
+    while most >= sum(min(size, share) for size in sizes) and share < max(sizes):
+        share *= 2
+    assert max(given) <= share, "nobody gives more than the round allows in which it ends"
+    assert all(got >= min(size, share // 2) for got, size in zip(given, sizes)) or share == max(fair, most // len(sizes)), "and the one before it is complete"
+
+
+def test_a_sample_of_a_mix_keeps_the_weights(tmp_path):
+    """A few books at 0.7 beside many short files: with one share for all documents the books gave a tenth of the text."""
+    for name, count, size in (("books", 3, 40_000), ("notes", 400, 100)):
+        (tmp_path / name).mkdir()
+        for i in range(count):
+            (tmp_path / name / f"{i}.txt").write_text(name[0] * size)
+    mix = open_source(f"dir:{tmp_path}/books:0.7,dir:{tmp_path}/notes:0.3")
+    taken = "".join(Sample(mix, 60_000))
+    assert abs(taken.count("b") - 42_000) <= 100 and len(taken) == 60_000
+    assert [note.count("validation is") for note in notes(mix)] == [1], "both parts are asked; three books of one size are split as one and two"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -312,25 +417,49 @@ def test_folders_come_from_the_flag_then_the_environment_then_the_base(tmp_path,
     lines(tmp_path / "env" / "books" / "a.jsonl", ["x", "y"])
     monkeypatch.chdir(tmp_path)
     assert texts(open_source("dir:books")) == ["x"]
-    with pytest.raises(UserError, match="nor at"):
+    with pytest.raises(UserError, match=f"no folder at {tmp_path}/nowhere nor at {tmp_path}/env/nowhere:"):
         open_source("dir:nowhere")
     (tmp_path / "books").mkdir()
     with pytest.raises(UserError, match="holds no text"): # the folder here comes first
         open_source("dir:books")
 
 
-def test_empty_files_are_documents_of_no_text_and_an_empty_source_says_so(tmp_path):
-    for name in "abc":
-        (tmp_path / f"{name}.txt").write_text("")
-    assert texts(open_source(f"dir:{tmp_path}", "val")) == [""]
-    for name in "abc":
-        (tmp_path / f"{name}.txt").unlink()
-    for kind in ("txt", "jsonl"):
-        path = tmp_path / f"only.{kind}"
-        path.write_text("")
-        with pytest.raises(UserError, match="no documents|is empty"):
-            open_source(f"dir:{tmp_path}")
-        path.unlink()
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_an_empty_source_says_so(tmp_path, kind):
+    path = tmp_path / f"only.{kind}"
+    path.write_text("")
+    with pytest.raises(UserError, match=rf"holds no text.*1 empty file \(only.{kind}\)"):
+        open_source(f"dir:{tmp_path}")
+    path.write_text("\n" if kind == "jsonl" else "\ufeff")
+    with pytest.raises(UserError, match="no text in its train split|single line"):
+        open_source(f"dir:{tmp_path}")
+
+
+def test_a_folder_that_is_not_there_is_named_as_it_was_looked_for(tmp_path, monkeypatch):
+    """dir:~/nope was said to be missing at <here>/~/nope; a name too long for any disk was a traceback."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(UserError, match=f"no folder at {tmp_path}/nope: expected"):
+        open_source("dir:~/nope")
+    for path in ("x" * 300, "/" + "x" * 300, "~nobody-of-that-name/x", str(tmp_path / "file" / "below")):
+        (tmp_path / "file").touch()
+        with pytest.raises(UserError, match="no folder at "):
+            open_source(f"dir:{path}")
+    (tmp_path / "home").mkdir()
+    lines(tmp_path / "home" / "a.jsonl", ["x", "y"])
+    assert texts(open_source("dir:~/home")) == ["x"]
+
+
+def test_the_flag_is_the_environment(tmp_path, monkeypatch):
+    """Tasks and mixtures look where NANOCHAT_DATA_DIR says, so that is what --data-dir sets; empty, it changes nothing."""
+    monkeypatch.setenv("NANOCHAT_DATA_DIR", "as it was")
+    use_data_dir("")
+    assert os.environ["NANOCHAT_DATA_DIR"] == "as it was"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts" / "books").mkdir(parents=True)
+    lines(tmp_path / "texts" / "books" / "a.jsonl", ["x", "y"])
+    use_data_dir("texts")
+    monkeypatch.chdir("/")
+    assert texts(open_source("dir:books")) == ["x"] and os.environ["NANOCHAT_DATA_DIR"] == str(tmp_path / "texts")
 
 
 def test_climbmix_needs_its_last_shard(tmp_path):

@@ -7,6 +7,7 @@ import threading
 import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import httpx
 import pytest
@@ -201,6 +202,25 @@ def test_shards_in_parallel_with_one_that_fails(tmp_path):
         assert (tmp_path / "shard_00000.parquet").read_bytes() == files["shard_00000.parquet"], "the others go on"
 
 
+def test_a_folder_that_cannot_be_is_told(tmp_path):
+    """--data-dir below a file was a NotADirectoryError; the file is the user's."""
+    (tmp_path / "file").touch()
+    with serve({"a": BODY}) as hub, pytest.raises(UserError, match=r"cannot write to .*/file/below/climbmix \(Not a directory\).*another folder"):
+        download(["a"], tmp_path / "file" / "below" / "climbmix", OneFile(hub.url, 1), quiet=True)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is full")
+def test_a_full_disk_is_told_and_stops_the_rest(tmp_path):
+    """It was a traceback, of every worker. Nothing gets its name, and no other shard is begun."""
+    names = [f"shard{i}" for i in range(60)]
+    for name in names:
+        (tmp_path / f"{name}.part").symlink_to("/dev/full")
+    with serve(dict.fromkeys(names, BODY)) as hub:
+        with pytest.raises(UserError, match=r"cannot write to .*/shard\d+ \(No space left on device\): make room"):
+            download(names, tmp_path, OneFile(hub.url, 60), workers=2, quiet=True)
+        assert not [name for name in names if (tmp_path / name).exists()] and len({name for name, _ in hub.log}) < 60
+
+
 def test_two_programs_at_once_fetch_it_once(hub, tmp_path):
     threads = [threading.Thread(target=download, args=(["a"], tmp_path, OneFile(hub.url, 1)), kwargs={"quiet": True})
                for _ in range(4)]
@@ -240,11 +260,14 @@ def test_an_interrupt_stops_the_workers(hub, tmp_path, monkeypatch):
 
 def test_the_command(tmp_path, monkeypatch, capsys):
     names = [CLIMBMIX.shard(i) for i in (0, 1, 6542)]
+    monkeypatch.setenv("NANOCHAT_DATA_DIR", "") # the flag sets it
     with serve({name: name.encode() * 99 for name in names}) as hub:
         monkeypatch.setattr(sys, "argv", ["dataset", "-n", "2", "-w", "2", "--url", hub.url, "--data-dir", str(tmp_path)])
         main()
     assert sorted(path.name for path in (tmp_path / "climbmix").glob("*.parquet")) == names
-    assert "3 shards in" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"3 shards in {tmp_path}/climbmix\n" in out
+    assert f"--source climbmix --data-dir {tmp_path}, or NANOCHAT_DATA_DIR={tmp_path}" in out, "or the next script will not find them"
     monkeypatch.setattr(sys, "argv", ["dataset", "-n", "7000"])
     with pytest.raises(UserError, match="-n"):
         main()

@@ -21,7 +21,7 @@ import pytest
 from nanochat import cost, hardware, tiers
 from nanochat.common import UserError
 from nanochat.gpt import GPTConfig
-from scripts import plan, speedrun
+from scripts import mixtures, plan, speedrun
 from scripts.plan import Stage, Wishes, keys
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -166,6 +166,18 @@ def test_a_change_reaches_what_hangs_on_it_and_nothing_else():
     assert changed(replace(tiers.CPU, mid_steps=61)) == {"mid_train", "chat_sft"} | evaluations
     assert changed(replace(tiers.CPU, vocab_size=5000)) == {"tok_train", "base_train", "mid_train", "chat_sft"} | evaluations
     assert changed(replace(tiers.CPU, memory_flags=("--documents", "7"))) == {"mega_eval"}
+
+
+def test_changed_files_of_the_users_reach_what_hangs_on_them_and_nothing_else():
+    """An edited mine.jsonl, or another text under the old name of a folder, was "done before": the key was of the commands alone."""
+    wishes = Wishes(source="dir:/texts", conversations="mine.jsonl")
+    make = lambda **prints: keys(plan.stages(tiers.CPU, wishes, **prints))
+    before, evaluations = make(own_text="a", own_talk="a"), {"report_start", "tok_eval", "base_eval", "mid_eval", "mid_chat_eval", "sft_eval", "chat_eval", "mega_eval"}
+    changed = lambda **prints: {name for name, key in make(**prints).items() if key != before[name]}
+    assert changed(own_text="a", own_talk="b") == {"chat_sft"} | evaluations
+    assert changed(own_text="b", own_talk="a") == {"tok_train", "base_train", "mid_train", "chat_sft"} | evaluations
+    assert make() == keys(plan.stages(tiers.CPU, wishes)), "nothing of one's own: the command says it all"
+    assert plan.sources(tiers.CPU, wishes) == {"dir:/texts"} and plan.sources(tiers.NODE, Wishes()) == {"climbmix", "climbmix:0.8,stdlib:0.2", "stdlib"}
 
 
 @pytest.mark.parametrize("environment", [{"MC": "yes"}, {"MC": ""}, {"TAG": "a/b"}, {"TAG": "../x"}, {"TAG": "-x"}])
@@ -385,13 +397,61 @@ def test_speedrun_prints_its_plan_without_any_package(tmp_path):
         commands = re.findall(r"^(?:python|torchrun) .*$", said.stdout, re.M)
         assert len(commands) == len(plan.stages(tiers.choose(found(), tier)[0], Wishes())) + len(plan.TALK)
     assert not (tmp_path / "stages").exists()
+    missing = bash("speedrun.sh", "--plan", CONVERSATIONS="/nope.jsonl", PYTHON=str(bare), NANOCHAT_BASE_DIR=str(tmp_path))
+    assert missing.returncode == 2 and missing.stderr.startswith("error: CONVERSATIONS=/nope.jsonl") and not missing.stdout
 
 
 @pytest.mark.parametrize("environment, says", [
-    ({"TIER": "2gpu"}, "no tier called '2gpu'"), ({"MC": "maybe"}, "MC=maybe"), ({"PYTHON": "/nowhere/python"}, "PYTHON=/nowhere/python is no Python 3.10")])
+    ({"TIER": "2gpu"}, "no tier called '2gpu'"), ({"MC": "maybe"}, "MC=maybe"), ({"CONVERSATIONS": "/nope.jsonl"}, "there is none at /nope.jsonl"), ({"PYTHON": "/nowhere/python"}, "PYTHON=/nowhere/python is no Python 3.10")])
 def test_speedrun_ends_in_one_line_before_it_installs_anything(tmp_path, environment, says):
     said = bash("speedrun.sh", NANOCHAT_BASE_DIR=str(tmp_path), **environment)
     assert said.returncode != 0 and said.stderr.startswith("error: ") and says in said.stderr and said.stderr.count("\n") == 1
+
+
+def test_a_run_looks_at_everything_it_will_read_before_its_first_stage(base, tmp_path, monkeypatch):
+    """A typing mistake in a file of conversations, or data that the hub does not give, was found by fine-tuning, hours after the start."""
+    text, mine = tmp_path / "text", tmp_path / "mine.jsonl"
+    text.mkdir()
+    for n in range(3):
+        (text / f"{n}.txt").write_text("some text\n")
+    mine.write_text('{"messages": []}\n')
+    asked = []
+    monkeypatch.setattr(mixtures, "hub_tasks", asked.append)
+    (base / "stages").mkdir(parents=True)
+
+    def ready(recipe=tiers.CPU, **wishes):
+        return speedrun.ready(recipe, Wishes(**wishes), base / "stages", base)
+
+    for wishes, told in [(dict(conversations=str(mine)), f"{mine}, line 1: expected"), (dict(source=f"dir:{text}/none"), "no folder at"),
+                         (dict(source="dir"), "no source called")]:
+        with pytest.raises(UserError, match=told):
+            ready(**wishes)
+    mine.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
+    wishes = dict(source=f"dir:{text}", conversations=str(mine))
+    first = keys(ready(**wishes))
+    mine.write_text(mine.read_text().replace('"b"', '"c"'))
+    second = keys(ready(**wishes))
+    assert second["mid_train"] == first["mid_train"] and second["chat_sft"] != first["chat_sft"]
+    (text / "2.txt").write_text("another text\n")
+    third = keys(ready(**wishes))
+    assert third["tok_train"] != second["tok_train"] and third == keys(ready(**wishes))
+    assert not asked, "the cpu tier needs no hub"
+    gpu = tiers.CARDS[0][1]
+    run = ready(gpu, **wishes)
+    assert asked == ["train", "val"]
+    for stage in run:
+        for folder in stage.makes:
+            (base / folder).mkdir(parents=True)
+        speedrun.write_stamp(base / "stages", stage, key=keys(run)[stage.name], command=stage.line, done=True, seconds=1)
+    ready(gpu, **wishes)
+    assert asked == ["train", "val"], "what was trained already needs no hub any more"
+
+
+def test_without_the_packages_a_run_says_how_to_get_them(base, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scripts.mixtures", None)
+    monkeypatch.delattr("scripts.mixtures")
+    with pytest.raises(UserError, match="a package is missing .*bash speedrun.sh"):
+        speedrun.ready(tiers.CPU, Wishes(), base, base)
 
 
 def setup_with(tools, folder, call, **environment):

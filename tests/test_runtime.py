@@ -254,6 +254,19 @@ def test_splicing_is_putting_everything_in_again(seed):
     assert edits > 10 and fast.length > 5 * 512, "the case must edit, and go far past the trained range"
 
 
+def test_a_session_on_a_history_keeps_no_graph():
+    """
+    A session that opened a tree read its first context with gradients on: the cache then held all activations of that reading, and what it
+    held was never freed, some hundred MB a session.
+    """
+    memory = session(budget=192)
+    memory.feed(some_ids(3000))
+    again = Session(*tiny_networks(), memory.tree, 192)
+    again.feed([1])
+    assert not again.shown.cache.k.requires_grad and not again.shown.unturned.requires_grad
+    assert not any(k.requires_grad or v.requires_grad for k, v in [*again.shown.pairs().values(), *again.store.near.held.values()])
+
+
 def test_positions_stay_within_the_trained_range_between_two_frames():
     memory = session(tiny_networks(seq_len=512), budget=224)
     memory.feed(some_ids(3000))
@@ -351,3 +364,15 @@ def test_a_batch_is_its_sessions_one_by_one():
     for a, b in zip(alone, together):
         assert a.spans == b.spans and a.tree.tokens(0, a.length).tolist() == b.tree.tokens(0, b.length).tolist()
         assert torch.allclose(a.feed(ids), b.feed(ids), atol=1e-3), "a session of a batch still reads alone"
+
+
+def test_a_store_that_is_too_small_costs_forwards_and_nothing_else():
+    """
+    Gists that a context wanted were once pushed out of the store by others read for the same context. With room for next to nothing,
+    the context must still be shown whole.
+    """
+    memory, rng = session(tiny_networks(seq_len=512), budget=192, kept=0.2), np.random.default_rng(0)
+    while memory.length < 12000:
+        memory.feed(some_ids(int(rng.choice([1, 5, 40, 300, 3000])), int(rng.integers(1 << 30))))
+        assert set(memory.shown.spans) == {span for span in memory.spans if not span.live}
+        assert memory.shown.loose == (memory.spans[-1].live if memory.spans else 0) and memory.store.entries[0] <= 0.2 * 192

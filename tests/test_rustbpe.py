@@ -1,6 +1,7 @@
 """rustbpe as Python sees it: the merges of the definition, whatever the threads; interruptible, lean, and clear about bad input."""
 
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -135,6 +136,37 @@ def test_what_is_no_text_is_refused(texts, message):
 def test_no_threads_is_refused():
     with pytest.raises(ValueError, match="threads is 0"):
         rustbpe.train(["text"], 10, threads=0)
+
+
+def outcome(code):
+    """What a process of its own prints: it may well be killed by what it tries."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    return done.stdout + done.stderr[-300:]
+
+
+def test_more_merges_than_memory_has_room_for():
+    """A vocabulary of a billion was given its room at once, 80 GB of it: no error but the end of Python (SIGABRT)."""
+    assert outcome("import rustbpe; print(rustbpe.train(['aa'], 2**31 - 1))") == "[(97, 97)]\n"
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads in /proc")
+def test_more_threads_than_the_system_starts():
+    """5,000 of them in a GB of addresses: a PanicException, which no `except Exception` catches, came out of it. Those that had started are gone, too."""
+    code = """if True:
+        import resource, rustbpe, threading, time
+        from pathlib import Path
+        resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+        try:
+            rustbpe.train(["text"] * 9, 10, threads=5000)
+        except OSError as error:
+            print(error)
+        tasks, patience = Path("/proc/self/task"), time.monotonic() + 10
+        while len(list(tasks.iterdir())) > 1 and time.monotonic() < patience:
+            time.sleep(0.01)
+        print(len(list(tasks.iterdir())), rustbpe.train(["aa"], 1, threads=2))
+    """
+    said = outcome(code)
+    assert re.match(r"the system starts no more than \d+ of 5000 threads \(.*\): ask for fewer\n1 \[\(97, 97\)\]\n$", said), said
 
 
 def test_an_error_of_the_iterator_comes_through():

@@ -167,10 +167,10 @@ def test_answers_that_can_be_guessed_are_not_asked_for():
     """
     many = ["".join(f"class C{n}{k}(Base):\n    pass\n\n" for k in range(3)) for n in range(4)]
     lone = "class Lone(Other):\n    pass\n\ndef f(a=None, b=True, c=7):\n    return None\n"
-    facts = [fact for n in range(5) for fact, _ in Sources([*many, lone]).read(n)[0]]
+    facts = [fact for n in range(5) for fact, _, _ in Sources([*many, lone]).read(n)[0]]
     assert [(fact.kind, fact.answer) for fact in facts] == [("base", "Other"), ("arguments", "a, b, c"), ("default", "7")]
-    counts = Counter(turn["answer"] for c in CodeQuestions(FILES, questions=4, length=4000, size=100) for turn in turns(c))
-    assert counts.most_common(1)[0][1] <= 0.05 * counts.total()
+    counts = Counter(turn["answer"] for c in CodeQuestions(FILES, questions=4, length=4000, size=300) for turn in turns(c))
+    assert counts.most_common(1)[0][1] <= 0.07 * counts.total() # of only 35 files
 
 
 def test_every_question_is_about_another_file():
@@ -178,6 +178,33 @@ def test_every_question_is_about_another_file():
         assert len(conversation["turns"]) == 4 and conversation["depth"] == conversation["turns"][-1]["depth"]
         asked = [message["content"].rsplit("\n", 1)[-1] for message in conversation["messages"][::2]]
         assert len(set(asked)) == 4
+
+
+@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize("seed", range(12))
+def test_what_lacks_nothing_can_always_be_made(name, seed):
+    """
+    A few files, any length, any depth: a task that says it lacks nothing makes every conversation. A kind of question was once drawn
+    that no file had, or none that short, and training ended there.
+    """
+    rng = random.Random(seed)
+    measure = rng.choice([len, lambda text: len(re.findall(r"\w{1,4}| ?[^\w\s]+|\s+", text))]) # the second is not additive, as no tokenizer is
+    sources, low, made = Sources(rng.sample(TEXTS, 5), measure), rng.randrange(300, 900), 0
+    while not made:
+        task = MAKE[name](sources, length=(low, low + 200), size=40, seed=seed)
+        if not task.lacking():
+            made = sum(check_conversation(conversation) is None for conversation in task)
+            assert made == 40
+        low *= 2
+
+
+def test_a_kind_that_no_file_has_gives_way_to_one_that_some_have():
+    functions = [f"def step{n}(left, right):\n    return left * {n}\n" for n in range(8)]
+    asked = {conversation["messages"][-2]["content"].rsplit("\n", 1)[-1].split()[0:2][1] for conversation in CodeQuestions(functions, length=400, size=40)}
+    assert asked == {"arguments", "does"} # "Which arguments does step1 take?", "What does step1 return?"
+    assert CodeQuestions(functions, kinds=["base"], length=400).lacking() and not CodeQuestions(functions, length=400).lacking()
+    with pytest.raises(UserError, match="none of 8 texts has a definition"):
+        CodeQuestions(functions, kinds=["base"], length=400)[0]
 
 
 def test_kinds_can_be_chosen():
@@ -192,7 +219,7 @@ def test_text_without_python_is_a_users_mistake():
         CodeQuestions(["Once upon a time.\n" * 9, "The end.\n" * 9], length=2000)[0]
     with pytest.raises(UserError, match="expected at least 2 files .*got 1"):
         CodeQuestions([SOURCE])
-    with pytest.raises(UserError, match="two classes with two facts each"):
+    with pytest.raises(UserError, match="has another class with two facts that fits a length of 4000"):
         TopicShift([SOURCE, "x = 1\n" * 99], length=4000)[0]
 
 

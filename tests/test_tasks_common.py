@@ -10,6 +10,7 @@ import pytest
 import tasks
 from tasks.common import (GeneratedTask, Task, TaskMixture, TaskSequence, check_conversation, dialogue, final_text, same_words,
                           tool_answer, turns)
+from tasks.needle import Passkey
 
 
 class Numbers(Task):
@@ -87,6 +88,16 @@ def test_generated_conversations_depend_on_seed_split_and_index_alone():
     assert Dice(size=10 ** 12)[2]["messages"][1]["content"] == rolls[0, "train", 2] # any size, in any order
     with pytest.raises(ValueError, match="size of at least 1"):
         Dice(size=0)
+
+
+def test_fingerprints_tell_tasks_apart_and_the_same_ones_alike():
+    """The loader compares them when a run goes on; a memory address or a set in one would refuse every resume."""
+    make = [lambda: Dice(), lambda: Dice(seed=1), lambda: Dice(split="test"), lambda: Dice(size=7), lambda: Dice(start=1), lambda: Numbers(10_000),
+            lambda: TaskSequence([Dice(), Numbers(5)]), lambda: TaskSequence([Numbers(5), Dice()]), lambda: TaskMixture([Dice(), Numbers(5)]),
+            lambda: TaskMixture([Dice(), Numbers(5)], seed=1), lambda: TaskMixture([Dice(seed=1), Numbers(5)]), lambda: Passkey(["a text\n"]), lambda: Passkey(["b text\n"]),
+            lambda: Passkey(["a text\n"], length=50), lambda: Passkey(["a text\n"], depth=0.5)]
+    prints = [one().fingerprint for one in make]
+    assert len(set(prints)) == len(make) and prints == [one().fingerprint for one in make]
 
 
 def test_turns_cut_a_conversation_after_each_answer():

@@ -124,6 +124,19 @@ def test_a_length_too_small_for_the_facts_is_refused():
         Filler(["", ""])
 
 
+@pytest.mark.parametrize("measure", [len, tokens])
+@pytest.mark.parametrize("make", [Passkey, MultiKey, lambda texts, **kw: MultiKey(texts, questions=4, **kw), lambda texts, **kw: MultiKey(texts, pairs=5, words=True, **kw)])
+def test_what_lacks_nothing_has_room_for_every_conversation(make, measure):
+    """The shortest length that lacks nothing is enough, and one that is a few words shorter is not: the law is not a guess with a margin."""
+    length = next(length for length in range(10, 2000) if not make(TEXTS, length=length, measure=measure).lacking())
+    for conversation in make(TEXTS, length=length, measure=measure, size=200):
+        assert measure(whole(conversation)) <= length
+    assert "take up to" in make(TEXTS, length=length - 1, measure=measure).lacking()
+    with pytest.raises(ValueError, match="more than the length"):
+        for i in range(200):
+            make(TEXTS, length=round(0.7 * length), measure=measure)[i]
+
+
 def test_a_million_tokens_take_seconds():
     start = time.perf_counter()
     conversation = MultiKey(TEXTS, pairs=200, length=4_000_000, depth=0.5)[0]

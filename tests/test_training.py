@@ -1,4 +1,5 @@
 """The training scripts as a user runs them, tiny: two processes give one process's losses, and a killed run goes on as if nothing happened."""
+import importlib
 import json
 import os
 import shutil
@@ -72,6 +73,22 @@ def test_a_checkpoint_of_another_run_is_refused(place):
     done = subprocess.run([sys.executable, "-m", "scripts.base_train", *TINY, "--source", f"dir:{place[1]}", "--tag", "one", "--seed", "7", "--resume"],
                           cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and "seed" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_data_folder_by_flag_and_what_was_left_out(place):
+    """--data-dir was known to the download only: what it had fetched elsewhere, no other script found. What is no text is told at the start."""
+    (place[1] / "notes.json").write_text("{}")
+    out = run(place, "scripts.base_train", *TINY, "--source", f"dir:{place[1].name}", "--data-dir", str(place[1].parent), "--tag", "flag", "--plain", "--num-steps", "1")
+    assert f"text        dir:{place[1].name}: left out: 1 file of other kinds (.json 1)" in out.splitlines()
+    (place[1] / "notes.json").unlink()
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "scripts").glob("*.py")))
+def test_a_script_that_opens_text_takes_a_data_folder(name):
+    flags = getattr(getattr(importlib.import_module(f"scripts.{name}"), "parser", None), "_option_string_actions", {})
+    if "--source" in flags:
+        source = (ROOT / "scripts" / f"{name}.py").read_text()
+        assert "--data-dir" in flags and ("use_data_dir(args.data_dir)" in source or "start(args)" in source)
 
 
 def test_without_the_memory_package_the_plain_model_trains_and_talks(place):

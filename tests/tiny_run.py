@@ -36,7 +36,7 @@ def make_run(*stages, seq_len=512, memory=True, seed=0, width=32):
         if network is not None:
             stir(network)
     for stage in stages:
-        meta = dict(networks=describe(*networks, tokenizer), batch_tokens=1024)
+        meta = dict(networks=describe(*networks, tokenizer), batch_tokens=1024, lr=1.0)
         checkpoint.save(checkpoint_dir(stage, "t"), STEP, modules(*networks), None, meta)
     return networks
 

@@ -88,7 +88,7 @@ struct Merger {
     lengths: Vec<u32>, // of each token, in bytes
     pairs: HashMap<Pair, Seen, Fold>,
     heap: BinaryHeap<(u64, Reverse<Pair>)>,
-    before: Vec<New>, // by the id of the neighbour before
+    before: Vec<New>, // by the id of the neighbour before, one for every token there is
     after: Vec<New>,  // by the id of the neighbour after
 }
 
@@ -101,8 +101,8 @@ pub enum Stop {
 
 /// The first `most` merges, or fewer if pairs run out.
 pub fn merges(counter: Counter, most: usize, tick: Tick) -> Result<Vec<Pair>, Stop> {
-    let mut merger = Merger::new(counter, most)?;
-    let mut done = Vec::with_capacity(most);
+    let mut merger = Merger::new(counter)?;
+    let mut done = vec![]; // `most` may be any number: room is made for the merges that there are
     while done.len() < most {
         if !tick(done.len(), most) {
             return Err(Stop::Asked);
@@ -115,7 +115,7 @@ pub fn merges(counter: Counter, most: usize, tick: Tick) -> Result<Vec<Pair>, St
 }
 
 impl Merger {
-    fn new(counter: Counter, most: usize) -> Result<Self, Stop> {
+    fn new(counter: Counter) -> Result<Self, Stop> {
         let slots = Slots::new(counter)?;
         let mut first = vec![(0u64, Vec::new()); 1 << 16];
         for (piece, &end) in slots.ends.iter().enumerate() {
@@ -131,8 +131,8 @@ impl Merger {
             lengths: vec![1; 256],
             pairs: HashMap::default(),
             heap: BinaryHeap::new(),
-            before: vec![New::default(); 256 + most],
-            after: vec![New::default(); 256 + most],
+            before: vec![New::default(); 256],
+            after: vec![New::default(); 256],
         };
         for (pair, (count, places)) in first.into_iter().enumerate() {
             if count > 0 {
@@ -166,6 +166,8 @@ impl Merger {
         let (left_length, right_length) = (self.lengths[left as usize] as usize, self.lengths[right as usize] as usize);
         let length = left_length + right_length;
         self.lengths.push(length as u32);
+        self.before.push(New::default());
+        self.after.push(New::default());
         let places = self.pairs.remove(&pair).expect("a pair that best() returned").places;
         let (mut befores, mut afters) = (vec![], vec![]); // neighbours met, each once
         for &place in places.iter() {

@@ -6,7 +6,7 @@
 
 use crate::{count::Counter, merge, split};
 use crossbeam_channel::{bounded, Receiver, SendTimeoutError, Sender};
-use pyo3::exceptions::{PyTypeError, PyUnicodeEncodeError, PyValueError};
+use pyo3::exceptions::{PyOSError, PyTypeError, PyUnicodeEncodeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyString;
 use std::thread::JoinHandle;
@@ -67,6 +67,17 @@ fn count_batches(batches: Receiver<Batch>) -> Counter {
         batch.count(&mut counter);
     }
     counter
+}
+
+/// As many counting threads. Where the system refuses one, those that run end by themselves: their queue is gone with the error.
+fn start(threads: usize, batches: Receiver<Batch>) -> PyResult<Vec<JoinHandle<Counter>>> {
+    let spawn = |number: usize| {
+        let batches = batches.clone();
+        std::thread::Builder::new().spawn(move || count_batches(batches)).map_err(|error| {
+            PyOSError::new_err(format!("the system starts no more than {number} of {threads} threads ({error}): ask for fewer"))
+        })
+    };
+    (0..threads).map(spawn).collect()
 }
 
 fn send(py: Python, queue: &Sender<Batch>, mut batch: Batch) -> PyResult<()> {
@@ -153,14 +164,8 @@ fn train(
     }
     let mut watch = Watch { progress, last: Instant::now() };
 
-    let (queue, batches) = bounded(threads);
-    let workers: Vec<_> = (0..threads)
-        .map(|_| {
-            let batches = batches.clone();
-            std::thread::spawn(move || count_batches(batches))
-        })
-        .collect();
-    drop(batches);
+    let (queue, batches) = bounded(threads.min(64)); // 64 MiB of text, however many threads
+    let workers = start(threads, batches)?;
     let fed = feed(py, texts, &queue, &mut watch);
     drop(queue); // on success and on failure alike: the counters run dry and end
     let bytes = fed?;

@@ -185,6 +185,15 @@ fn a_giant_piece_is_no_trouble() {
     assert_eq!(train([text.as_str()], 2000).unwrap().len(), 2000);
 }
 
+/// Room used to be made for every merge asked for before the first was found: a vocabulary of a billion, typed by mistake,
+/// asked for 80 GB and aborted the whole Python, and 2^62 overflowed. A number is only a number.
+#[test]
+fn asking_for_too_many_costs_nothing() {
+    for most in [3, 1_000_000_000, usize::MAX] {
+        assert_eq!(train(["aaab", "aaab"], most).unwrap(), [(97, 97), (97, 98), (256, 257)]);
+    }
+}
+
 #[test]
 fn stopping_stops() {
     let mut counter = Counter::new();
