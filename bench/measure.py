@@ -112,6 +112,15 @@ def plain(rig, entries):
     return step
 
 
+def fastest_threads(rig, cores, steps=16):
+    """The number of threads that the plain engine decodes fastest with."""
+    step, took = plain(rig, rig.budget - BLOCK // 2), {}
+    for threads in range(1, cores + 1):
+        torch.set_num_threads(threads)
+        took[threads] = statistics.median(decode(step, rig.text[:2 * steps])[steps:])
+    return min(took, key=took.get)
+
+
 def in_turn(rig, sessions, rounds, tokens, seed):
     """
     Sessions, {name: Session}, and the plain engine decode the same ids, a slice each in turn, in an order drawn anew every time.
@@ -128,7 +137,8 @@ def in_turn(rig, sessions, rounds, tokens, seed):
     told = {}
     for name, times in ms.items():
         means = np.array(times).reshape(rounds, tokens).mean(axis=1)
-        told[name] = dict(rounds_ms=means.tolist(), mean_ms=float(np.median(means)), median_ms=float(np.median(times)), p99_ms=float(np.percentile(times, 99)))
+        told[name] = dict(rounds_ms=means.tolist(), mean_ms=float(np.median(means)), median_ms=float(np.median(times)), p99_ms=float(np.percentile(times, 99)),
+                          max_ms=max(times))
     for name, session in sessions.items():
         ticks, edits, read = (session.stats[count] - before[name][count] for count in ("ticks", "edits", "read_tokens"))
         told[name] |= dict(edits=edits / ticks, again=(read - rounds * tokens) / ticks)

@@ -10,8 +10,8 @@ random too, so that a tick makes edits: `edits` says how many. One tree grows on
     decoding    a session on a copy of the tree at each length, beside the plain engine that reads W - 16 entries: the room of a session is full
                 just before a tick, and 32 entries are free after it; `visible` is what it reads on average. They decode the same ids, 4 blocks
                 each in turn, so that a slow phase of the machine meets all; what is told is the median over rounds of a round's mean (of the
-                ratio of means in flatness and overhead). Ticks are in it, and with 1,024 tokens a round one commit to disk. median and p99 are
-                of single tokens; a tick falls on every 32nd. The next token always comes to Python. Each length grows by what is decoded.
+                ratio of means in flatness and overhead). Ticks are in it, and with 1,024 tokens a round one commit to disk. median, p99 and
+                max are of single tokens; a tick falls on every 32nd. The next token always comes to Python. Each length grows by what is decoded.
     a tick      where its milliseconds go, from timers around its stages, in a run of its own
     full        plain full attention, reading as many entries as the history has, as far as they fit into half of the free memory
     exact       a session that re-reads instead of splicing, in turn with the others
@@ -65,6 +65,7 @@ parser.add_argument("--lengths", default="1k,8k,64k,512k,1M", help="histories, a
 parser.add_argument("--prompts", default="", help="prompts of the ttft table (empty = 1k,8k,32k and, without --quick, 100k)")
 parser.add_argument("--tokens", type=int, default=1024, help="tokens decoded at each length in a round")
 parser.add_argument("--rounds", type=int, default=-1, help="rounds (-1 = 3 with --quick, 7 without)")
+parser.add_argument("--threads", type=int, default=-1, help="of the CPU (-1 = as many as the plain engine is fastest with: others may use the machine too)")
 parser.add_argument("--seed", type=int, default=0)
 
 
@@ -80,6 +81,8 @@ def main():
     rig = make_rig(args, device, dtype, max(lengths[-1] + 2 * BLOCK, *prompts))
     if not rig.fits(prompts[0]):
         raise UserError(f"--prompts {args.prompts}: full attention over {prompts[0]} tokens takes more than half of the free memory. Expected a shorter first prompt")
+    if args.threads != -1 or device.type == "cpu":
+        torch.set_num_threads(args.threads if args.threads != -1 else measure.fastest_threads(rig, machine.cores))
     config = rig.gpt.config
     print(machine)
     print(f"d{config.layers}, {cost.parameter_counts(config)['total'] / 1e6:.1f}M parameters in {str(dtype).removeprefix('torch.')} ({reason}), "
@@ -153,6 +156,8 @@ def check(args, lengths, prompts, rounds):
         raise UserError(f"--prompts {args.prompts}: expected lengths of at least 1, ascending")
     if args.tokens < measure.SLICE or args.tokens % measure.SLICE or rounds < 1:
         raise UserError(f"--tokens {args.tokens} --rounds {rounds}: expected a multiple of {measure.SLICE} tokens, and at least one round")
+    if args.threads < 1 and args.threads != -1:
+        raise UserError(f"--threads {args.threads}: expected at least 1, or -1 to try")
     if args.budget < LEAST_BUDGET:
         raise UserError(f"--budget {args.budget}: expected at least {LEAST_BUDGET} entries")
 
@@ -197,7 +202,7 @@ def table(rows, columns):
 
 def print_decoding(rows, plain_ms, rig):
     print(f"\ndecoding, ms a token; the plain engine behind {rig.budget - BLOCK // 2} entries: {plain_ms:.3f}")
-    table(rows, [("history", "length", ",d"), ("visible", "visible", ".0f"), ("mean", "mean_ms", ".3f"), ("median", "median_ms", ".3f"), ("p99", "p99_ms", ".2f"),
+    table(rows, [("history", "length", ",d"), ("visible", "visible", ".0f"), ("mean", "mean_ms", ".3f"), ("median", "median_ms", ".3f"), ("p99", "p99_ms", ".2f"), ("max", "max_ms", ".1f"),
                  ("overhead", "overhead", ".1%"), ("held_mb", "held_mb", ".1f"), ("rss_mb", "rss_mb", ".1f"), ("anon_mb", "rss_anon_mb", ".1f"),
                  ("disk_B/tok", "disk_bytes_per_token", ".2f"), ("ingest/s", "ingest_tokens_s", ",.0f")])
     print(f"\na tick, ms (32 plain steps: {BLOCK * plain_ms:.1f}); edits, and tokens read again for them, a tick")
