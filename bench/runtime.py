@@ -65,7 +65,7 @@ parser.add_argument("--lengths", default="1k,8k,64k,512k,1M", help="histories, a
 parser.add_argument("--prompts", default="", help="prompts of the ttft table (empty = 1k,8k,32k and, without --quick, 100k)")
 parser.add_argument("--tokens", type=int, default=1024, help="tokens decoded at each length in a round")
 parser.add_argument("--rounds", type=int, default=-1, help="rounds (-1 = 3 with --quick, 7 without)")
-parser.add_argument("--threads", type=int, default=-1, help="of the CPU (-1 = as many as the plain engine is fastest with: others may use the machine too)")
+parser.add_argument("--threads", type=int, default=1, help="of the CPU; more make every step wait for the slowest, where others use the machine too")
 parser.add_argument("--seed", type=int, default=0)
 
 
@@ -81,8 +81,7 @@ def main():
     rig = make_rig(args, device, dtype, max(lengths[-1] + 2 * BLOCK, *prompts))
     if not rig.fits(prompts[0]):
         raise UserError(f"--prompts {args.prompts}: full attention over {prompts[0]} tokens takes more than half of the free memory. Expected a shorter first prompt")
-    if args.threads != -1 or device.type == "cpu":
-        torch.set_num_threads(args.threads if args.threads != -1 else measure.fastest_threads(rig, machine.cores))
+    torch.set_num_threads(args.threads)
     config = rig.gpt.config
     print(machine)
     print(f"d{config.layers}, {cost.parameter_counts(config)['total'] / 1e6:.1f}M parameters in {str(dtype).removeprefix('torch.')} ({reason}), "
@@ -156,8 +155,8 @@ def check(args, lengths, prompts, rounds):
         raise UserError(f"--prompts {args.prompts}: expected lengths of at least 1, ascending")
     if args.tokens < measure.SLICE or args.tokens % measure.SLICE or rounds < 1:
         raise UserError(f"--tokens {args.tokens} --rounds {rounds}: expected a multiple of {measure.SLICE} tokens, and at least one round")
-    if args.threads < 1 and args.threads != -1:
-        raise UserError(f"--threads {args.threads}: expected at least 1, or -1 to try")
+    if args.threads < 1:
+        raise UserError(f"--threads {args.threads}: expected at least 1")
     if args.budget < LEAST_BUDGET:
         raise UserError(f"--budget {args.budget}: expected at least {LEAST_BUDGET} entries")
 
