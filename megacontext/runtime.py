@@ -38,7 +38,7 @@ from nanochat.gpt import Entries, causal_after
 from nanochat.kv_cache import KVCache
 
 COMMIT = 1024         # tokens between commits while reading: a commit waits for the disk some 13 ms. save() commits too
-MARGIN = 0.02        # nats a block: what an expansion must be better by than the collapse that pays for it
+MARGIN = 2.0         # nats a block: what an expansion must be better by than the collapse that pays for it (LOG.md, 2026-11-21)
 STAGES = ("read", "ingest", "score", "allocate", "splice")
 LEAST_BUDGET = 6 * BLOCK # a raw tail, room for the next block, and the most gists that cannot collapse: 31 a level, up to level 4
 

@@ -27,6 +27,7 @@ from nanochat import report
 from nanochat.common import UserError, pick_device_type, print0, run_main
 from nanochat.dataset import add_data_dir, open_source, use_data_dir
 from nanochat.engine import Engine
+from nanochat.run import Log
 from scripts.load import load_stage, open_stream
 from scripts.mixtures import texts_of
 from tasks.needle import Passkey
@@ -41,6 +42,7 @@ parser.add_argument("--documents", type=int, default=12, help="rows for each see
 parser.add_argument("--seeds", type=int, default=3, help="samples of rows; the spread is over them")
 parser.add_argument("--recall-lengths", default="1024,8192", help="tokens of history, comma list; empty = no recall table")
 parser.add_argument("--recall-problems", type=int, default=6, help="questions for each length and depth")
+parser.add_argument("--run", default="", help="name of a wandb run (empty = no wandb)")
 parser.add_argument("--device", default="")
 add_data_dir(parser)
 
@@ -141,6 +143,9 @@ def main():
     report.write_section("mega", f"Memory ({args.stage})", *tables, data=data, seconds=time.time() - began)
     for table in tables:
         print0(table + "\n")
+    log = Log(None, wandb_project="nanochat-mega", run=args.run, config=vars(args))
+    log.summary(**{f"loss_{name}": numbers["mean"] for name, numbers in loss.items()}, **telemetry_numbers(data.get("telemetry", {})))
+    log.close()
     print0(json.dumps(data))
 
 
@@ -171,6 +176,12 @@ def recall(loaded, args, W, began):
             rows.append([f"{length} tokens, {name}", *[f"{100 * share:.0f}%" for share in shares]])
             print0(f"recall {rows[-1]} ({time.time() - began:.0f} s)")
     return data, summaries, report.table(["history", *[f"depth {depth}" for depth in DEPTHS]], rows)
+
+
+def telemetry_numbers(summaries):
+    """What a dashboard plots of them, by names such as "lensnet/8192/swap_rate"."""
+    return {f"{name}/{key}": value for name, told in summaries.items()
+            for key, value in dict(swap_rate=told["swap_rate"], budget_use=told["budget_use"], **{f"{stage}_ms": told["ms"][stage]["p50"] for stage in STAGES}).items()}
 
 
 def telemetry_table(summaries):

@@ -5,6 +5,8 @@ Offline conversations are written by the project itself: sums with the calculato
 back in a long text of the corpus (which arguments does a function take, a passkey, one of many keys, a change of topic and back).
 The GPU tiers add SmolTalk, MMLU and GSM8K from the data hub, or from NANOCHAT_DATA_DIR.
 """
+from itertools import islice
+
 from nanochat.common import UserError, print0
 from nanochat.dataset import SPLITS, open_source, parse_spec
 from tasks.arithmetic import Arithmetic
@@ -52,14 +54,12 @@ class Parts:
 
 def texts_of(source, split):
     """Some documents of a source, to hide facts in and to ask about."""
-    texts = []
-    for text in open_source(source, split).documents():
-        texts.append(text)
-        if len(texts) == TEXTS:
-            break
-    if not any(texts):
-        raise UserError(f"{source} has no text in its {split} split, only empty documents: add some")
-    return texts
+    return some_texts(open_source(source, split))
+
+
+def some_texts(opened):
+    """The first documents of an open source that are not empty; a source without any cannot be opened."""
+    return list(islice(filter(None, opened.documents()), TEXTS))
 
 
 def hub_tasks(split):
@@ -78,8 +78,9 @@ def own_data(sources, conversations):
     text = []
     for name in sorted({name for spec in sources for name, _ in parse_spec(spec)} - {"climbmix"}):
         for split in SPLITS:
-            texts_of(name, split)
-            text += [open_source(name, split).fingerprint] if name.startswith("dir:") else []
+            opened = open_source(name, split)
+            some_texts(opened)
+            text += [opened.fingerprint] if name.startswith("dir:") else []
     return digest(*text) if text else "", CustomJSON(conversations).fingerprint if conversations else ""
 
 

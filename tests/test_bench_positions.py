@@ -34,11 +34,11 @@ def test_a_damped_key_is_the_mean_of_the_turned_keys(level):
     networks = tiny_networks(seq_len=8192)
     plain, damped = (kind(*networks, MegaTree.in_memory(make_header(32, 0, "float32")), 192, n_diff=0) for kind in (positions.Session, positions.Damped))
     for session in (plain, damped):
-        session.feed(some_ids(3000))
+        session.feed(some_ids(6000))
     span = next(span for span in plain.spans if span.level == level)
     k, blurred = (session.shown.pairs()[span][0] for session in (plain, damped))
     offsets = torch.arange(span.width) - (span.width - 1) / 2
     mean = rotate(k, *rope_angles(offsets[None], k.size(-1))).mean(dim=2, keepdim=True) # (L, H, width, d) averaged over the places
     slow = torch.arange(k.size(-1)) % (k.size(-1) // 2) >= 4 # pairs that turn by less than a circle over the stretch: there a Gaussian is a good stand-in
     assert torch.allclose(mean[..., slow], blurred[..., slow], atol=0.05 * k.abs().max())
-    assert torch.equal(plain.shown.pairs()[Span(0, 92)][0][0], damped.shown.pairs()[Span(0, 92)][0][0]), "keys of tokens are not damped"
+    assert torch.equal(plain.shown.pairs()[Span(0, 186)][0][0], damped.shown.pairs()[Span(0, 186)][0][0]), "keys of tokens are not damped"

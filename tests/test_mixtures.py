@@ -104,7 +104,7 @@ def test_rows_and_texts_that_cannot_be_are_told(tmp_path):
         conversations(source, "train", tiny_tokenizer(), 256, hub=False)
     for path in (tmp_path / "text").iterdir():
         path.write_text("")
-    with pytest.raises(UserError, match="no text in its val split"):
+    with pytest.raises(UserError, match="holds no text"):
         texts_of(source, "val")
 
 

@@ -242,7 +242,7 @@ class FromNothing(Session):
 def test_splicing_is_putting_everything_in_again(seed):
     """Entries are moved, kept and appended in any order; the logits and what stands where must be those of a view made from nothing."""
     networks, rng = tiny_networks(seed, seq_len=512), np.random.default_rng(seed)
-    fast, slow = (session(networks, budget=224, kept=1000, kind=kind) for kind in (Session, FromNothing)) # nothing is ever forgotten
+    fast, slow = (session(networks, budget=224, margin=0.02, kept=1000, kind=kind) for kind in (Session, FromNothing)) # nothing is ever forgotten
     edits = 0
     for _ in range(40):
         ids = some_ids(int(rng.choice([1, 1, 3, 33, 90, 600])), int(rng.integers(1 << 30)))
