@@ -96,7 +96,7 @@ def run(rig, lengths, prompts, rounds, args, folder):
     """All measurements, each table as soon as it is known; returns what the JSON line tells."""
     with ExitStack() as stack:
         tree = stack.enter_context(MegaTree.create(folder / "tree", rig.header()))
-        rows = [measure.grow(rig, tree, length) for length in lengths]
+        rows = print_growth(measure.grow(rig, tree, length) for length in lengths)
         first = next((row for row in rows if row["length"] == REFERENCE), rows[0])
         last = rows[-1]
         for row in rows:
@@ -115,8 +115,8 @@ def run(rig, lengths, prompts, rounds, args, folder):
             if row["length"] <= QUICK_FULL or not args.quick:
                 row["full_ms"] = measure.full_attention(rig, row["length"])
         print_beside(rows)
-        ttft = [measure.first_token(rig, n, folder / f"prompt-{i}") for i, n in enumerate([prompts[0], *prompts])][1:] # the first one warms up
-        print_ttft(ttft)
+        measure.first_token(rig, prompts[0], folder / "warm-up")
+        ttft = print_ttft(measure.first_token(rig, n, folder / f"prompt-{n}") for n in prompts)
         account = flops_by_depth(rig, last["spans"])
         print_flops(account, args.budget, last["spans"])
         large = measure.open_large(rig, tree, folder / "large")
@@ -193,17 +193,24 @@ def flops_by_depth(rig, spans):
 # Tables
 
 def table(rows, columns):
-    """columns: (heading, key, format); None is told as -"""
-    print("".join(f"{heading:>11}" for heading, _, _ in columns))
+    """Each row as soon as it is measured; returns them as a list. columns: (heading, key, format); None is told as -"""
+    print("".join(f"{heading:>11}" for heading, _, _ in columns), flush=True)
+    told = []
     for row in rows:
         print("".join(f"{'-' if row.get(key) is None else format(row[key], form):>11}" for _, key, form in columns), flush=True)
+        told.append(row)
+    return told
+
+
+def print_growth(rows):
+    print("\na tree that grows: tokens a second of ingest, MB resident with a session there")
+    return table(rows, [("history", "length", ",d"), ("ingest/s", "ingest_tokens_s", ",.0f"), ("rss_mb", "rss_mb", ".1f"), ("anon_mb", "rss_anon_mb", ".1f")])
 
 
 def print_decoding(rows, plain_ms, rig):
     print(f"\ndecoding, ms a token; the plain engine behind {rig.budget - BLOCK // 2} entries: {plain_ms:.3f}")
     table(rows, [("history", "length", ",d"), ("visible", "visible", ".0f"), ("mean", "mean_ms", ".3f"), ("median", "median_ms", ".3f"), ("p99", "p99_ms", ".2f"), ("max", "max_ms", ".1f"),
-                 ("overhead", "overhead", ".1%"), ("held_mb", "held_mb", ".1f"), ("rss_mb", "rss_mb", ".1f"), ("anon_mb", "rss_anon_mb", ".1f"),
-                 ("disk_B/tok", "disk_bytes_per_token", ".2f"), ("ingest/s", "ingest_tokens_s", ",.0f")])
+                 ("overhead", "overhead", ".1%"), ("held_mb", "held_mb", ".1f"), ("disk_B/tok", "disk_bytes_per_token", ".2f")])
     print(f"\na tick, ms (32 plain steps: {BLOCK * plain_ms:.1f}); edits, and tokens read again for them, a tick")
     table(rows, [("history", "length", ",d"), ("spans", "spans", "d"), ("edits", "edits", ".2f"), ("again", "again", ".1f"), ("all", "tick_ms", ".1f"),
                  ("32 steps", "read_ms", ".1f"), ("GistNet", "ingest_ms", ".2f"), ("refocus", "refocus_ms", ".2f"), ("LensNet", "lens_ms", ".2f"),
@@ -220,7 +227,7 @@ def print_beside(rows):
 
 def print_ttft(rows):
     print("\nto the first token of a prompt, seconds")
-    table(rows, [("prompt", "prompt", ",d"), ("prefill", "prefill_s", ".3f"), ("session", "session_s", ".3f"), ("ingest", "ingest_s", ".3f"), ("next token", "next_s", ".4f")])
+    return table(rows, [("prompt", "prompt", ",d"), ("prefill", "prefill_s", ".3f"), ("session", "session_s", ".3f"), ("ingest", "ingest_s", ".3f"), ("next token", "next_s", ".4f")])
 
 
 def print_flops(rows, budget, spans):
