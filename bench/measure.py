@@ -112,15 +112,6 @@ def plain(rig, entries):
     return step
 
 
-def fastest_threads(rig, cores, steps=16):
-    """The number of threads that the plain engine decodes fastest with."""
-    step, took = plain(rig, rig.budget - BLOCK // 2), {}
-    for threads in range(1, cores + 1):
-        torch.set_num_threads(threads)
-        took[threads] = statistics.median(decode(step, rig.text[:2 * steps])[steps:])
-    return min(took, key=took.get)
-
-
 def in_turn(rig, sessions, rounds, tokens, seed):
     """
     Sessions, {name: Session}, and the plain engine decode the same ids, a slice each in turn, in an order drawn anew every time.

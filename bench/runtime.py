@@ -10,7 +10,7 @@ random too, so that a tick makes edits: `edits` says how many. One tree grows on
     decoding    a session on a copy of the tree at each length, beside the plain engine that reads W - 16 entries: the room of a session is full
                 just before a tick, and 32 entries are free after it; `visible` is what it reads on average. They decode the same ids, 4 blocks
                 each in turn, so that a slow phase of the machine meets all; what is told is the median over rounds of a round's mean (of the
-                ratio of means in flatness and overhead). Ticks are in it, and with 1,024 tokens a round one commit to disk. median, p99 and
+                ratio of means in flatness and overhead). Ticks are in it, and now and then a commit to disk. median, p99 and
                 max are of single tokens; a tick falls on every 32nd. The next token always comes to Python. Each length grows by what is decoded.
     a tick      where its milliseconds go, from timers around its stages, in a run of its own
     full        plain full attention, reading as many entries as the history has, as far as they fit into half of the free memory
@@ -65,7 +65,7 @@ parser.add_argument("--lengths", default="1k,8k,64k,512k,1M", help="histories, a
 parser.add_argument("--prompts", default="", help="prompts of the ttft table (empty = 1k,8k,32k and, without --quick, 100k)")
 parser.add_argument("--tokens", type=int, default=1024, help="tokens decoded at each length in a round")
 parser.add_argument("--rounds", type=int, default=-1, help="rounds (-1 = 3 with --quick, 7 without)")
-parser.add_argument("--threads", type=int, default=-1, help="of the CPU (-1 = as many as the plain engine is fastest with: others may use the machine too)")
+parser.add_argument("--threads", type=int, default=1, help="of the CPU; more make every step wait for the slowest, where others use the machine too")
 parser.add_argument("--seed", type=int, default=0)
 
 
@@ -81,8 +81,7 @@ def main():
     rig = make_rig(args, device, dtype, max(lengths[-1] + 2 * BLOCK, *prompts))
     if not rig.fits(prompts[0]):
         raise UserError(f"--prompts {args.prompts}: full attention over {prompts[0]} tokens takes more than half of the free memory. Expected a shorter first prompt")
-    if args.threads != -1 or device.type == "cpu":
-        torch.set_num_threads(args.threads if args.threads != -1 else measure.fastest_threads(rig, machine.cores))
+    torch.set_num_threads(args.threads)
     config = rig.gpt.config
     print(machine)
     print(f"d{config.layers}, {cost.parameter_counts(config)['total'] / 1e6:.1f}M parameters in {str(dtype).removeprefix('torch.')} ({reason}), "
@@ -97,7 +96,7 @@ def run(rig, lengths, prompts, rounds, args, folder):
     """All measurements, each table as soon as it is known; returns what the JSON line tells."""
     with ExitStack() as stack:
         tree = stack.enter_context(MegaTree.create(folder / "tree", rig.header()))
-        rows = [measure.grow(rig, tree, length) for length in lengths]
+        rows = print_growth(measure.grow(rig, tree, length) for length in lengths)
         first = next((row for row in rows if row["length"] == REFERENCE), rows[0])
         last = rows[-1]
         for row in rows:
@@ -116,8 +115,8 @@ def run(rig, lengths, prompts, rounds, args, folder):
             if row["length"] <= QUICK_FULL or not args.quick:
                 row["full_ms"] = measure.full_attention(rig, row["length"])
         print_beside(rows)
-        ttft = [measure.first_token(rig, n, folder / f"prompt-{i}") for i, n in enumerate([prompts[0], *prompts])][1:] # the first one warms up
-        print_ttft(ttft)
+        measure.first_token(rig, prompts[0], folder / "warm-up")
+        ttft = print_ttft(measure.first_token(rig, n, folder / f"prompt-{n}") for n in prompts)
         account = flops_by_depth(rig, last["spans"])
         print_flops(account, args.budget, last["spans"])
         large = measure.open_large(rig, tree, folder / "large")
@@ -156,8 +155,8 @@ def check(args, lengths, prompts, rounds):
         raise UserError(f"--prompts {args.prompts}: expected lengths of at least 1, ascending")
     if args.tokens < measure.SLICE or args.tokens % measure.SLICE or rounds < 1:
         raise UserError(f"--tokens {args.tokens} --rounds {rounds}: expected a multiple of {measure.SLICE} tokens, and at least one round")
-    if args.threads < 1 and args.threads != -1:
-        raise UserError(f"--threads {args.threads}: expected at least 1, or -1 to try")
+    if args.threads < 1:
+        raise UserError(f"--threads {args.threads}: expected at least 1")
     if args.budget < LEAST_BUDGET:
         raise UserError(f"--budget {args.budget}: expected at least {LEAST_BUDGET} entries")
 
@@ -194,17 +193,24 @@ def flops_by_depth(rig, spans):
 # Tables
 
 def table(rows, columns):
-    """columns: (heading, key, format); None is told as -"""
-    print("".join(f"{heading:>11}" for heading, _, _ in columns))
+    """Each row as soon as it is measured; returns them as a list. columns: (heading, key, format); None is told as -"""
+    print("".join(f"{heading:>11}" for heading, _, _ in columns), flush=True)
+    told = []
     for row in rows:
         print("".join(f"{'-' if row.get(key) is None else format(row[key], form):>11}" for _, key, form in columns), flush=True)
+        told.append(row)
+    return told
+
+
+def print_growth(rows):
+    print("\na tree that grows: tokens a second of ingest, MB resident with a session there")
+    return table(rows, [("history", "length", ",d"), ("ingest/s", "ingest_tokens_s", ",.0f"), ("rss_mb", "rss_mb", ".1f"), ("anon_mb", "rss_anon_mb", ".1f")])
 
 
 def print_decoding(rows, plain_ms, rig):
     print(f"\ndecoding, ms a token; the plain engine behind {rig.budget - BLOCK // 2} entries: {plain_ms:.3f}")
     table(rows, [("history", "length", ",d"), ("visible", "visible", ".0f"), ("mean", "mean_ms", ".3f"), ("median", "median_ms", ".3f"), ("p99", "p99_ms", ".2f"), ("max", "max_ms", ".1f"),
-                 ("overhead", "overhead", ".1%"), ("held_mb", "held_mb", ".1f"), ("rss_mb", "rss_mb", ".1f"), ("anon_mb", "rss_anon_mb", ".1f"),
-                 ("disk_B/tok", "disk_bytes_per_token", ".2f"), ("ingest/s", "ingest_tokens_s", ",.0f")])
+                 ("overhead", "overhead", ".1%"), ("held_mb", "held_mb", ".1f"), ("disk_B/tok", "disk_bytes_per_token", ".2f")])
     print(f"\na tick, ms (32 plain steps: {BLOCK * plain_ms:.1f}); edits, and tokens read again for them, a tick")
     table(rows, [("history", "length", ",d"), ("spans", "spans", "d"), ("edits", "edits", ".2f"), ("again", "again", ".1f"), ("all", "tick_ms", ".1f"),
                  ("32 steps", "read_ms", ".1f"), ("GistNet", "ingest_ms", ".2f"), ("refocus", "refocus_ms", ".2f"), ("LensNet", "lens_ms", ".2f"),
@@ -221,7 +227,7 @@ def print_beside(rows):
 
 def print_ttft(rows):
     print("\nto the first token of a prompt, seconds")
-    table(rows, [("prompt", "prompt", ",d"), ("prefill", "prefill_s", ".3f"), ("session", "session_s", ".3f"), ("ingest", "ingest_s", ".3f"), ("next token", "next_s", ".4f")])
+    return table(rows, [("prompt", "prompt", ",d"), ("prefill", "prefill_s", ".3f"), ("session", "session_s", ".3f"), ("ingest", "ingest_s", ".3f"), ("next token", "next_s", ".4f")])
 
 
 def print_flops(rows, budget, spans):

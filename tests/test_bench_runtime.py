@@ -32,7 +32,7 @@ def scratch(tmp_path_factory):
 @pytest.fixture(scope="module")
 def told(scratch):
     """The JSON line of a tiny run, and all lines before it."""
-    flags = "--depth 1 --vocab-size 64 --budget 192 --lengths 256,1k,4k --prompts 96,1k --tokens 64 --rounds 3 --threads 1".split()
+    flags = "--depth 1 --vocab-size 64 --budget 192 --lengths 256,1k,4k --prompts 96,1k --tokens 64 --rounds 3".split()
     with pytest.MonkeyPatch.context() as patch:
         lines = []
         patch.setattr(tempfile, "tempdir", str(scratch))
@@ -103,14 +103,6 @@ def test_the_plain_engine_reads_behind_as_many_entries_every_time():
     for id in (3, 5, 3):
         cache.length = 100
         torch.testing.assert_close(step(id), gpt.extend(torch.tensor([[id]]), cache)[0])
-
-
-def test_the_fastest_number_of_threads_is_taken(monkeypatch):
-    gpt, gistnet, lensnet = tiny_networks()
-    told = []
-    monkeypatch.setattr(torch, "set_num_threads", told.append)
-    monkeypatch.setattr(measure, "decode", lambda step, ids: [{1: 3.0, 2: 2.0, 3: 5.0}[told[-1]]] * len(ids))
-    assert measure.fastest_threads(measure.Rig(gpt, gistnet, lensnet, 192, np.zeros(64, np.int32)), 3) == 2
 
 
 def test_held_counts_each_storage_once_and_no_network():
