@@ -86,7 +86,7 @@ class Session:
     def feed(self, ids, progress=None):
         """
         ids, at least one -> logits (V,) of the token that follows. One token is decoding. Several are a prompt: after it the
-        context is refocused on what it asks, and its end is read again in that light.
+        context is refocused on what it asks, as often as levels have to be opened, and its end is read again in that light.
         """
         if len(ids) == 0:
             raise ValueError("nothing to feed: expected at least one token id")
@@ -105,9 +105,19 @@ class Session:
             room = BLOCK - self.tree.length % BLOCK
             logits = self._read(ids[:room])
             ids = ids[room:]
-        if prompt and self.n_diff and self.refocus():
+        if prompt and self.n_diff and self._settle():
             logits = self._read_again()
         return logits
+
+    def _settle(self):
+        """Refocus until nothing more is wanted, or what was coarsest could be raw: a level is opened at a time. Returns whether anything was edited."""
+        edits = []
+        for _ in range(max(span.level for span in self.spans)):
+            if not self.refocus():
+                break
+            edits += self.edits
+        self.edits = edits
+        return len(edits) > 0
 
     def _read(self, ids):
         """Read tokens that stay within the live block; a tick when they complete it."""

@@ -243,15 +243,13 @@ def test_splicing_is_putting_everything_in_again(seed):
     """Entries are moved, kept and appended in any order; the logits and what stands where must be those of a view made from nothing."""
     networks, rng = tiny_networks(seed, seq_len=512), np.random.default_rng(seed)
     fast, slow = (session(networks, budget=224, margin=0.02, kept=1000, kind=kind) for kind in (Session, FromNothing)) # nothing is ever forgotten
-    edits = 0
     for _ in range(40):
         ids = some_ids(int(rng.choice([1, 1, 3, 33, 90, 600])), int(rng.integers(1 << 30)))
         assert torch.allclose(fast.feed(ids), slow.feed(ids), atol=1e-3)
         assert fast.spans == slow.spans and fast.shown.frame == slow.shown.frame
         here, there = by_place(fast), by_place(slow)
         assert list(here) == list(there) and all(torch.allclose(here[place], there[place], atol=1e-3) for place in here)
-        edits += len(fast.edits)
-    assert edits > 10 and fast.length > 5 * 512, "the case must edit, and go far past the trained range"
+    assert fast.stats["edits"] > 10 and fast.length > 5 * 512, "the case must edit, and go far past the trained range"
 
 
 def test_a_session_on_a_history_keeps_no_graph():
@@ -386,3 +384,15 @@ def test_a_store_that_is_too_small_costs_forwards_and_nothing_else():
         memory.feed(some_ids(int(rng.choice([1, 5, 40, 300, 3000])), int(rng.integers(1 << 30))))
         assert set(memory.shown.spans) == {span for span in memory.spans if not span.live}
         assert memory.shown.loose == (memory.spans[-1].live if memory.spans else 0) and memory.store.entries[0] <= 0.2 * 192
+
+
+def test_a_prompt_opens_what_it_asks_for_however_deep_it_lies():
+    """A level is opened at a time, and a short question once brought one refocus: what lay under a gist of level 2 came too late for the answer."""
+    memory = session(tiny_networks(seq_len=8192), budget=320, n_diff=8)
+    memory.feed(some_ids(9000))
+    wanted = next(span.start for span in memory.spans if span.level == 2) // BLOCK + 5
+    memory.focus = Focus()
+    memory.score = lambda: [9.0 if span.start <= wanted * BLOCK < span.stop else -1.0 for span in memory.spans]
+    memory.feed(some_ids(10, seed=1))
+    assert Span(0, wanted) in memory.spans and memory.shown.cache.length == cost(memory.spans)
+    check(memory.spans, memory.length, 320)
