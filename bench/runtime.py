@@ -10,7 +10,7 @@ random too, so that a tick makes edits: `edits` says how many. One tree grows on
     decoding    a session on a copy of the tree at each length, beside the plain engine that reads W - 16 entries: the room of a session is full
                 just before a tick, and 32 entries are free after it; `visible` is what it reads on average. They decode the same ids, 2 blocks
                 each in turn, so that a slow phase of the machine meets all; what is told is the median over rounds of a round's mean (of the
-                ratio of means in flatness and overhead). Ticks are in it, and with 1,024 tokens a round one commit to disk. median, p99 and
+                ratio of means in flatness and overhead). Ticks are in it, and now and then a commit to disk. median, p99 and
                 max are of single tokens; a tick falls on every 32nd. The next token always comes to Python. Each length grows by what is decoded.
     a tick      where its milliseconds go, from timers around its stages, in a run of its own
     full        plain full attention, reading as many entries as the history has, as far as they fit into half of the free memory

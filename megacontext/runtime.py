@@ -37,7 +37,8 @@ from nanochat.common import UserError
 from nanochat.gpt import Entries, causal_after
 from nanochat.kv_cache import KVCache
 
-COMMIT = 1024         # tokens between commits while reading: a commit waits for the disk some 13 ms. save() commits too
+COMMIT = 4096         # tokens between commits while reading: a commit waits for the disk, 13 to 100 ms. save() commits too
+LOOKED_AT = 1024      # tokens that a gist's value embeddings are the mean of, at most
 MARGIN = 2.0         # nats a block: what an expansion must be better by than the collapse that pays for it (LOG.md, 2026-11-21)
 STAGES = ("read", "ingest", "score", "allocate", "splice")
 LEAST_BUDGET = 6 * BLOCK # a raw tail, room for the next block, and the most gists that cannot collapse: 31 a level, up to level 4
@@ -275,8 +276,12 @@ class Session:
         return read[:len(spans)]
 
     def _value_means(self, span):
-        """A gist's value embeddings are the means of its tokens': one (value_width,) a value layer."""
-        ids = torch.as_tensor(self.tree.tokens(span.start, span.stop), dtype=torch.long, device=self.gpt.device)
+        """
+        A gist's value embeddings are the means of its tokens': one (value_width,) a value layer. Above level 2, where training never goes, of
+        LOOKED_AT tokens at even distances: the mean of a million rows would stop the session for seconds.
+        """
+        step = max(1, span.width // LOOKED_AT)
+        ids = torch.as_tensor(self.tree.tokens(span.start, span.stop)[::step], dtype=torch.long, device=self.gpt.device)
         return [table(ids).mean(dim=0) for table in self.gpt.value_tables]
 
     def _read_blocks(self, blocks):

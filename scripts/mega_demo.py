@@ -232,8 +232,8 @@ def take_turn(n, turn, code, conversation, settings):
     show_context(code, session, blocks)
     spent = {stage: session.stats[f"{stage}_ms"] - stats[f"{stage}_ms"] for stage in STAGES}
     total, ticks = session.took[feeds], len(session.ticks)
-    say("time", f"{total:,.0f} ms to the first token: {', '.join(f'{stage} {ms:,.1f}' for stage, ms in spent.items())}, "
-                f"reading again {total - sum(spent.values()):,.1f}")
+    say("time", f"{total:,.0f} ms to the first token: {', '.join(f'{stage} {ms:,.0f}' for stage, ms in spent.items())}, "
+                f"reading again {total - sum(spent.values()):,.0f}")
 
     said = "".join(piece.text for piece in ([first] if first else []) + list(pieces))
     answer_ms, right = session.took[feeds + 1:], same_words(said, turn.answer)

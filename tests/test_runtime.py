@@ -267,6 +267,16 @@ def test_a_session_on_a_history_keeps_no_graph():
     assert not any(k.requires_grad or v.requires_grad for k, v in [*again.shown.pairs().values(), *again.store.near.held.values()])
 
 
+def test_a_gist_of_many_tokens_looks_at_some_of_them():
+    """At a million tokens the first gist of level 4 once stopped a session for two seconds, to average a million rows."""
+    memory = session(budget=256)
+    memory.feed(some_ids(40_000))
+    tables, ids = memory.gpt.value_tables, memory.tree.tokens(0, 32 ** 3)
+    for level, seen in ((1, ids[:32]), (2, ids[:1024]), (3, ids[::32])):
+        for table, mean in zip(tables, memory._value_means(Span(level, 0))):
+            assert torch.allclose(mean, table.weight[torch.as_tensor(seen, dtype=torch.long)].mean(dim=0), atol=1e-6)
+
+
 def test_positions_stay_within_the_trained_range_between_two_frames():
     memory = session(tiny_networks(seq_len=512), budget=224)
     memory.feed(some_ids(3000))
