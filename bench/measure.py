@@ -28,8 +28,8 @@ from nanochat import cost, hardware
 from nanochat.gpt import GPT
 from nanochat.kv_cache import KVCache
 
-SLICE = 4 * BLOCK      # tokens that one decodes before it is another's turn
-WARM_UP = 16 * BLOCK
+SLICE = 2 * BLOCK      # tokens that one decodes before it is another's turn
+WARM_UP = 8 * BLOCK
 PROFILE = 16 * BLOCK   # tokens of the run with timers
 LARGE = 10_000_000
 CHUNK = 2048           # of a prefill

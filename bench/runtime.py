@@ -8,7 +8,7 @@ python -m bench.runtime --stage sft                           (a trained checkpo
 Networks at random (speed does not depend on them) read ids from a Zipf distribution; LensNet's last layer, which starts at zero, is
 random too, so that a tick makes edits: `edits` says how many. One tree grows on disk, by real ingest, from length to length.
     decoding    a session on a copy of the tree at each length, beside the plain engine that reads W - 16 entries: the room of a session is full
-                just before a tick, and 32 entries are free after it; `visible` is what it reads on average. They decode the same ids, 4 blocks
+                just before a tick, and 32 entries are free after it; `visible` is what it reads on average. They decode the same ids, 2 blocks
                 each in turn, so that a slow phase of the machine meets all; what is told is the median over rounds of a round's mean (of the
                 ratio of means in flatness and overhead). Ticks are in it, and now and then a commit to disk. median, p99 and
                 max are of single tokens; a tick falls on every 32nd. The next token always comes to Python. Each length grows by what is decoded.
@@ -51,7 +51,7 @@ REFERENCE = 8 * 1024   # the history that the longest is compared with; without 
 QUICK_FULL = 64 * 1024 # with --quick, the longest history that full attention reads
 
 parser = argparse.ArgumentParser(description="What a session costs at a fixed budget, whatever the history", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-parser.add_argument("--quick", action="store_true", help="3 rounds, prompts up to 32k, full attention up to 64k")
+parser.add_argument("--quick", action="store_true", help="2 rounds, prompts up to 32k, full attention up to 64k")
 # the model
 parser.add_argument("--depth", type=int, default=4, help="layers of the GPT; everything else follows")
 parser.add_argument("--vocab-size", type=int, default=4096)
@@ -64,7 +64,7 @@ parser.add_argument("--dtype", default="auto", help="of the weights: auto, bf16,
 parser.add_argument("--lengths", default="1k,8k,64k,512k,1M", help="histories, ascending; k = 1,024, M = 1,024k")
 parser.add_argument("--prompts", default="", help="prompts of the ttft table (empty = 1k,8k,32k and, without --quick, 100k)")
 parser.add_argument("--tokens", type=int, default=1024, help="tokens decoded at each length in a round")
-parser.add_argument("--rounds", type=int, default=-1, help="rounds (-1 = 3 with --quick, 7 without)")
+parser.add_argument("--rounds", type=int, default=-1, help="rounds (-1 = 2 with --quick, 7 without)")
 parser.add_argument("--threads", type=int, default=1, help="of the CPU; more make every step wait for the slowest, where others use the machine too")
 parser.add_argument("--seed", type=int, default=0)
 
@@ -73,7 +73,7 @@ def main():
     args = parser.parse_args()
     lengths = sizes("--lengths", args.lengths)
     prompts = sizes("--prompts", args.prompts or ("1k,8k,32k" if args.quick else "1k,8k,32k,100k"))
-    rounds = args.rounds if args.rounds != -1 else 3 if args.quick else 7
+    rounds = args.rounds if args.rounds != -1 else 2 if args.quick else 7
     check(args, lengths, prompts, rounds)
     device, _ = setup(args.device, args.seed)
     machine = hardware.describe(device)
