@@ -10,13 +10,14 @@ random too, so that a tick makes edits: `edits` says how many. One tree grows on
     decoding    a session on a copy of the tree at each length, beside the plain engine that reads W - 16 entries: the room of a session is full
                 just before a tick, and 32 entries are free after it; `visible` is what it reads on average. They decode the same ids, 2 blocks
                 each in turn, so that a slow phase of the machine meets all; what is told is the median over rounds of a round's mean (of the
-                ratio of means in flatness and overhead). Ticks are in it, and now and then a commit to disk. median, p99 and
-                max are of single tokens; a tick falls on every 32nd. The next token always comes to Python. Each length grows by what is decoded.
+                ratio of means in flatness and overhead). Ticks are in it; a commit to disk is not in
+                every round. median, p99 and max are of single tokens; a tick falls on every 32nd. The next token always comes to Python. Each
+                length grows by what is decoded.
     a tick      where its milliseconds go, from timers around its stages, in a run of its own
     full        plain full attention, reading as many entries as the history has, as far as they fit into half of the free memory
     exact       a session that re-reads instead of splicing, in turn with the others
     held        bytes of the session's own tensors; on cuda, and what it takes for a moment beyond them
-    rss         of this process, right after ingest to that length and some ticks of a session there, before the rest is measured
+    rss         of this process, warm, right after ingest to that length and some ticks of a session there, before the rest is measured
     disk        blocks of the tree's folder
     ttft        to the first token of a prompt: prefilled by full attention in pieces of 2,048, fed to an empty session, merely ingested
     flops       of GistNet and LensNet, by arithmetic (megacontext/cost.py), over the base's forward of one token at W
@@ -51,7 +52,7 @@ REFERENCE = 8 * 1024   # the history that the longest is compared with; without 
 QUICK_FULL = 64 * 1024 # with --quick, the longest history that full attention reads
 
 parser = argparse.ArgumentParser(description="What a session costs at a fixed budget, whatever the history", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-parser.add_argument("--quick", action="store_true", help="2 rounds, prompts up to 32k, full attention up to 64k")
+parser.add_argument("--quick", action="store_true", help="3 short rounds, prompts up to 32k, full attention up to 64k")
 # the model
 parser.add_argument("--depth", type=int, default=4, help="layers of the GPT; everything else follows")
 parser.add_argument("--vocab-size", type=int, default=4096)
@@ -63,8 +64,8 @@ parser.add_argument("--dtype", default="auto", help="of the weights: auto, bf16,
 # what is measured
 parser.add_argument("--lengths", default="1k,8k,64k,512k,1M", help="histories, ascending; k = 1,024, M = 1,024k")
 parser.add_argument("--prompts", default="", help="prompts of the ttft table (empty = 1k,8k,32k and, without --quick, 100k)")
-parser.add_argument("--tokens", type=int, default=1024, help="tokens decoded at each length in a round")
-parser.add_argument("--rounds", type=int, default=-1, help="rounds (-1 = 2 with --quick, 7 without)")
+parser.add_argument("--tokens", type=int, default=-1, help="tokens decoded at each length in a round (-1 = 512 with --quick, 1024 without)")
+parser.add_argument("--rounds", type=int, default=-1, help="rounds (-1 = 3 with --quick, 7 without)")
 parser.add_argument("--threads", type=int, default=1, help="of the CPU; more make every step wait for the slowest, where others use the machine too")
 parser.add_argument("--seed", type=int, default=0)
 
@@ -73,8 +74,9 @@ def main():
     args = parser.parse_args()
     lengths = sizes("--lengths", args.lengths)
     prompts = sizes("--prompts", args.prompts or ("1k,8k,32k" if args.quick else "1k,8k,32k,100k"))
-    rounds = args.rounds if args.rounds != -1 else 2 if args.quick else 7
-    check(args, lengths, prompts, rounds)
+    rounds = args.rounds if args.rounds != -1 else 3 if args.quick else 7
+    tokens = args.tokens if args.tokens != -1 else 512 if args.quick else 1024
+    check(args, lengths, prompts, rounds, tokens)
     device, _ = setup(args.device, args.seed)
     machine = hardware.describe(device)
     dtype, reason = hardware.pick_dtype(machine, args.dtype)
@@ -87,15 +89,16 @@ def main():
     print(f"d{config.layers}, {cost.parameter_counts(config)['total'] / 1e6:.1f}M parameters in {str(dtype).removeprefix('torch.')} ({reason}), "
           f"{args.stage or 'random'} weights, W = {args.budget}, {torch.get_num_threads()} threads")
     with TemporaryDirectory(prefix="bench-runtime-") as folder:
-        told = run(rig, lengths, prompts, rounds, args, Path(folder))
+        told = run(rig, lengths, prompts, rounds, tokens, args, Path(folder))
     print(json.dumps(dict(bench="runtime", machine=machine.name, depth=config.layers, vocab_size=config.vocab_size, dtype=str(dtype), stage=args.stage,
-                          budget=args.budget, tokens=args.tokens, rounds=rounds, seed=args.seed, threads=torch.get_num_threads(), torch=torch.__version__, **told)))
+                          budget=args.budget, tokens=tokens, rounds=rounds, seed=args.seed, threads=torch.get_num_threads(), torch=torch.__version__, **told)))
 
 
-def run(rig, lengths, prompts, rounds, args, folder):
+def run(rig, lengths, prompts, rounds, tokens, args, folder):
     """All measurements, each table as soon as it is known; returns what the JSON line tells."""
     with ExitStack() as stack:
         tree = stack.enter_context(MegaTree.create(folder / "tree", rig.header()))
+        measure.settle(rig)
         rows = print_growth(measure.grow(rig, tree, length) for length in lengths)
         first = next((row for row in rows if row["length"] == REFERENCE), rows[0])
         last = rows[-1]
@@ -104,7 +107,7 @@ def run(rig, lengths, prompts, rounds, args, folder):
             row["disk_bytes_per_token"] = measure.disk_bytes(folder / str(row["length"])) / row["length"]
         sessions = {length: rig.session(stack.enter_context(MegaTree.open(folder / str(length)))) for length in lengths}
         exact = rig.session(stack.enter_context(tree.fork(folder / "exact", first["length"])), exact=True)
-        decoded = measure.in_turn(rig, sessions | {"exact": exact}, rounds, args.tokens, args.seed)
+        decoded = measure.in_turn(rig, sessions | {"exact": exact}, rounds, tokens, args.seed)
         plain_ms = decoded["plain"]["mean_ms"]
         for row in rows:
             row |= decoded[row["length"]] | measure.stages(rig, sessions[row["length"]])
@@ -146,15 +149,15 @@ def sizes(flag, text):
         raise UserError(f"{flag} {text}: expected whole numbers separated by commas, such as 1k,8k,1M") from None
 
 
-def check(args, lengths, prompts, rounds):
+def check(args, lengths, prompts, rounds, tokens):
     if len(lengths) < 2 or lengths != sorted(set(lengths)) or lengths[0] < 1 or any(length % BLOCK for length in lengths):
         raise UserError(f"--lengths {args.lengths}: expected at least two, ascending, each a multiple of {BLOCK}")
     if lengths[-1] == REFERENCE:
         raise UserError(f"--lengths {args.lengths}: expected a history longer than {REFERENCE} tokens, which others are compared with")
     if prompts != sorted(set(prompts)) or prompts[0] < 1:
         raise UserError(f"--prompts {args.prompts}: expected lengths of at least 1, ascending")
-    if args.tokens < measure.SLICE or args.tokens % measure.SLICE or rounds < 1:
-        raise UserError(f"--tokens {args.tokens} --rounds {rounds}: expected a multiple of {measure.SLICE} tokens, and at least one round")
+    if tokens < measure.SLICE or tokens % measure.SLICE or rounds < 1:
+        raise UserError(f"--tokens {tokens} --rounds {rounds}: expected a multiple of {measure.SLICE} tokens, and at least one round")
     if args.threads < 1:
         raise UserError(f"--threads {args.threads}: expected at least 1")
     if args.budget < LEAST_BUDGET:
