@@ -10,7 +10,6 @@ import time
 
 import torch
 
-from megacontext.runtime import Session
 from nanochat.kv_cache import KVCache
 
 

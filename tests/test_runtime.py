@@ -396,3 +396,12 @@ def test_a_prompt_opens_what_it_asks_for_however_deep_it_lies():
     memory.feed(some_ids(10, seed=1))
     assert Span(0, wanted) in memory.spans and memory.shown.cache.length == cost(memory.spans)
     check(memory.spans, memory.length, 320)
+
+
+@pytest.mark.parametrize("n_diff", [0, 4])
+def test_what_a_session_keeps_for_its_questions_is_bounded(n_diff):
+    """With recency alone nobody asks, and the embeddings of all that was read once stayed for ever: a kilobyte a token at d4."""
+    memory = session(budget=192, n_diff=n_diff)
+    for t in some_ids(400):
+        memory.feed([t])
+        assert sum(len(x) for x in memory.newest) <= 64 + BLOCK
