@@ -137,8 +137,7 @@ class Session:
 
     def grown(self, x):
         """Tokens, embedded as x (n, D), were appended to the tree and read: the context follows, and a finished block makes a tick."""
-        if self.n_diff: # else nobody asks, and nothing would ever shorten the list
-            self.newest.append(x)
+        self.newest = self.newest + [x] if self.n_diff else [] # where nobody asks, nothing would ever shorten the list
         self.spans = advance(self.spans, self.tree.length) # the last refocus left room for it
         self.scores = (self.scores + [0.0])[:len(self.spans)]
         if self.tree.length % BLOCK == 0:
