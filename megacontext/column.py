@@ -4,7 +4,8 @@ A column knows rows of bytes, nothing of tokens or gists; which rows are committ
 
 Codecs: float32 (N, W) in, uint8 (N, row bytes) out, and back. bfloat16 rounds to nearest even; int8 keeps one float32 scale per row.
 
-A file is written with pwrite and read through a map, so a full disk is an error and never a bus error. It is checksummed in
+A file is written with pwrite and read through a map, so a full disk is an error and never a bus error. Single tokens wait in memory until
+they are a block: to write one takes the system longer than all else that is done about a token here. The file is checksummed in
 chunks of 64 KiB; a chunk is checked the first time that it is read, so no damaged byte is ever used, and opening reads nothing.
 """
 
@@ -108,6 +109,7 @@ class MemoryColumn:
 # ----------------------------------------------------------------------------------------------------------------------
 
 CHUNK = 64 * 1024
+HELD = 128                       # rows wait for others until they are so many bytes: a block of token ids
 RESIDENT = 64 * 1024 * 1024      # bytes of a file that may stay mapped in memory, about; the system's own cache is not counted
 TOUCH = 256 * 1024               # what one page fault maps, with its neighbours
 LARGEST_STEP = 16 * 1024 * 1024  # bytes that a file grows by at a time, at most; an eighth of its size while it is smaller
@@ -136,6 +138,7 @@ class FileColumn:
         self.trusted = {}  # chunk -> bytes of it known to be good: checked, or written by us
         self.dirty = {}    # chunk -> (bytes, crc32), since the last commit
         self.cut = None    # chunks of the record from here on are void, since the last commit
+        self.held = b""    # the last rows, as long as they are not written
         self.unflushed = False
         if self.size < rows * row:
             raise TreeError(f"{path} is truncated: expected at least {rows * row} bytes ({rows} rows), found {self.size}. Restore it from a copy of the tree")
@@ -150,8 +153,21 @@ class FileColumn:
 
     def append(self, rows):
         assert self.rows >= self.committed_rows, f"{self.path} was rewound: commit that before appending, which overwrites committed rows"
-        data = rows.tobytes()
-        at = self.rows * self.row
+        data = self.held + rows.tobytes()
+        if len(data) < HELD:
+            self.held = data
+        else:
+            self._write(data)
+        self.rows += len(rows)
+
+    def write(self):
+        """Write the rows that wait."""
+        if self.held:
+            self._write(self.held)
+
+    def _write(self, data):
+        """Write data where the held rows begin: these, and what follows them."""
+        at = self.written * self.row
         self._grow(at + len(data))
         view, done = memoryview(data), 0
         self.unflushed = True
@@ -169,12 +185,22 @@ class FileColumn:
             self.trusted[chunk] = filled
             self.crc = crc if filled < CHUNK else 0
             view, at = view[len(piece):], at + len(piece)
-        self.rows += len(rows)
+        self.held = b""
+
+    @property
+    def written(self):
+        """Rows that are in the file."""
+        return self.rows - len(self.held) // self.row
 
     def read(self, a, b):
         start, stop = a * self.row, b * self.row
         if start == stop:
             return np.empty((0, self.row), np.uint8)
+        if self.held:
+            if a >= self.written:
+                first = self.written * self.row
+                return np.frombuffer(bytearray(self.held[start - first:stop - first]), np.uint8).reshape(b - a, self.row)
+            self.write()
         for chunk in range(start // CHUNK, (stop - 1) // CHUNK + 1):
             self._trust(chunk, min(stop - chunk * CHUNK, CHUNK))
         self._touch(stop, stop - start + TOUCH)
@@ -184,6 +210,7 @@ class FileColumn:
         """Rows at any indices, in the order given."""
         if len(indices) == 0:
             return np.empty((0, self.row), np.uint8)
+        self.write()
         first, last = indices * self.row // CHUNK, ((indices + 1) * self.row - 1) // CHUNK
         end = self.rows * self.row
         chunks = {chunk for a, b in set(zip(first.tolist(), last.tolist())) for chunk in range(a, b + 1)}
@@ -194,6 +221,7 @@ class FileColumn:
 
     def truncate(self, rows):
         """Forget the last rows. If they were committed, commit this before the next append: that one will overwrite them."""
+        self.held, self.rows = self.held[:max(rows - self.written, 0) * self.row], max(rows, self.written)
         if rows == self.rows:
             return
         chunk, inside = divmod(rows * self.row, CHUNK)
@@ -214,7 +242,7 @@ class FileColumn:
         self.row = row
 
     def flush(self):
-        """Make the appended bytes durable; the record may speak of them only after this."""
+        """Make the written bytes durable; the record may speak of them only after this."""
         if self.unflushed:
             _flush(self.fd)
             self.unflushed = False

@@ -12,9 +12,11 @@ from nanochat.cost import parameter_counts
 def gist_flops(config, left=0):
     """One gist. The first layer also reads `left` tokens before the block: config.left at level 1, none above."""
     D, w, n = config.width, config.inner, BLOCK + 1 # the children and the slot
-    ends = 2 * D * w * (left + BLOCK + 1)           # children and left narrowed, the slot widened
-    rounds = config.layers * n * (24 * w ** 2 + 4 * n * w) # q, k, v, out, up, down are 12 w^2 numbers
-    return ends + rounds + left * (4 * w ** 2 + 4 * n * w)
+    flops = 2 * D * w * (left + n)                  # children and left narrowed, the slot widened
+    for i in range(config.layers):
+        read, written = n + (left if i == 0 else 0), 1 if i == config.layers - 1 else n # of the last round only the slot goes on
+        flops += 4 * w ** 2 * read + 20 * w ** 2 * written + 4 * w * read * written     # k, v; q, out, up, down; attention
+    return flops
 
 
 def ingest_flops(config):

@@ -52,15 +52,14 @@ class GistBlock(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.down.weight)
 
-    def forward(self, z, places, left=None, left_places=None, mask=None):
-        """z (N, n, w) at places (1, n); left (N, C, w) at left_places (1, C); mask (N, 1, 1, C + n), True where it may look."""
-        keys = z if left is None else torch.cat([left, z], dim=1)
-        key_places = places if left is None else torch.cat([left_places, places], dim=1)
-        q, k, v = self.q(norm(z)), *self.kv(norm(keys)).chunk(2, dim=-1)
+    def forward(self, keys, n, rope, mask=None):
+        """The last n of keys (N, m, w) read all of them, at angles rope (1, 1, m, d/2): their next states (N, n, w). mask (N, 1, 1, m): True where they may look."""
+        z, keys = keys[:, -n:], norm(keys)
+        q, k, v = self.q(keys[:, -n:]), *self.kv(keys).chunk(2, dim=-1)
         q, k, v = (t.view(t.size(0), t.size(1), self.heads, -1).transpose(1, 2) for t in (q, k, v))
-        q = rotate(norm(q), *rope_angles(places, q.size(-1)))
-        k = rotate(norm(k), *rope_angles(key_places, k.size(-1)))
-        y = attend(q, k, v, "all" if mask is None else mask.expand(-1, -1, q.size(2), -1))
+        cos, sin = rope
+        q, k = rotate(norm(q), cos[:, :, -n:], sin[:, :, -n:]), rotate(norm(k), cos, sin)
+        y = attend(q, k, v, "all" if mask is None else mask.expand(-1, -1, n, -1))
         z = z + self.out(y.transpose(1, 2).flatten(2))
         return z + self.down(F.relu(self.up(norm(z))).square())
 
@@ -84,14 +83,14 @@ class GistNet(nn.Module):
         N, K, _ = children.shape
         mark = self.level_embedding[min(level, self.config.levels) - 1]
         z = torch.cat([self.narrow(children), self.slot.expand(N, 1, -1)], dim=1) + mark # (N, K + 1, w)
-        places = torch.arange(K + 1, device=children.device)[None]
+        C = left.size(1) if left is not None else 0
+        cos, sin = rope_angles(torch.arange(-C, K + 1, device=children.device)[None], self.config.inner // self.config.heads)
         for i, block in enumerate(self.rounds):
-            if i == 0 and left is not None and left.size(1) > 0: # one layer reads the left: more would need the left's own left
-                C = left.size(1)
-                mask = torch.cat([left_seen, left_seen.new_ones(N, K + 1)], dim=1)[:, None, None]
-                z = block(z, places, self.narrow(left) + mark, torch.arange(-C, 0, device=children.device)[None], mask)
-            else:
-                z = block(z, places)
+            keys, mask = z, None
+            if i == 0 and C: # one layer reads the left: more would need the left's own left
+                keys, mask = torch.cat([self.narrow(left) + mark, z], dim=1), torch.cat([left_seen, left_seen.new_ones(N, K + 1)], dim=1)[:, None, None]
+            n, m = 1 if block is self.rounds[-1] else K + 1, keys.size(1) # of the last round nobody reads more than the slot
+            z = block(keys, n, (cos[:, :, -m:], sin[:, :, -m:]), mask)
         return norm(norm(children.mean(dim=1)) + self.widen(norm(z[:, -1])))
 
     def level_one(self, x, docs, block):

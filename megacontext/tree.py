@@ -178,6 +178,8 @@ class MegaTree:
             return
         self._check_writable()
         for column in self.columns.values():
+            column.write()
+        for column in self.columns.values():
             column.flush()
         if any(column.is_new for column in self.columns.values()):
             _flush_folder(self.folder)

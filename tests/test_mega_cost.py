@@ -34,8 +34,8 @@ def test_a_gist(config):
 
 
 def test_a_gist_by_hand():
-    """D = 2, w = 1, one layer: 33 x 2 multiply-adds at the ends, 12 weights for each of 33 entries, 33 x 33 scores and as many values."""
-    assert cost.gist_flops(GistConfig(2, inner=1, heads=1, layers=1)) == 2 * (33 * 2 + 33 * 12 + 33 * 33 * 2)
+    """D = 2, w = 1, one layer: 33 x 2 multiply-adds at the ends, k and v of 33 entries, 10 weights for the slot, its 33 scores and as many values."""
+    assert cost.gist_flops(GistConfig(2, inner=1, heads=1, layers=1)) == 2 * (33 * 2 + 33 * 2 + 10 + 33 * 2)
 
 
 @pytest.mark.parametrize("entries", [1, 37])
