@@ -10,7 +10,8 @@ The tail (the newest raw tokens) and the entries meet in the space of token embe
 its children, and each side reads the other: an entry looks for its best and its average match among the newest 2, 8, 32, 64 tokens
 (late interaction: Khattab and Zaharia, 2020), and each token spreads its attention over the entries, so that a token that matches everywhere
 says nothing. A small head weighs these against distance, level, and the same matches of the entry before (what followed a match may
-be in the next block). Nothing has to be stored beside the gists.
+be in the next block). An entry's key is its vector, scaled and normed: a session computes it once, when the entry comes into view, and then a
+refocus touches newest tokens x keys only. Nothing has to be stored beside the gists.
 
 With learnt keys and two cross-attention layers in place of the matches, as in the MegaContext notes, the same labels gave 0.50 of the
 oracle's gain against 0.64 so (LOG.md, 2026-11-21): few labels cannot teach a network what the embeddings already know.
@@ -50,6 +51,9 @@ class LensNet(nn.Module):
         self.config = config
         self.channel_scale = nn.Parameter(torch.ones(config.width)) # which channels of an embedding tell blocks apart
         self.sharpness = nn.Parameter(torch.tensor(20.0))           # of a token's attention over entries; cosines are small
+        self.register_buffer("ends", torch.tensor(RECENT) - 1, persistent=False)
+        self.register_buffer("decay", -1 / torch.tensor([64.0, 256.0]), persistent=False)
+        self.register_buffer("shown", torch.eye(3), persistent=False)
         self.up = nn.Linear(2 * MATCHES + PLACES, config.hidden)
         self.score = nn.Linear(config.hidden, 1, bias=False)
         nn.init.zeros_(self.score.weight)
@@ -63,37 +67,48 @@ class LensNet(nn.Module):
         seen (M, E) bool     False = no such entry
         Returns scores (M, E) in nats over the next block; entries not seen get 0.
         """
-        tail, gists = tail.float(), gists.float()
-        likeness = norm(gists * self.channel_scale) @ norm(tail).transpose(1, 2) / self.config.width # (M, E, n), cosines
-        likeness = likeness.masked_fill(~tail_seen[:, None], 0.0)
-        count = seen.sum(1)[:, None, None].clamp(min=1)
-        spread = torch.softmax((likeness * self.sharpness).masked_fill(~seen[:, :, None], float("-inf")).nan_to_num(neginf=-1e4), dim=1) * count
-        matches = torch.stack([f(part[..., -k:]) for k in RECENT for part, f in ((likeness, _mean), (likeness, _best), (spread, _mean))], dim=-1)
-        matches = among(matches, seen)
-        newest = torch.where(seen, torch.arange(1, seen.size(1) + 1, device=seen.device), 0).cummax(dim=1).values # of the newest entry so far, from 1
-        before = F.pad(matches, (0, 0, 1, 0)).gather(1, F.pad(newest, (1, 0))[:, :-1, None].expand_as(matches)) # of the seen entry before; none: zeros
-        far = torch.log(distances.float())
-        place = torch.stack([far - 5, (far - 5).square(), torch.exp(-distances / 64), torch.exp(-distances / 256)], dim=-1)
-        shown = F.one_hot(levels.clamp(max=2), 3).float()
-        scores = self.score(F.gelu(self.up(torch.cat([matches, before, place, shown], dim=-1)))).squeeze(-1)
-        return (scores - _mean_over(scores, seen)) * seen
+        return self.compare(tail, self.keys(gists), levels, distances, tail_seen, seen)
+
+    def keys(self, gists):
+        """What the newest tokens are compared with: (..., D) -> (..., D). The dot product of a key and a normed embedding is their cosine."""
+        return norm(gists.float() * self.channel_scale) / self.config.width
+
+    def compare(self, tail, keys, levels, distances, tail_seen=None, seen=None):
+        """Scores (M, E) from keys instead of gists, the rest as in forward. A mask of None: all are there."""
+        n = tail.size(1)
+        likeness = keys @ norm(tail.float()).transpose(1, 2) # (M, E, n), cosines
+        likeness = likeness if tail_seen is None else likeness.masked_fill(~tail_seen[:, None], 0.0)
+        sharp = likeness * self.sharpness
+        sharp, count = (sharp, keys.size(1)) if seen is None else (sharp.masked_fill(~seen[:, :, None], -1e4), seen.sum(1)[:, None, None].clamp(min=1))
+        spread = torch.softmax(sharp, dim=1) * count
+        ends = self.ends.clamp(max=n - 1)
+        newest_first = torch.stack([likeness, spread]).flip(-1)
+        like, spread = newest_first.cumsum(dim=-1).index_select(-1, ends) / (ends + 1) # means over the newest k, (M, E, 4)
+        best = newest_first[0].cummax(dim=-1).values.index_select(-1, ends)
+        matches = among(torch.stack([like, best, spread], dim=-1).flatten(-2), seen)
+        distances = distances.float()[..., None]
+        far = torch.log(distances) - 5
+        features = [matches, _before(matches, seen), far, far.square(), torch.exp(distances * self.decay), self.shown[levels.clamp(max=2)]]
+        scores = self.score(F.gelu(self.up(torch.cat(features, dim=-1)))).squeeze(-1)
+        if seen is None:
+            return scores - scores.mean(dim=1, keepdim=True)
+        return (scores - (scores * seen).sum(1, keepdim=True) / seen.sum(1, keepdim=True).clamp(min=1)) * seen
 
 
-def _mean(x):
-    return x.mean(dim=-1)
-
-
-def _best(x):
-    return x.amax(dim=-1)
-
-
-def _mean_over(x, seen):
-    """Mean over the entries that are there, (M, 1)."""
-    return (x * seen).sum(1, keepdim=True) / seen.sum(1, keepdim=True).clamp(min=1)
+def _before(matches, seen):
+    """The matches (M, E, F) of the seen entry before each; zeros where there is none."""
+    earlier = F.pad(matches, (0, 0, 1, 0))
+    if seen is None:
+        return earlier[:, :-1]
+    newest = torch.where(seen, torch.arange(1, seen.size(1) + 1, device=seen.device), 0).cummax(dim=1).values # of the newest entry so far, from 1
+    return earlier.gather(1, F.pad(newest, (1, 0))[:, :-1, None].expand_as(matches))
 
 
 def among(features, seen):
     """Features (M, E, F) as deviations from the other entries' of the same reading, in standard deviations; 0 where not seen."""
+    if seen is None:
+        variance, mean = torch.var_mean(features, dim=1, correction=0, keepdim=True)
+        return (features - mean) * (variance + 1e-8).rsqrt()
     there = seen[..., None]
     count = there.sum(1, keepdim=True).clamp(min=1)
     centred = (features - (features * there).sum(1, keepdim=True) / count) * there

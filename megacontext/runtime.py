@@ -21,6 +21,7 @@ import time
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from megacontext.allocator import Focus, refocus
 from megacontext.ingest import complete, embed_tokens, ingest
@@ -62,8 +63,8 @@ class Session:
         self.tail = min(8 * BLOCK, budget // 4 // BLOCK * BLOCK) # raw whatever the scores say
         self.shown = Shown(gpt, budget, positions)
         self.store = KVStore(gpt.device, kept * budget, kept_in_ram * budget)
-        self.spans, self.scores, self.edits, self.focus = [], [], [], Focus()
-        self.looks = {}  # span in view -> what LensNet compares with the tail, (D,)
+        self.spans, self.scored, self.edits, self.focus = [], {}, [], Focus()
+        self.keys = {}   # span in view -> what LensNet compares with the newest tokens, (D,)
         self.newest = [] # embeddings of the tokens read last, each (n, D); none after a jump
         self.telemetry, self.told = telemetry or Telemetry(), {}
         self.stats = dict(ticks=0, edits=0, read_tokens=0, ingested_tokens=0) | {f"{stage}_ms": 0.0 for stage in STAGES}
@@ -78,6 +79,22 @@ class Session:
     def length(self):
         """Tokens of history."""
         return self.tree.length
+
+    @property
+    def spans(self):
+        """The working context, oldest first. It follows the tokens that were read when somebody looks, not at every token."""
+        if self._known != self.tree.length:
+            self.spans = advance(self._spans, self.tree.length) # the last refocus left room for it
+        return self._spans
+
+    @spans.setter
+    def spans(self, spans):
+        self._spans, self._known = spans, self.tree.length
+
+    @property
+    def scores(self):
+        """What LensNet said of each span when it was last asked, 0 of what it was not."""
+        return [self.scored.get(span, 0.0) for span in self.spans]
 
     # ------------------------------------------------------------------------------------------------------------------
     # Reading
@@ -137,9 +154,8 @@ class Session:
 
     def grown(self, x):
         """Tokens, embedded as x (n, D), were appended to the tree and read: the context follows, and a finished block makes a tick."""
-        self.newest = self.newest + [x] if self.n_diff else [] # where nobody asks, nothing would ever shorten the list
-        self.spans = advance(self.spans, self.tree.length) # the last refocus left room for it
-        self.scores = (self.scores + [0.0])[:len(self.spans)]
+        if self.n_diff: # where nobody asks, nothing would ever shorten the list
+            self.newest.append(x)
         if self.tree.length % BLOCK == 0:
             self.shown.seal(self.spans[-1])
             start = time.perf_counter()
@@ -178,9 +194,8 @@ class Session:
         start = self._count("score", start, ticks=1)
         plan = refocus(self.spans, scores, self.budget, self.focus, n_diff=self.n_diff, margin=self.margin, tail=self.tail, pins=self.pins,
                        room=BLOCK - self.tree.length % BLOCK) # so that the live block can be finished before the next tick
-        by_span = dict(zip(self.spans, scores))
+        self.scored = dict(zip(self.spans, scores))
         self.spans, self.edits, self.focus = plan
-        self.scores = [by_span.get(span, 0.0) for span in self.spans]
         check(self.spans, self.tree.length, self.budget)
         start = self._count("allocate", start, edits=len(self.edits))
         loose = self.shown.lift()
@@ -192,19 +207,16 @@ class Session:
 
     def score(self):
         """LensNet's score of each span: a list of floats, 0 for the live block."""
-        device, length = self.gpt.device, self.tree.length
         spans = [span for span in self.spans if not span.live]
         if not spans or not self.n_diff:
             return [0.0] * len(self.spans)
         tail = self._tail()
-        self._look([span for span in spans if span not in self.looks], tail)
-        gists = torch.stack([self.looks[span] for span in spans])
-        levels = torch.tensor([span.level for span in spans], device=device)
-        here = self.shown.mapped([span.centre for span in spans])[0]
-        distances = (self.shown.mapped([length])[0] - here).clamp(min=1) # as the GPT sees them, within what was trained
-        seen = torch.ones(1, len(spans), dtype=torch.bool, device=device)
-        tail_seen = torch.ones(1, len(tail), dtype=torch.bool, device=device)
-        scores = self.lensnet(tail[None], tail_seen, gists[None], levels[None], distances[None], seen)[0].tolist()
+        self._look([span for span in spans if span not in self.keys], tail)
+        keys = torch.stack([self.keys[span] for span in spans])
+        levels = torch.tensor([span.level for span in spans], device=keys.device)
+        places = self.shown.mapped([span.centre for span in spans] + [self.tree.length]) # as the GPT sees them, within what was trained
+        distances = (places[:, -1:] - places[:, :-1]).clamp(min=1)
+        scores = self.lensnet.compare(tail[None], keys[None], levels[None], distances)[0].tolist()
         return scores + [0.0] * (len(self.spans) - len(spans)) # the live block is the last
 
     def _tail(self):
@@ -217,17 +229,16 @@ class Session:
         return tail
 
     def _look(self, spans, tail):
-        """What LensNet compares with the tail: of a gist, itself; of raw tokens, their mean, as in training."""
-        if len(self.looks) > 4 * len(self.spans): # only those in view are worth their place
-            self.looks = {span: self.looks[span] for span in self.spans if span in self.looks}
-        gists = [span for span in spans if span.level]
+        """Keys for LensNet of spans that came into view: of a gist, its own; of raw tokens, that of their mean, as in training."""
+        if len(self.keys) > 4 * len(self.spans): # only those in view are worth their place
+            self.keys = {span: self.keys[span] for span in self.spans if span in self.keys}
+        gists, blocks = [span for span in spans if span.level], [span for span in spans if not span.level]
         if gists:
             rows = torch.as_tensor(self.tree.gists_of(gists), dtype=self.gpt.dtype, device=self.gpt.device)
-            self.looks |= dict(zip(gists, rows.unbind()))
-        for span in spans:
-            if not span.level:
-                newest = span.stop == self.tree.length
-                self.looks[span] = norm((tail[-BLOCK:] if newest else embed_tokens(self.gpt, self.tree, span.start, span.stop).x[0]).mean(dim=0))
+            self.keys |= zip(gists, self.lensnet.keys(rows).unbind())
+        for span in blocks:
+            x = tail[-BLOCK:] if span.stop == self.tree.length else embed_tokens(self.gpt, self.tree, span.start, span.stop).x[0]
+            self.keys[span] = self.lensnet.keys(norm(x.mean(dim=0)))
 
     # ------------------------------------------------------------------------------------------------------------------
     # Keys and values
@@ -238,7 +249,7 @@ class Session:
         complete(self.gpt, self.gistnet, self.tree)
         self.shown.lift() # the live block as far as it went: what follows is read with it
         self.spans = assemble(self.tree.length, self.budget - BLOCK, tail=self.tail)
-        self.scores = [0.0] * len(self.spans)
+        self.scored = {}
         self._splice(now=True)
         if self.spans[-1].live:
             self._read_blocks(self.spans[-1:])
@@ -259,11 +270,9 @@ class Session:
         missing = wanted.difference(shown.spans)
         new = [span for span in self.spans if span in missing] # in the order of the timeline
         held = [(span, *self.store.take(span)) for span in new if span in self.store] # before anything else goes in, and pushes it out
-        shown.add(held)
-        unread = missing.difference(span for span, _, _ in held)
-        gists, blocks = ([span for span in new if span in unread and (span.level > 0) == is_gist] for is_gist in (True, False))
-        if gists:
-            shown.add(self._read_gists(gists))
+        missing.difference_update(span for span, _, _ in held)
+        gists, blocks = ([span for span in new if span in missing and (span.level > 0) == is_gist] for is_gist in (True, False))
+        shown.add(held + self._read_gists(gists) if gists else held)
         if blocks:
             self._read_blocks(blocks)
 
@@ -276,8 +285,7 @@ class Session:
         ahead = [span.parent() for span in self.spans if span.level == 0 and span.index < self.tree.count(1)]
         both = spans + [span for span in ahead if span not in self.store]
         x = torch.as_tensor(self.tree.gists_of(both), dtype=gpt.dtype, device=gpt.device)
-        means = [self._value_means(span) for span in both]
-        values = [torch.stack([mean[i] for mean in means])[:, None] for i in range(len(gpt.config.value_layers))]
+        values = [means[:, None] for means in self._value_means(both)]
         alone = KVCache(gpt.config, len(both), 1, gpt.device, gpt.dtype)
         gpt.trunk(Entries(x[:, None], values), torch.zeros(1, 1, device=gpt.device), "all", alone) # at position 0 keys are unturned
         read = [(span, alone.k[:, i].clone(), alone.v[:, i].clone()) for i, span in enumerate(both)]
@@ -285,14 +293,15 @@ class Session:
             self.store.put(span, k, v)
         return read[:len(spans)]
 
-    def _value_means(self, span):
+    def _value_means(self, spans):
         """
-        A gist's value embeddings are the means of its tokens': one (value_width,) a value layer. Above level 2, where training never goes, of
+        Gists' value embeddings are the means of their tokens': (n, value_width) a value layer. Above level 2, where training never goes, of
         LOOKED_AT tokens at even distances: the mean of a million rows would stop the session for seconds.
         """
-        step = max(1, span.width // LOOKED_AT)
-        ids = torch.as_tensor(self.tree.tokens(span.start, span.stop)[::step], dtype=torch.long, device=self.gpt.device)
-        return [table(ids).mean(dim=0) for table in self.gpt.value_tables]
+        ids = [self.tree.tokens(span.start, span.stop)[::max(1, span.width // LOOKED_AT)] for span in spans]
+        starts = torch.tensor([0] + [len(some) for some in ids[:-1]], device=self.gpt.device).cumsum(0)
+        ids = torch.as_tensor(np.concatenate(ids), dtype=torch.long, device=self.gpt.device)
+        return [F.embedding_bag(ids, table.weight, starts, mode="mean") for table in self.gpt.value_tables]
 
     def _read_blocks(self, blocks):
         """Read raw blocks behind what is in view, all in one forward: each sees what lies before it on the timeline."""
@@ -339,14 +348,14 @@ class Session:
         k, v, _ = loose = shown.lift()
         shown.lay(*loose)
         return State(model=self.tree.header.get("model"), length=self.length, budget=self.budget, n_diff=self.n_diff, margin=self.margin, pins=self.pins,
-                     spans=list(self.spans), scores=list(self.scores), focus=self.focus, frame=shown.frame, stats=dict(self.stats), kv=shown.pairs(), loose=(k, v))
+                     spans=list(self.spans), scores=self.scores, focus=self.focus, frame=shown.frame, stats=dict(self.stats), kv=shown.pairs(), loose=(k, v))
 
     def rewind(self, state):
         """Back to a mark of this session: what was read since is forgotten, and the next tokens are those that followed the mark."""
         if state.length > self.length:
             raise UserError(f"cannot rewind to {state.length} tokens: this session has {self.length}")
         self.tree.truncate(state.length)
-        self.shown, self.looks, self.newest = Shown(self.gpt, self.budget, self.shown.policy), {}, []
+        self.shown, self.keys, self.newest = Shown(self.gpt, self.budget, self.shown.policy), {}, []
         self.store = KVStore(self.gpt.device, self.store.near.size, self.store.far.size) # blocks past the mark will be other blocks
         self._restore(state)
 
@@ -372,7 +381,7 @@ class Session:
         return cls(gpt, gistnet, lensnet, tree, state.budget, state=state, **dict(n_diff=state.n_diff, margin=state.margin, pins=state.pins) | settings)
 
     def _restore(self, state):
-        self.spans, self.scores, self.focus, self.edits = list(state.spans), list(state.scores), state.focus, []
+        self.spans, self.scored, self.focus, self.edits = list(state.spans), dict(zip(state.spans, state.scores)), state.focus, []
         check(self.spans, self.tree.length, self.budget)
         self.shown.set_frame(state.frame)
         self.shown.add([(span, k, v) for span, (k, v) in state.kv.items()])

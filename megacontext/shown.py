@@ -29,14 +29,10 @@ class Shown:
         self.unturned = torch.zeros_like(self.cache.k[:, 0]) # (L, H, capacity, d)
         self.places = np.zeros(capacity)                     # of each entry on the timeline
         self.spans = []                                      # in the order of the cache; loose entries follow
+        self.settled = 0                                     # entries of the spans
         self.hold = max(BLOCK, config.seq_len // 16 // BLOCK * BLOCK) # tokens that a frame lasts
         self.trained = config.seq_len - self.hold - BLOCK             # so that positions past the frame are trained ones too
         self.set_frame(0)
-
-    @property
-    def settled(self):
-        """Entries of the spans; what follows them in the cache is loose."""
-        return sum(span.cost for span in self.spans)
 
     @property
     def loose(self):
@@ -84,37 +80,47 @@ class Shown:
             spans, ks, vs = zip(*triples)
             self._append(torch.cat(ks, dim=2), torch.cat(vs, dim=2), np.concatenate([span.positions() for span in spans]))
             self.spans += spans
+            self.settled = self.cache.length
 
     def remove(self, gone):
         """
-        Take a set of spans out of view -> {span: (k, v)}, keys unturned. Into each hole moves the last span of its size, so that little is
+        Take a set of spans out of view -> {span: (k, v)}, keys unturned. Into the holes move the last spans of their size, so that little is
         left to move when the others close ranks.
         """
         assert self.loose == 0, f"{self.loose} loose entries would be left behind: seal or lift them first"
-        out, row, last, at = {}, [], {}, 0 # row: of each span that was here, [span or None for a hole, its place]
-        for span in self.spans:
-            if span in gone:
-                out[span] = self._pair(at, at + span.cost)
-            else:
-                last.setdefault(span.cost, []).append(len(row))
-            row.append([None if span in gone else span, at])
-            at += span.cost
-        if not out:
-            return out
+        out, row, holes, kept, at = {}, [], {}, {}, 0 # row: of each span that was here, [span or None for a hole, its place]
         for i, span in enumerate(self.spans):
-            if span in out and last.get(span.cost) and last[span.cost][-1] > i:
-                j = last[span.cost].pop()
-                row[i], row[j] = row[j], [None, 0]
-        row = [(span, place) for span, place in row if span is not None]
-        came = np.concatenate([np.arange(place, place + span.cost) for span, place in row] or [np.zeros(0, dtype=np.int64)])
-        to = np.flatnonzero(came != np.arange(len(came)))
-        index, source = torch.from_numpy(to).to(self.gpt.device), torch.from_numpy(came[to]).to(self.gpt.device)
-        for tensor in (self.cache.k[:, 0], self.cache.v[:, 0], self.unturned):
-            tensor[:, :, index] = tensor[:, :, source]
-        self.places[to] = self.places[came[to]]
-        self.spans = [span for span, _ in row]
-        self.cache.rewind(len(came))
+            n, leaves = span.cost, span in gone
+            if leaves:
+                out[span] = self._pair(at, at + n)
+            (holes if leaves else kept).setdefault(n, []).append(i)
+            row.append((None if leaves else span, at))
+            at += n
+        for n, here in holes.items():
+            last = kept.get(n, [])
+            fit = sum(hole < i for hole, i in zip(here, reversed(last))) # the last so many come after the first so many holes
+            for hole, i in zip(here, last[len(last) - fit:]):
+                row[hole], row[i] = row[i], (None, 0)
+        self._close_ranks([(span, place) for span, place in row if span is not None])
         return out
+
+    def _close_ranks(self, row):
+        """Spans, each [span, its place in the cache], stand one behind the other in this order: places only get lower, so left to right nothing is lost."""
+        moves, at = [], 0 # [to, from, entries]
+        for span, place in row:
+            n = span.cost
+            if moves and moves[-1][1] + moves[-1][2] == place and moves[-1][0] + moves[-1][2] == at:
+                moves[-1][2] += n
+            elif place != at:
+                moves.append([at, place, n])
+            at += n
+        for to, place, n in moves:
+            for tensor in (self.cache.k[:, 0], self.cache.v[:, 0], self.unturned):
+                source = tensor[:, :, place:place + n]
+                tensor[:, :, to:to + n] = source.clone() if place < to + n else source
+            self.places[to:to + n] = self.places[place:place + n]
+        self.spans, self.settled = [span for span, _ in row], at
+        self.cache.rewind(at)
 
     def read(self, entries, timeline, see):
         """Read entries (1, n) that stand at timeline positions (n,); they stay in view, loose. Returns hidden states (1, n, D)."""
@@ -130,11 +136,11 @@ class Shown:
 
     def seal(self, span):
         """The first loose entries are all of `span`."""
-        start = self.settled
-        end = start + span.cost
+        start, end = self.settled, self.settled + span.cost
         assert end <= self.cache.length, f"{span} has {span.cost} entries, {self.loose} are loose"
         self.unturned[:, :, start:end] = self.turned(self.cache.k[:, 0, :, start:end], self.places[start:end], back=True)
         self.spans.append(span)
+        self.settled = end
 
     def lift(self):
         """Take the loose entries out of the cache -> (k, v, timeline), keys unturned. lay() brings them back."""

@@ -51,7 +51,7 @@ class Span:
     @property
     def cost(self):
         """Entries it takes up in front of the GPT: its tokens if raw, 1 if it is a gist of any level."""
-        return 1 if self.level else self.width
+        return 1 if self.level else self.live or BLOCK
 
     @property
     def centre(self):
