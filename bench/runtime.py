@@ -176,7 +176,7 @@ def make_rig(args, device, dtype, longest):
                 break
         return Rig(loaded.gpt, loaded.gistnet, loaded.lensnet, args.budget, np.resize(np.array(ids, np.int32), longest))
     gpt = GPT(GPTConfig.from_depth(args.depth, args.vocab_size))
-    gistnet, lensnet = GistNet(GistConfig.for_gpt(gpt.config)), LensNet(LensConfig.for_gpt(gpt.config))
+    gistnet, lensnet = GistNet(GistConfig.for_gpt(gpt.config)), LensNet(LensConfig())
     torch.nn.init.normal_(lensnet.score.weight)
     share = 1 / np.arange(1, args.vocab_size + 1)
     text = np.random.default_rng(args.seed).choice(args.vocab_size, longest, p=share / share.sum()).astype(np.int32)

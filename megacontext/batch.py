@@ -45,7 +45,7 @@ class Batch:
             session.shown.note(session.shown.cache.length, places[row:row + 1])
             session.shown.cache.advance(1)
             session._count("read", time.perf_counter() - share, read_tokens=1)
-            session.grown(entries.x[row])
+            session.grown()
         return logits
 
 

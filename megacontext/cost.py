@@ -4,7 +4,8 @@ with its conventions: 2 for each multiply-add of a matrix product or of attentio
 
 D = model width, w = GistNet's inner width, K = children a node, C = tokens of left context, E = entries scored, n = newest tokens
 """
-from megacontext.lensnet import MATCHES, PLACES, TAIL
+from megacontext.lensnet import MATCHES, PLACES, RECENT
+from megacontext.matches import KINDS, NEWEST
 from megacontext.span import BLOCK
 from nanochat.cost import parameter_counts
 
@@ -24,10 +25,11 @@ def ingest_flops(config):
     return gist_flops(config, config.left) / BLOCK + gist_flops(config) / (BLOCK * (BLOCK - 1))
 
 
-def score_flops(config, entries, newest=TAIL):
-    """LensNet scores so many entries once."""
+def score_flops(config, entries, newest=NEWEST):
+    """LensNet scores so many entries once: the means of what each newest token's match is worth, and the head."""
+    means = KINDS * newest * len(RECENT)
     head = (2 * MATCHES + PLACES) * config.hidden + config.hidden
-    return 2 * entries * (newest * config.width + head)
+    return 2 * entries * (means + head)
 
 
 def embed_flops(config):

@@ -96,7 +96,7 @@ def trailing(gpt, gistnet, lensnet, rows, W, rng):
     entries = row_entries(gpt, gistnet, inputs, docs, BLOCK)
     same = lambda table: torch.from_numpy(table).to(device)[None].expand(B, -1, -1)
     spared = same(recency_table(Q, W, spare=0.5))
-    wanted = lens_scores(lensnet, entries, docs, spared, torch.arange(Q, device=device).expand(B, -1), BLOCK)[:, :, :Q].float().cpu().numpy()
+    wanted = lens_scores(lensnet, inputs, docs, spared, torch.arange(Q, device=device).expand(B, -1), BLOCK)[:, :, :Q].float().cpu().numpy()
     chosen = lambda scores: torch.from_numpy(np.stack([chosen_table(Q, W, s) for s in scores])).to(device)
     views = {
         "window": (entries, same(window_table(Q, W))),
@@ -183,7 +183,7 @@ def lens_quality(gpt, gistnet, lensnet, rows, W, rng, readings=4, opened=2):
         wanted = targets.view(B, Q, BLOCK)[:, q].repeat(1, len(free))
         edited = gpt.loss(hidden[:, T + Q + Q // FAN:], wanted, "none").view(B, len(free), BLOCK).sum(-1)
         gain = (plain[:, q:q + 1] - edited).float().cpu().numpy() # (B, free), > 0: opening it helps
-        scores = lens_scores(lensnet, entries, docs, batch, torch.full((B, 1), q, device=device), BLOCK)[:, 0, free].float().cpu().numpy()
+        scores = lens_scores(lensnet, inputs, docs, batch, torch.full((B, 1), q, device=device), BLOCK)[:, 0, free].float().cpu().numpy()
         asked = entries.x[:, T + q - 2:T + q].mean(1)
         likeness = torch.cosine_similarity(entries.x[:, T + torch.as_tensor(free, device=device)], asked[:, None], dim=-1).float().cpu().numpy()
         for i in range(B):

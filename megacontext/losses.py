@@ -18,8 +18,7 @@ import torch.nn as nn
 
 from megacontext.labels import measure
 from megacontext.layout import FAN, GIST, NODE, RAW, draw_table, entry_positions, visibility
-from megacontext.lensnet import TAIL
-from nanochat.attention import norm
+from megacontext.matches import row_hits
 from nanochat.common import UserError
 from nanochat.gpt import IGNORE, Entries
 
@@ -136,11 +135,11 @@ class CoTraining(nn.Module):
         some = Entries(entries.x[labelled].detach(), [value[labelled].detach() for value in entries.values])
         rngs = [rng for rng, wanted in zip(rngs, labelled.tolist()) if wanted]
         labels = measure(self.gpt, lambda copies: with_copies(some, copies, K), targets[labelled], table[labelled], K, rngs, o.readings, o.edits)
-        return nats, self._lens_loss(some, docs[labelled], table[labelled], labels, K)
+        return nats, self._lens_loss(inputs[labelled], docs[labelled], table[labelled], labels, K)
 
-    def _lens_loss(self, entries, docs, table, labels, K):
+    def _lens_loss(self, ids, docs, table, labels, K):
         """Squared error of LensNet's scores against the labels, both centred over a reading's edits: only differences can be paid for."""
-        scores = lens_scores(self.lensnet, entries, docs, table, labels.block, K).gather(2, labels.entry.clamp(min=0))
+        scores = lens_scores(self.lensnet, ids, docs, table, labels.block, K).gather(2, labels.entry.clamp(min=0))
         valid = labels.valid & (labels.valid.sum(-1, keepdim=True) > 1)
         count = valid.sum(-1, keepdim=True).clamp(min=1)
         centre = lambda t: (t - (t * valid).sum(-1, keepdim=True) / count) * valid
@@ -149,32 +148,22 @@ class CoTraining(nn.Module):
                     score_squares=got.square().sum(), labels=valid.sum())
 
 
-def lens_scores(lensnet, entries, docs, table, block, K):
+def lens_scores(lensnet, ids, docs, table, block, K):
     """
-    LensNet's scores for readings block (B, P) of rows whose working contexts are table (B, Q, Q):
+    LensNet's scores for readings block (B, P) of rows ids (B, T) whose working contexts are table (B, Q, Q):
     (B, P, Q + G), zero where the entry is not in the reading's context. Column b < Q is block b (raw or gist), Q + n level-2 node n.
     """
     B, P = block.shape
     Q, device = docs.size(1), block.device
-    T, G, D = Q * K, Q // FAN, entries.x.size(2)
+    T, G = Q * K, Q // FAN
     line = table.gather(1, block[:, :, None].expand(-1, -1, Q)) # (B, P, Q)
     node = line[:, :, :G * FAN:FAN] == NODE
     seen = torch.cat([(line == RAW) | (line == GIST), node], dim=2) # (B, P, E)
     levels = torch.cat([(line == GIST).long(), torch.full_like(node, 2, dtype=torch.long)], dim=2)
     centres = entry_positions(T, K, device=device)[0, T:] # (E,)
     distances = (block[:, :, None] * K - centres).clamp(min=1)
-    index = block[:, :, None] * K + torch.arange(-TAIL, 0, device=device) # (B, P, n) the tokens just before the block
-    first = index.clamp(min=0)
-    tail = entries.x[:, :T].gather(1, first.flatten(1)[:, :, None].expand(-1, -1, D)).view(B * P, TAIL, D)
-    same = docs.gather(1, (first // K).flatten(1)).view(B, P, TAIL) == docs.gather(1, block)[:, :, None]
-    means = norm(entries.x[:, :T].unflatten(1, (Q, K)).mean(dim=2)) # what stands for a raw block: its gist may not be written yet
-    shown = torch.where((levels == 0)[:, :, :Q, None], means[:, None], entries.x[:, None, T:T + Q])
-    gists = torch.cat([shown, entries.x[:, None, T + Q:T + Q + G].expand(-1, P, -1, -1)], dim=2)
-    some = seen.any(-1).flatten() # readings with no entry at all have no scores
-    scores = entries.x.new_zeros(B * P, Q + G)
+    hits = row_hits(ids, docs, block, K) # (B, P, Q, KINDS, n)
+    hits = torch.cat([hits, hits[:, :, :G * FAN].unflatten(2, (G, FAN)).any(3)], dim=2)
     order = centres.argsort() # the timeline's: a level-2 node stands before the blocks that follow it, as in a working context
-    flat = lambda t: t.flatten(0, 1)[some]
-    if some.any():
-        inputs = [flat(t)[:, order] for t in (gists, levels, distances, seen)]
-        scores[some] = lensnet(tail[some], flat(same & (index >= 0)), *inputs)[:, order.argsort()].to(scores.dtype)
-    return scores.view(B, P, -1)
+    inputs = [t.flatten(0, 1)[:, order] for t in (hits, levels, distances, seen)]
+    return lensnet(*inputs)[:, order.argsort()].view(B, P, -1)

@@ -26,14 +26,13 @@ import torch.nn.functional as F
 from megacontext.allocator import Focus, refocus
 from megacontext.ingest import complete, embed_tokens, ingest
 from megacontext.kv_store import KVStore
-from megacontext.lensnet import TAIL as ASKING
+from megacontext.matches import Matches
 from megacontext.positions import compressed
 from megacontext.span import BLOCK
 from megacontext.state import State, load_state, save_state
 from megacontext.telemetry import Telemetry
 from megacontext.shown import Shown
 from megacontext.working_context import Pins, advance, assemble, check, cost
-from nanochat.attention import norm
 from nanochat.common import UserError
 from nanochat.gpt import Entries, causal_after
 from nanochat.kv_cache import KVCache
@@ -64,8 +63,7 @@ class Session:
         self.shown = Shown(gpt, budget, positions)
         self.store = KVStore(gpt.device, kept * budget, kept_in_ram * budget)
         self.spans, self.scored, self.edits, self.focus = [], {}, [], Focus()
-        self.keys = {}   # span in view -> what LensNet compares with the newest tokens, (D,)
-        self.newest = [] # embeddings of the tokens read last, each (n, D); none after a jump
+        self.matches = Matches()
         self.telemetry, self.told = telemetry or Telemetry(), {}
         self.stats = dict(ticks=0, edits=0, read_tokens=0, ingested_tokens=0) | {f"{stage}_ms": 0.0 for stage in STAGES}
         if state is not None:
@@ -114,7 +112,6 @@ class Session:
             start = time.perf_counter()
             ingest(self.gpt, self.gistnet, self.tree, ids[:skip], progress)
             start = self._count("ingest", start, ingested_tokens=skip)
-            self.newest = []
             self._assemble()
             self._count("splice", start)
             ids = ids[skip:]
@@ -140,22 +137,20 @@ class Session:
         """Read tokens that stay within the live block; a tick when they complete it."""
         start, length = time.perf_counter(), self.tree.length
         self.tree.append_tokens(ids)
-        logits, x = self._forward(length)
+        logits = self._forward(length)
         self._count("read", start, read_tokens=len(ids))
-        self.grown(x)
+        self.grown()
         return logits
 
     def _forward(self, start):
-        """Read the timeline's tokens from `start` to its end behind what is in view; logits (V,) of the next token, embeddings (n, D)."""
+        """Read the timeline's tokens from `start` to its end behind what is in view; logits (V,) of the next token."""
         n, have = self.tree.length - start, self.shown.cache.length
         see = "all" if n == 1 else causal_after(have, n, self.gpt.device)
         entries = embed_tokens(self.gpt, self.tree, start, start + n)
-        return self.gpt.head(self.shown.read(entries, range(start, start + n), see)[0, -1]), entries.x[0]
+        return self.gpt.head(self.shown.read(entries, range(start, start + n), see)[0, -1])
 
-    def grown(self, x):
-        """Tokens, embedded as x (n, D), were appended to the tree and read: the context follows, and a finished block makes a tick."""
-        if self.n_diff: # where nobody asks, nothing would ever shorten the list
-            self.newest.append(x)
+    def grown(self):
+        """Tokens were appended to the tree and read: the context follows, and a finished block makes a tick."""
         if self.tree.length % BLOCK == 0:
             self.shown.seal(self.spans[-1])
             start = time.perf_counter()
@@ -178,7 +173,7 @@ class Session:
         whole = [span for span in spans if span.level == 0 and not span.live]
         shown.lift()
         shown.remove(set(whole))
-        logits, _ = self._forward(min(span.start for span in spans if span.level == 0))
+        logits = self._forward(min(span.start for span in spans if span.level == 0))
         for span in whole:
             shown.seal(span)
         return logits
@@ -210,35 +205,13 @@ class Session:
         spans = [span for span in self.spans if not span.live]
         if not spans or not self.n_diff:
             return [0.0] * len(self.spans)
-        tail = self._tail()
-        self._look([span for span in spans if span not in self.keys], tail)
-        keys = torch.stack([self.keys[span] for span in spans])
-        levels = torch.tensor([span.level for span in spans], device=keys.device)
+        device = self.gpt.device
+        hits = torch.from_numpy(self.matches.hits(self.tree, spans)).to(device)
+        levels = torch.tensor([span.level for span in spans], device=device)
         places = self.shown.mapped([span.centre for span in spans] + [self.tree.length]) # as the GPT sees them, within what was trained
         distances = (places[:, -1:] - places[:, :-1]).clamp(min=1)
-        scores = self.lensnet.compare(tail[None], keys[None], levels[None], distances)[0].tolist()
+        scores = self.lensnet(hits[None], levels[None], distances)[0].tolist()
         return scores + [0.0] * (len(self.spans) - len(spans)) # the live block is the last
-
-    def _tail(self):
-        """Embeddings (n, D) of the newest tokens, those that ask."""
-        wanted = min(ASKING, self.tree.length)
-        tail = torch.cat(self.newest)[-wanted:] if self.newest else self.newest
-        if len(tail) < wanted:
-            tail = embed_tokens(self.gpt, self.tree, self.tree.length - wanted, self.tree.length).x[0]
-        self.newest = [tail]
-        return tail
-
-    def _look(self, spans, tail):
-        """Keys for LensNet of spans that came into view: of a gist, its own; of raw tokens, that of their mean, as in training."""
-        if len(self.keys) > 4 * len(self.spans): # only those in view are worth their place
-            self.keys = {span: self.keys[span] for span in self.spans if span in self.keys}
-        gists, blocks = [span for span in spans if span.level], [span for span in spans if not span.level]
-        if gists:
-            rows = torch.as_tensor(self.tree.gists_of(gists), dtype=self.gpt.dtype, device=self.gpt.device)
-            self.keys |= zip(gists, self.lensnet.keys(rows).unbind())
-        for span in blocks:
-            x = tail[-BLOCK:] if span.stop == self.tree.length else embed_tokens(self.gpt, self.tree, span.start, span.stop).x[0]
-            self.keys[span] = self.lensnet.keys(norm(x.mean(dim=0)))
 
     # ------------------------------------------------------------------------------------------------------------------
     # Keys and values
@@ -355,7 +328,7 @@ class Session:
         if state.length > self.length:
             raise UserError(f"cannot rewind to {state.length} tokens: this session has {self.length}")
         self.tree.truncate(state.length)
-        self.shown, self.keys, self.newest = Shown(self.gpt, self.budget, self.shown.policy), {}, []
+        self.shown, self.matches = Shown(self.gpt, self.budget, self.shown.policy), Matches()
         self.store = KVStore(self.gpt.device, self.store.near.size, self.store.far.size) # blocks past the mark will be other blocks
         self._restore(state)
 

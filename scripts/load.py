@@ -68,7 +68,7 @@ def build(config, memory, gist_config=None, lens_config=None):
     from megacontext.gistnet import GistConfig, GistNet
     from megacontext.lensnet import LensConfig, LensNet
     gist_config = GistConfig(**gist_config) if gist_config else GistConfig.for_gpt(config)
-    lens_config = LensConfig(**lens_config) if lens_config else LensConfig.for_gpt(config)
+    lens_config = LensConfig(**(lens_config or {}))
     return gpt, GistNet(gist_config), LensNet(lens_config)
 
 

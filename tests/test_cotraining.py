@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megacontext.layout import visibility
+from megacontext.matches import KINDS
 from megacontext.losses import CoTraining, CoTrainingOptions, parse_curriculum
 from nanochat import checkpoint
 from nanochat.common import UserError
@@ -100,18 +101,21 @@ def test_plain_rounds_are_the_plain_graph():
     assert torch.equal(o(rows)[0], PlainObjective(o.gpt)(rows)[0])
 
 
+def no_hits(M, E, n=16):
+    return torch.zeros(M, E, KINDS, n, dtype=torch.bool)
+
+
 def test_lensnet_learns_a_rule_that_can_be_learnt():
     """Labels that follow from distance alone: the unexplained share falls below a half. (A loss stuck at 1 would be a dead net.)"""
     o = objective()
     optimizer = torch.optim.Adam(o.lensnet.parameters(), lr=3e-3)
-    M, E, n = 8, 20, 16
+    M, E = 8, 20
     g = torch.Generator().manual_seed(0)
     for step in range(150):
         distances = torch.randint(32, 2000, (M, E), generator=g)
         wanted = -torch.log(distances.float())
         wanted = wanted - wanted.mean(1, keepdim=True)
-        got = o.lensnet(torch.randn(M, n, 32, generator=g), torch.ones(M, n, dtype=torch.bool), torch.randn(M, E, 32, generator=g),
-                        torch.ones(M, E, dtype=torch.long), distances, torch.ones(M, E, dtype=torch.bool))
+        got = o.lensnet(torch.rand(M, E, KINDS, 16, generator=g) < 0.1, torch.ones(M, E, dtype=torch.long), distances)
         loss = (got - wanted).square().mean() / wanted.square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -119,24 +123,49 @@ def test_lensnet_learns_a_rule_that_can_be_learnt():
     assert loss < 0.5
 
 
-def test_scores_balance_and_ignore_who_is_not_there():
-    """The budget's net zero: scores add up to nothing. An entry that is not seen has no score and no influence."""
+def test_lensnet_learns_that_a_rare_match_matters_and_a_common_one_does_not():
+    """One entry holds a pair that no other holds, and all hold the other tokens: after a few steps that entry is asked for, wherever it stands."""
     _, _, lensnet = tiny_networks()
-    args = lambda keys: (torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(1)), torch.ones(1, 5, dtype=torch.bool), keys,
-                         torch.ones(1, 9, dtype=torch.long), torch.arange(10, 100, 10)[None], torch.arange(9)[None] < 7)
-    keys = torch.randn(1, 9, 32)
-    scores = lensnet(*args(keys))
-    other = keys.clone()
-    other[:, 7:] += 5
-    assert abs(scores.sum()) < 1e-4 and (scores[:, 7:] == 0).all() and torch.allclose(scores, lensnet(*args(other)))
+    optimizer = torch.optim.Adam(lensnet.parameters(), lr=1e-2)
+    M, E = 16, 30
+    g = torch.Generator().manual_seed(0)
+    for step in range(120):
+        hits = no_hits(M, E)
+        hits[:, :, 0, 3:9] = True # everywhere
+        where = torch.randint(E, (M,), generator=g)
+        hits[torch.arange(M), where, 1, 15] = True
+        distances = torch.arange(E, 0, -1)[None].expand(M, -1) * 32
+        wanted = torch.nn.functional.one_hot(where, E) * 5.0
+        got = lensnet(hits, torch.ones(M, E, dtype=torch.long), distances)
+        right = (got.argmax(1) == where).float().mean()
+        optimizer.zero_grad()
+        (got - wanted + wanted.mean(1, keepdim=True)).square().mean().backward()
+        optimizer.step()
+    assert right == 1
+
+
+def test_scores_balance_and_ignore_who_is_not_there():
+    """The budget's net zero: scores add up to nothing. An entry that is not seen has no score and no influence; a mask of all is no mask."""
+    _, _, lensnet = tiny_networks()
+    hits, levels, distances = torch.rand(1, 9, KINDS, 5) < 0.3, torch.ones(1, 9, dtype=torch.long), torch.arange(10, 100, 10)[None]
+    seen = torch.arange(9)[None] < 7
+    scores = lensnet(hits, levels, distances, seen)
+    other = hits.clone()
+    other[:, 7:] = ~other[:, 7:]
+    assert abs(scores.sum()) < 1e-4 and (scores[:, 7:] == 0).all() and torch.allclose(scores, lensnet(other, levels, distances, seen))
+    assert torch.allclose(scores[:, :7], lensnet(hits[:, :7], levels[:, :7], distances[:, :7]), atol=1e-5)
 
 
 def test_lensnet_is_not_causal():
-    """An old entry must see what is asked now: elsewhere its score did not depend on anything newer, so it could not."""
+    """An old entry must see what is asked now, and who else holds it: elsewhere its score did not depend on anything newer, so it could not."""
     _, _, lensnet = tiny_networks()
-    tail = torch.randn(1, 5, 32, requires_grad=True)
-    scores = lensnet(tail, torch.ones(1, 5, dtype=torch.bool), torch.randn(1, 9, 32), torch.ones(1, 9, dtype=torch.long), torch.arange(100, 10, -10)[None], torch.ones(1, 9, dtype=torch.bool))
-    assert torch.autograd.grad(scores[0, 0], tail)[0][0, -1].abs().max() > 0
+    hits, levels, distances = no_hits(1, 9, 5), torch.ones(1, 9, dtype=torch.long), torch.arange(100, 10, -10)[None]
+    hits[0, 0, 0, -1] = True
+    alone = lensnet(hits, levels, distances)[0, 0]
+    hits[0, 8, 0, -1] = True
+    assert not torch.isclose(alone, lensnet(hits, levels, distances)[0, 0])
+    hits[0, :, 0, -1] = False
+    assert not torch.isclose(alone, lensnet(hits, levels, distances)[0, 0])
 
 
 def test_curricula():

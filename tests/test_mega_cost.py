@@ -6,7 +6,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from megacontext import cost
 from megacontext.gistnet import GistConfig, GistNet
 from megacontext.ingest import complete
-from megacontext.lensnet import TAIL, LensConfig, LensNet
+from megacontext.lensnet import LensConfig, LensNet
+from megacontext.matches import KINDS, NEWEST
 from megacontext.runtime import Session
 from megacontext.span import BLOCK
 from megacontext.tree import MegaTree, make_header
@@ -40,10 +41,9 @@ def test_a_gist_by_hand():
 
 @pytest.mark.parametrize("entries", [1, 37])
 def test_a_scoring(entries):
-    config = LensConfig(48, hidden=8)
-    tail, gists = torch.randn(1, TAIL, 48), torch.randn(1, entries, 48)
-    seen = torch.ones(1, entries, dtype=torch.bool)
-    work = lambda: LensNet(config)(tail, torch.ones(1, TAIL, dtype=torch.bool), gists, torch.ones(1, entries, dtype=torch.long), torch.ones(1, entries), seen)
+    config = LensConfig(hidden=8)
+    hits = torch.zeros(1, entries, KINDS, NEWEST, dtype=torch.bool)
+    work = lambda: LensNet(config)(hits, torch.ones(1, entries, dtype=torch.long), torch.ones(1, entries))
     assert counted(work) == cost.score_flops(config, entries)
 
 

@@ -6,6 +6,7 @@ import torch
 from megacontext.allocator import Focus
 from megacontext.layout import GIST, HIDDEN, NODE, RAW, entry_positions, visibility
 from megacontext.losses import lens_scores, row_entries
+from megacontext.matches import Matches
 from megacontext.positions import POLICIES
 from megacontext.batch import Batch
 from megacontext.runtime import Session
@@ -15,6 +16,7 @@ from megacontext.tree import MegaTree, make_header
 from megacontext.working_context import Pins, check, cost
 from nanochat.common import UserError
 from nanochat.engine import PlainStream
+from tests.test_matches import truth
 from tests.tiny import VOCAB, tiny_networks
 
 
@@ -297,8 +299,9 @@ def test_one_token_is_mapped_as_many_are(policy):
             assert abs(shown.mapped_token(place) - shown.mapped([place])) <= max(1e-3, 2e-7 * abs(shown.mapped([place]).item()))
 
 
-def test_the_session_scores_as_lensnet_was_trained():
+def test_the_session_scores_as_lensnet_was_trained(monkeypatch):
     """The same context, once as a session scores it and once as a row of the training layout does: raw blocks, gists and a gist of gists."""
+    monkeypatch.setattr(Matches, "hits", lambda self, tree, spans: truth(tree.tokens(0, tree.length).tolist(), spans)) # where a set may say yes too often
     networks, Q = tiny_networks(seq_len=8192), 72
     memory, ids = session(networks, budget=256), some_ids(Q * BLOCK)
     for t in ids:
@@ -308,8 +311,8 @@ def test_the_session_scores_as_lensnet_was_trained():
     for span in memory.spans:
         line[Q, span.start // BLOCK:span.stop // BLOCK] = (RAW, GIST, NODE)[span.level]
     docs = torch.zeros(1, Q + 1, dtype=torch.long)
-    entries = row_entries(*networks[:2], torch.tensor([ids + [0] * BLOCK]), docs, BLOCK)
-    scores = lens_scores(networks[2], entries, docs, torch.from_numpy(line)[None], torch.tensor([[Q]]), BLOCK)[0, 0]
+    rows = torch.tensor([ids + [0] * BLOCK])
+    scores = lens_scores(networks[2], rows, docs, torch.from_numpy(line)[None], torch.tensor([[Q]]), BLOCK)[0, 0]
     expected = [scores[Q + 1 + span.index if span.level == 2 else span.index].item() for span in memory.spans]
     assert np.allclose(memory.score(), expected, atol=1e-3)
 

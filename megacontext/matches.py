@@ -1,0 +1,105 @@
+"""
+Where the newest tokens have stood before: for every entry of a working context and every newest token, whether the entry's tokens hold that
+token, and whether they hold it behind the same token as now (a pair). What the next tokens need is most often what followed last time.
+
+Training asks the rows themselves. A session asks a bit set for each entry: the hashes of its tokens and pairs (Bloom, 1970, with one hash function),
+made from the ids in the tree when the entry comes into view, so that a refocus touches newest tokens x entries, whatever the entries cover.
+A bit set may say yes where the truth is no: in one case in 500 for a block, in one of 20 for a gist of 1,024 tokens of ordinary text.
+
+M = readings, E = entries, n = newest tokens, T = tokens of a row, K = block, Q = T / K
+"""
+import numpy as np
+import torch
+
+NEWEST = 64            # newest tokens that ask: a question of a few lines
+KINDS = 2              # a token by itself, and behind the one before it
+BITS = (1 << 15, 1 << 20) # of an entry's set: up to level 2, and above (a gist of level 3 stands for 32,768 tokens)
+MIX = (30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB) # splitmix64 (Steele et al., 2014): shifts and factors that spread 64 bits evenly
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# In rows
+
+def row_hits(ids, docs, block, K):
+    """
+    Readings block (B, P) of rows ids (B, T) with documents docs (B, Q): what each earlier block holds of the NEWEST tokens before the reading
+    block, bool (B, P, Q, KINDS, n). What stands before the row, or belongs to another document, is held by nobody.
+    """
+    (B, T), P, device = ids.shape, block.size(1), ids.device
+    before = torch.cat([torch.full_like(ids[:, :1], -1), ids[:, :-1]], dim=1)
+    index = block[:, :, None] * K + torch.arange(-NEWEST, 0, device=device) # (B, P, n)
+    at = index.clamp(min=0).flatten(1)
+    there = (index >= 0) & (docs.gather(1, at // K).view_as(index) == docs.gather(1, block)[:, :, None])
+    newest, newest_before = (t.gather(1, at).view_as(index)[:, :, None, None] for t in (ids, before)) # (B, P, 1, 1, n)
+    held, held_before = (t.view(B, 1, T // K, K, 1) for t in (ids, before))
+    same = held == newest # (B, P, Q, K, n)
+    hits = torch.stack([same.any(3), (same & (held_before == newest_before)).any(3)], dim=3)
+    return hits & there[:, :, None, None]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# In a session
+
+def hashed(ids, before):
+    """Ids (n,) and the ids before them, -1 and up -> (KINDS, n) uint64, evenly spread."""
+    ids = np.asarray(ids, np.uint64)
+    x = np.stack([ids, ids + (np.asarray(before, np.int64) + 2).astype(np.uint64) * np.uint64(1 << 32)])
+    for shift, factor in MIX:
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+    return x ^ (x >> np.uint64(31))
+
+
+class Matches:
+    """The bit sets of the entries in view."""
+
+    def __init__(self):
+        self.sets = [_Sets(bits) for bits in BITS]
+
+    def hits(self, tree, spans):
+        """What each of `spans`, finished ones of the tree, holds of its NEWEST tokens: bool numpy (E, KINDS, n)."""
+        start = max(0, tree.length - NEWEST)
+        asked = hashed(*_with_before(tree, start, tree.length)) # (KINDS, n)
+        hits = np.empty((len(spans), *asked.shape), dtype=bool)
+        high = np.array([span.level > 2 for span in spans], dtype=bool)
+        for sets, here in zip(self.sets, (~high, high)):
+            if here.any():
+                hits[here] = sets.ask(tree, [span for span, wanted in zip(spans, here) if wanted], asked)
+        return hits
+
+
+class _Sets:
+    """Bit sets of one size, a row for each span; rows of spans that left the view are used again."""
+
+    def __init__(self, bits):
+        self.bits, self.rows, self.place = np.uint64(bits), np.zeros((0, bits // 8), np.uint8), {}
+
+    def ask(self, tree, spans, asked):
+        """(E, KINDS, n) bool: which bits of the spans' sets are set."""
+        self._hold(tree, spans)
+        bit = (asked % self.bits).astype(np.int64)
+        rows = np.array([self.place[span] for span in spans])
+        return (self.rows[rows[:, None, None], bit >> 3] >> (bit & 7).astype(np.uint8) & 1).view(bool)
+
+    def _hold(self, tree, spans):
+        new = [span for span in spans if span not in self.place]
+        if not new:
+            return
+        if len(self.place) + len(new) > len(self.rows): # first those out of view give up their rows, then there are more rows
+            wanted = set(spans)
+            self.place = {span: row for span, row in self.place.items() if span in wanted}
+            if len(spans) > len(self.rows):
+                self.rows = np.concatenate([self.rows, np.zeros((2 * len(spans) - len(self.rows), self.rows.shape[1]), np.uint8)])
+        used = set(self.place.values())
+        free = (row for row in range(len(self.rows)) if row not in used)
+        for span, row in zip(new, free):
+            bits = (hashed(*_with_before(tree, span.start, span.stop)) % self.bits).astype(np.int64).ravel()
+            flags = np.zeros(int(self.bits), bool)
+            flags[bits] = True
+            self.rows[row] = np.packbits(flags, bitorder="little")
+            self.place[span] = row
+
+
+def _with_before(tree, start, stop):
+    """Ids start..stop and the ids before them; before the first of all stands -1."""
+    ids = tree.tokens(max(0, start - 1), stop).astype(np.int64)
+    return (ids[1:], ids[:-1]) if start else (ids, np.concatenate([[-1], ids[:-1]]))

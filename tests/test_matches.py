@@ -1,0 +1,95 @@
+"""Where the newest tokens have stood before: rows beside a slow search, bit sets beside the rows."""
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from megacontext import matches
+from megacontext.matches import KINDS, NEWEST, Matches, row_hits
+from megacontext.span import BLOCK, Span
+from megacontext.tree import MegaTree, make_header
+
+
+def slow_hits(ids, docs, q, K):
+    """One reading: for each block and newest token, look through the block."""
+    Q = len(docs)
+    hits = np.zeros((Q, KINDS, NEWEST), bool)
+    for i in range(NEWEST):
+        at = q * K - NEWEST + i
+        if at < 0 or docs[at // K] != docs[q]:
+            continue
+        for b in range(Q):
+            for place in range(b * K, (b + 1) * K):
+                if ids[place] == ids[at]:
+                    hits[b, 0, i] = True
+                    hits[b, 1, i] |= (ids[place - 1] if place else -1) == (ids[at - 1] if at else -1)
+    return hits
+
+
+@pytest.mark.parametrize("K", [8, 32])
+def test_rows_are_searched_as_a_slow_search_does(K):
+    rng = np.random.default_rng(0)
+    T = 256
+    ids, docs = rng.integers(0, 20, (2, T)), np.sort(rng.integers(0, 3, (2, T // K)), axis=1)
+    block = rng.integers(0, T // K, (2, 3))
+    got = row_hits(torch.from_numpy(ids), torch.from_numpy(docs), torch.from_numpy(block), K)
+    for b in range(2):
+        for p in range(3):
+            assert np.array_equal(got[b, p].numpy(), slow_hits(ids[b], docs[b], block[b, p], K))
+
+
+def tree_of(ids):
+    tree = MegaTree.in_memory(make_header(4, 0))
+    tree.append_tokens(ids)
+    return tree
+
+
+def truth(ids, spans):
+    """What the spans hold of the newest tokens, (E, KINDS, n)."""
+    ids = list(ids)
+    pairs = list(zip([-1] + ids, ids))
+    asked = pairs[-NEWEST:]
+    return np.array([[[token in set(ids[s.start:s.stop]) for _, token in asked], [pair in set(pairs[s.start:s.stop]) for pair in asked]] for s in spans])
+
+
+@pytest.mark.parametrize("length", [BLOCK, 50, 40 * BLOCK + 7])
+def test_a_set_never_denies_what_is_there_and_seldom_claims_what_is_not(length):
+    rng = np.random.default_rng(length)
+    ids = rng.zipf(1.2, length) % 30_000
+    spans = [Span(0, b) for b in range(length // BLOCK)] + [Span(1, b) for b in range(length // BLOCK)] + [Span(2, n) for n in range(length // BLOCK ** 2)]
+    hits, true = Matches().hits(tree_of(ids), spans), truth(ids, spans)
+    assert hits.shape == (len(spans), KINDS, min(length, NEWEST))
+    assert (hits | ~true).all()
+    coarse = np.array([span.level == 2 for span in spans])
+    wrong = (hits & ~true)[~coarse]
+    assert wrong.sum() <= 2 + 0.01 * wrong.size
+    assert not coarse.any() or (hits & ~true)[coarse].mean() < 0.1
+
+
+def test_a_gist_of_level_3_still_tells_what_it_holds():
+    """Its 32,768 tokens would fill the set of a level-2 gist: nearly every question would be answered yes."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 2 ** 31, BLOCK ** 3 + NEWEST)
+    ids[-3:] = ids[100:103]
+    hits = Matches().hits(tree_of(ids), [Span(3, 0)])
+    assert hits[0, 0, -3:].all() and hits[0, 1, -2:].all() and hits.mean() < 0.15
+
+
+def test_rows_of_spans_that_left_are_used_again():
+    """Whatever came and went before, a span's answer is that of its own tokens; and there are no more rows than the views were wide."""
+    rng = random.Random(0)
+    ids = np.random.default_rng(1).integers(0, 500, 64 * BLOCK)
+    tree, kept = tree_of(ids), Matches()
+    for _ in range(40):
+        spans = [Span(1, b) for b in sorted(rng.sample(range(64), rng.randrange(1, 20)))]
+        assert np.array_equal(kept.hits(tree, spans), Matches().hits(tree, spans))
+        assert len(kept.sets[0].rows) <= 2 * 20
+
+
+def test_bits_are_evenly_used():
+    """Ids are small consecutive numbers and a set takes the remainder of their hash: none of its bits may be out of reach."""
+    bits = matches.hashed(np.arange(30_000), np.arange(30_000)[::-1]) % np.uint64(1 << 10)
+    for kind in bits:
+        counts = np.bincount(kind.astype(np.int64), minlength=1 << 10)
+        assert counts.min() > 0 and counts.max() < 4 * counts.mean()
