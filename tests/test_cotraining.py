@@ -131,6 +131,33 @@ def test_scores_balance_and_ignore_who_is_not_there():
     assert abs(scores.sum()) < 1e-4 and (scores[:, 7:] == 0).all() and torch.allclose(scores, lensnet(*args(other)))
 
 
+@pytest.mark.parametrize("entries, newest", [(1, 64), (7, 64), (30, 5)])
+def test_keys_made_once_and_no_masks_give_the_same_scores(entries, newest):
+    """What a session does, against what training does with masks that are all True."""
+    _, _, lensnet = tiny_networks()
+    g = torch.Generator().manual_seed(entries)
+    tail, gists = torch.randn(2, newest, 32, generator=g), torch.randn(2, entries, 32, generator=g)
+    levels, distances = torch.randint(0, 4, (2, entries), generator=g), torch.rand(2, entries, generator=g) * 2000 + 1
+    expected = lensnet(tail, torch.ones(2, newest, dtype=torch.bool), gists, levels, distances, torch.ones(2, entries, dtype=torch.bool))
+    assert torch.allclose(lensnet.compare(tail, lensnet.keys(gists), levels, distances), expected, atol=1e-3)
+
+
+def test_the_features_by_hand():
+    """Means and maxima over the newest 2 and 8 of 3 tokens: the last are what matters, and fewer than 8 are all there are."""
+    _, _, lensnet = tiny_networks()
+    seen = {}
+    lensnet.up.register_forward_pre_hook(lambda module, args: seen.update(features=args[0]))
+    tail = torch.zeros(1, 3, 32)
+    tail[0, torch.arange(3), torch.tensor([0, 1, 1])] = 1.0 # the first token looks like the first entry, the newest two like the second
+    gists = torch.eye(32)[None, :2] + 1e-3
+    with torch.no_grad():
+        lensnet.channel_scale.fill_(1.0)
+        lensnet(tail, torch.ones(1, 3, dtype=torch.bool), gists, torch.ones(1, 2, dtype=torch.long), torch.tensor([[90.0, 50.0]]), torch.ones(1, 2, dtype=torch.bool))
+    like2, best2, _, like8, best8 = seen["features"][0, :, :5].unbind(-1)
+    assert like2[1] > 0.9 and best2[1] > 0.9, "the newest two tokens look like the second entry"
+    assert like8[1] > 0.9 and best8.abs().max() < 0.1, "of all three, two do; the best match of either entry is as good"
+
+
 def test_lensnet_is_not_causal():
     """An old entry must see what is asked now: elsewhere its score did not depend on anything newer, so it could not."""
     _, _, lensnet = tiny_networks()
