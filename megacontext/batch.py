@@ -27,14 +27,12 @@ class Batch:
         """tokens: one id for each session -> logits (B, V) of the tokens that follow. A session whose token is None waits: its logits mean nothing."""
         start, device = time.perf_counter(), self.gpt.device
         assert len(tokens) == len(self.sessions), f"one token, or None, for each of {len(self.sessions)} sessions, got {len(tokens)}"
-        places, before = [session.length for session in self.sessions], [0] * len(tokens)
+        places = [session.length for session in self.sessions]
         going = [row for row, token in enumerate(tokens) if token is not None]
-        for row, session in enumerate(self.sessions):
-            if places[row]:
-                before[row] = int(session.tree.tokens(places[row] - 1, places[row])[0])
         ids = torch.tensor([[token or 0] for token in tokens], device=device)
         first = torch.tensor([[place == 0] for place in places], device=device)
-        entries = self.gpt.embed(ids, torch.tensor(before, device=device), first)
+        before = torch.cat([session.before() if place else ids[0] for session, place in zip(self.sessions, places)])
+        entries = self.gpt.embed(ids, before, first)
         positions = torch.cat([session.shown.mapped_token(place) for session, place in zip(self.sessions, places)])
         rows = Rows(self.cache, torch.tensor([session.shown.cache.length for session in self.sessions], device=device))
         logits = self.gpt.head(self.gpt.trunk(entries, positions, rows.see, rows)[:, -1])
@@ -42,10 +40,10 @@ class Batch:
         for row in going:
             session = self.sessions[row]
             session.tree.append_tokens([tokens[row]])
-            session.shown.note(session.shown.cache.length, places[row:row + 1])
+            session.shown.note(session.shown.cache.length, [places[row]])
             session.shown.cache.advance(1)
             session._count("read", time.perf_counter() - share, read_tokens=1)
-            session.grown()
+            session.grown(ids[row])
         return logits
 
 

@@ -82,7 +82,9 @@ class MemoryColumn:
         self.row, self.rows = row, 0
         self.buffer = np.empty((16, row), np.uint8)
 
-    def append(self, rows):
+    def append(self, data):
+        """Bytes of whole rows, as in FileColumn."""
+        rows = np.frombuffer(data, np.uint8).reshape(-1, self.row)
         need = self.rows + len(rows)
         if need > len(self.buffer):
             grown = np.empty((max(need, 2 * len(self.buffer)), self.row), np.uint8)
@@ -151,14 +153,15 @@ class FileColumn:
                 if size != filled:
                     raise TreeError(f"{path}: expected a checksum of {filled} bytes for chunk {last}, found one of {size}. Restore the tree from a copy")
 
-    def append(self, rows):
+    def append(self, data):
+        """Bytes of whole rows. A few wait in memory for the next ones."""
         assert self.rows >= self.committed_rows, f"{self.path} was rewound: commit that before appending, which overwrites committed rows"
-        data = self.held + rows.tobytes()
+        n, data = len(data) // self.row, self.held + data
         if len(data) < HELD:
             self.held = data
         else:
             self._write(data)
-        self.rows += len(rows)
+        self.rows += n
 
     def write(self):
         """Write the rows that wait."""

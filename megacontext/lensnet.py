@@ -10,7 +10,7 @@ the same token as now (matches.py). A match in few of the entries says more than
 For each entry, the newest 2, 8, 32 and 64 tokens give the mean and the best of these weights; a small head weighs them against distance,
 level, and the same of the entry before (what followed a match may be in the next block). All entries are seen together: it is not causal.
 
-Cosines of embeddings and gists in place of exact matches gave 0.52 of the oracle's gain where these give 0.56 (LOG.md, 2026-11-21), and
+Cosines of embeddings and gists in place of exact matches gave 0.52 of the oracle's gain where these give 0.57 (LOG.md, 2026-11-21), and
 learnt keys with two cross-attention layers, as in the MegaContext notes, less than cosines: few labels cannot teach a network what matches.
 
 M = readings, E = entries, n = newest tokens, F = features
@@ -62,7 +62,7 @@ class LensNet(nn.Module):
         means = weights @ self.share[NEWEST - n:] # (M, E, KINDS, 4)
         newest_first = weights.flip(-1)
         best = torch.stack([newest_first[..., :k].amax(-1) for k in RECENT], dim=-1)
-        matches = among(torch.cat([means, best], dim=-1).flatten(2), seen)
+        matches = torch.cat([means, best], dim=-1).flatten(2) # (M, E, MATCHES)
         distances = distances.float()[..., None]
         far = torch.log(distances) - 5
         features = [matches, _before(matches, seen), far, far.square(), torch.exp(distances * self.decay), self.shown[levels.clamp(max=2)]]
@@ -79,14 +79,3 @@ def _before(matches, seen):
         return earlier[:, :-1]
     newest = torch.where(seen, torch.arange(1, seen.size(1) + 1, device=seen.device), 0).cummax(dim=1).values # of the newest entry so far, from 1
     return earlier.gather(1, F.pad(newest, (1, 0))[:, :-1, None].expand_as(matches))
-
-
-def among(features, seen):
-    """Features (M, E, F) as deviations from the other entries' of the same reading, in standard deviations; 0 where not seen."""
-    if seen is None:
-        variance, mean = torch.var_mean(features, dim=1, correction=0, keepdim=True)
-        return (features - mean) * (variance + 1e-8).rsqrt()
-    there = seen[..., None]
-    count = there.sum(1, keepdim=True).clamp(min=1)
-    centred = (features - (features * there).sum(1, keepdim=True) / count) * there
-    return centred / (centred.square().sum(1, keepdim=True) / count + 1e-8).sqrt()

@@ -64,6 +64,7 @@ class Session:
         self.store = KVStore(gpt.device, kept * budget, kept_in_ram * budget)
         self.spans, self.scored, self.edits, self.focus = [], {}, [], Focus()
         self.matches = Matches()
+        self.last = None # id of the newest token, (1,); None where it has to be looked up
         self.telemetry, self.told = telemetry or Telemetry(), {}
         self.stats = dict(ticks=0, edits=0, read_tokens=0, ingested_tokens=0) | {f"{stage}_ms": 0.0 for stage in STAGES}
         if state is not None:
@@ -136,21 +137,30 @@ class Session:
     def _read(self, ids):
         """Read tokens that stay within the live block; a tick when they complete it."""
         start, length = time.perf_counter(), self.tree.length
+        new = torch.tensor([ids], device=self.gpt.device)
+        entries = self.gpt.embed(new, self.before())
         self.tree.append_tokens(ids)
-        logits = self._forward(length)
+        logits = self._forward(entries, length)
         self._count("read", start, read_tokens=len(ids))
-        self.grown()
+        self.grown(new[:, -1])
         return logits
 
-    def _forward(self, start):
-        """Read the timeline's tokens from `start` to its end behind what is in view; logits (V,) of the next token."""
-        n, have = self.tree.length - start, self.shown.cache.length
+    def before(self):
+        """Id of the newest token, (1,), in whose light the next one is embedded; None at the very start."""
+        length = self.tree.length
+        if self.last is None and length:
+            self.last = torch.as_tensor(self.tree.tokens(length - 1, length), dtype=torch.long, device=self.gpt.device)
+        return self.last
+
+    def _forward(self, entries, start):
+        """Read entries of the timeline's newest tokens, from `start` on, behind what is in view; logits (V,) of the next token."""
+        n, have = entries.x.size(1), self.shown.cache.length
         see = "all" if n == 1 else causal_after(have, n, self.gpt.device)
-        entries = embed_tokens(self.gpt, self.tree, start, start + n)
         return self.gpt.head(self.shown.read(entries, range(start, start + n), see)[0, -1])
 
-    def grown(self):
-        """Tokens were appended to the tree and read: the context follows, and a finished block makes a tick."""
+    def grown(self, last):
+        """Tokens were appended to the tree and read, the id of the newest is last (1,): a finished block makes a tick."""
+        self.last = last
         if self.tree.length % BLOCK == 0:
             self.shown.seal(self.spans[-1])
             start = time.perf_counter()
@@ -173,7 +183,8 @@ class Session:
         whole = [span for span in spans if span.level == 0 and not span.live]
         shown.lift()
         shown.remove(set(whole))
-        logits = self._forward(min(span.start for span in spans if span.level == 0))
+        start = min(span.start for span in spans if span.level == 0)
+        logits = self._forward(embed_tokens(self.gpt, self.tree, start, self.tree.length), start)
         for span in whole:
             shown.seal(span)
         return logits
@@ -219,6 +230,7 @@ class Session:
     @torch.no_grad()
     def _assemble(self):
         """A fresh working context for the tree as it is, by recency."""
+        self.last = None
         complete(self.gpt, self.gistnet, self.tree)
         self.shown.lift() # the live block as far as it went: what follows is read with it
         self.spans = assemble(self.tree.length, self.budget - BLOCK, tail=self.tail)
@@ -258,6 +270,7 @@ class Session:
         ahead = [span.parent() for span in self.spans if span.level == 0 and span.index < self.tree.count(1)]
         both = spans + [span for span in ahead if span not in self.store]
         x = torch.as_tensor(self.tree.gists_of(both), dtype=gpt.dtype, device=gpt.device)
+        if self.n_diff:
         values = [means[:, None] for means in self._value_means(both)]
         alone = KVCache(gpt.config, len(both), 1, gpt.device, gpt.dtype)
         gpt.trunk(Entries(x[:, None], values), torch.zeros(1, 1, device=gpt.device), "all", alone) # at position 0 keys are unturned
@@ -328,7 +341,7 @@ class Session:
         if state.length > self.length:
             raise UserError(f"cannot rewind to {state.length} tokens: this session has {self.length}")
         self.tree.truncate(state.length)
-        self.shown, self.matches = Shown(self.gpt, self.budget, self.shown.policy), Matches()
+        self.shown, self.matches, self.last = Shown(self.gpt, self.budget, self.shown.policy), Matches(), None
         self.store = KVStore(self.gpt.device, self.store.near.size, self.store.far.size) # blocks past the mark will be other blocks
         self._restore(state)
 

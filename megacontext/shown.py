@@ -132,7 +132,10 @@ class Shown:
 
     def note(self, start, timeline):
         """Entries from `start` on were written to the cache, and stand at these timeline positions."""
-        self.places[start:start + len(timeline)] = timeline
+        if len(timeline) == 1: # a decoding step: to make an array of one number takes longer than all else here
+            self.places[start] = timeline[0]
+        else:
+            self.places[start:start + len(timeline)] = timeline
 
     def seal(self, span):
         """The first loose entries are all of `span`."""

@@ -1,5 +1,5 @@
 """
-What a session did, in numbers that stay small: one call per tick in; JSON lines, a summary and samples for a Prometheus page out.
+What a session did, in numbers that stay small: one call per tick in; JSON lines, a function told of each, a summary and samples for a Prometheus page out.
 Memory is bounded whatever the length of the session: counters and histograms of fixed size, and for single nodes the most
 accessed NODES of them (the Space-Saving sketch of Metwally et al., 2005: a newcomer takes the place and the count of the rarest).
 
@@ -61,10 +61,12 @@ class Histogram:
 class Telemetry:
     """
     path     a file that gets one JSON object per tick, appended; None = keep only the aggregates
+    tell     a function that gets the same object, e.g. to send it elsewhere
     session  what its lines and samples are marked with: a name at random, so that several may share a file or a page
     """
 
-    def __init__(self, path=None):
+    def __init__(self, path=None, tell=None):
+        self.tell = tell
         try:
             self.file = open(path, "a", encoding="utf-8") if path else None
         except OSError as error:
@@ -105,6 +107,8 @@ class Telemetry:
         if self.file:
             self.file.write(json.dumps(self.newest) + "\n")
             self.file.flush()
+        if self.tell:
+            self.tell(self.newest)
         return self.newest
 
     def next_session(self):

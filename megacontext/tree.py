@@ -12,6 +12,7 @@ D = width of a gist row, K = width of a key row (0 = none)
 """
 
 import os
+from array import array
 from functools import partial
 from pathlib import Path
 
@@ -144,13 +145,9 @@ class MegaTree:
     # Growth
 
     def append_tokens(self, ids):
-        """Add token ids at the end of the history."""
+        """Add token ids, a list or a 1-D array, at the end of the history."""
         self._check_writable()
-        ids = np.asarray(ids)
-        assert ids.ndim == 1 and (ids.size == 0 or ids.dtype.kind in "iu"), f"expected a row of token ids, got {ids.dtype} {ids.shape}"
-        if ids.size and not 0 <= ids.min() <= ids.max() < 2 ** 31:
-            raise ValueError(f"token ids must be in 0..2**31 - 1, got {ids.min()}..{ids.max()}")
-        self._column(0, "ids").append(np.ascontiguousarray(ids, np.int32).view(np.uint8).reshape(-1, 4))
+        self._column(0, "ids").append(_id_bytes(ids))
 
     def append_gists(self, level, gists, keys=None):
         """Add the next gists of a level: (n, D), with their LensNet keys (n, K) if the tree holds keys."""
@@ -164,9 +161,9 @@ class MegaTree:
         self._check_writable()
         rows, key_rows = encode(gists, self.header["gist_dtype"]), encode(keys, self.header["gist_dtype"]) if K else None
         if K:
-            self._column(level, "keys").append(key_rows)
+            self._column(level, "keys").append(key_rows.tobytes())
         try:
-            self._column(level, "gists").append(rows)
+            self._column(level, "gists").append(rows.tobytes())
         except TreeError:  # the disk is full: neither or both
             if K:
                 self._column(level, "keys").truncate(a)
@@ -229,7 +226,7 @@ class MegaTree:
         for (level, kind), column in self.columns.items():
             rows, step = min(column.rows, tokens // BLOCK ** level), max(1, 2 ** 20 // column.row)
             for a in range(0, rows, step):
-                copy._column(level, kind).append(column.read(a, min(a + step, rows)))
+                copy._column(level, kind).append(column.read(a, min(a + step, rows)).tobytes())
         copy.commit()
         return copy
 
@@ -344,6 +341,19 @@ class MegaTree:
         """After a read: a writer commits a rewind before it overwrites anything, so what was read before this says yes is sound."""
         if not self.writable and self.record.rewound():
             raise TreeError(f"{self.folder} was rewound by its writer since it was opened: refresh() and read again")
+
+
+def _id_bytes(ids):
+    """int32 bytes. A list stays out of numpy: for a single id its handful of calls took longer than all else that is done about a token."""
+    if isinstance(ids, list):
+        least, most = (min(ids), max(ids)) if ids else (0, 0)
+    else:
+        ids = np.asarray(ids)
+        assert ids.ndim == 1 and (ids.size == 0 or ids.dtype.kind in "iu"), f"expected a row of token ids, got {ids.dtype} {ids.shape}"
+        least, most = (ids.min(), ids.max()) if ids.size else (0, 0)
+    if not 0 <= least <= most < 2 ** 31:
+        raise ValueError(f"token ids must be in 0..2**31 - 1, got {least}..{most}")
+    return array("i", ids).tobytes() if isinstance(ids, list) else ids.astype(np.int32).tobytes()
 
 
 def _parse(name):

@@ -21,7 +21,7 @@ from nanochat import hardware
 from nanochat.common import UserError, run_main, setup
 from nanochat.conversation import Conversation, Progress
 from nanochat.engine import Engine, Sampler
-from scripts.load import add_flags, load_stage, make_telemetry, open_stream
+from scripts.load import add_flags, load_stage, open_stream, telemetry_maker
 
 TURNS = 20   # that /back can go back: each keeps what the model had in view
 CHUNK = 8192 # tokens of a long text fed at once: how often its progress is shown, and how soon Ctrl-C is heard
@@ -122,7 +122,7 @@ def main():
     before = "" if args.file is None else read_text(args.file) + "\n\n"
     if args.no_memory and args.tree is not None:
         raise UserError("--tree keeps the memory and --no-memory has none: use one of them")
-    telemetry = make_telemetry(args)
+    telemetry = telemetry_maker(args)()
     device, _ = setup(args.device)
     dtype, _ = hardware.pick_dtype(hardware.describe(device), args.dtype)
     loaded = load_stage(args.stage, args.tag, args.step, device, dtype)

@@ -44,7 +44,7 @@ from nanochat.common import UserError, run_main, setup
 from nanochat.conversation import Conversation, Progress
 from nanochat.engine import Engine
 from nanochat.tokenizer import turns
-from scripts.load import add_flags, load_stage, make_telemetry, open_stream
+from scripts.load import add_flags, load_stage, open_stream, telemetry_maker
 
 CHUNK = 8192       # tokens of a long message read at once: how often progress is told and a hang-up is heard
 VIEW_EVERY = 16    # tokens between two snapshots of the memory
@@ -331,10 +331,10 @@ def main():
     device, _ = setup(args.device)
     dtype, _ = hardware.pick_dtype(hardware.describe(device), args.dtype)
     loaded = load_stage(args.stage, args.tag, args.step, device, dtype)
-    engine = Engine(loaded.tokenizer)
+    engine, telemetry = Engine(loaded.tokenizer), telemetry_maker(args)
 
     def begin():
-        stream = open_stream(loaded, not args.no_memory, args.budget, telemetry=make_telemetry(args))
+        stream = open_stream(loaded, not args.no_memory, args.budget, telemetry=telemetry())
         return Conversation(engine, stream, None if args.no_memory else CHUNK)
 
     begin() # what is wrong with memory or budget is told now, and not to the first guest

@@ -5,7 +5,9 @@ plain model still trains and talks.
 """
 import hashlib
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
+from threading import Lock
 
 import torch
 
@@ -13,6 +15,7 @@ from nanochat import checkpoint
 from nanochat.common import UserError, checkpoint_dir
 from nanochat.engine import PlainStream
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.run import Log
 from nanochat.tokenizer import Tokenizer
 
 
@@ -54,6 +57,7 @@ def add_flags(parser):
     parser.add_argument("--no-memory", action="store_true", help="the plain model: it forgets what does not fit into its context")
     parser.add_argument("--budget", type=int, default=None, help="most entries, tokens and gists alike, that the model reads at once (default: as it was saved, else half its longest row)")
     parser.add_argument("--telemetry", default=None, help="a file that gets a line of JSON for every tick of the memory, appended")
+    parser.add_argument("--run", default="", help="name of a wandb run that gets the numbers of every tick of the memory (empty = no wandb)")
 
 
 def modules(gpt, gistnet=None, lensnet=None):
@@ -140,14 +144,20 @@ def renew_tree(loaded, folder, gist_dtype=None):
             tree.reset_gists(**wanted)
 
 
-def make_telemetry(args):
-    """What a session of a script with add_flags tells of its ticks to, None without memory."""
+def telemetry_maker(args):
+    """A function () -> what a new session of a script with add_flags tells of its ticks to, None without memory. All tell the same file and the same wandb run."""
     if args.no_memory:
-        if args.telemetry is not None:
-            raise UserError("--telemetry tells what the memory does and --no-memory has none: use one of them")
-        return None
+        if args.telemetry is not None or args.run:
+            raise UserError("--telemetry and --run tell what the memory does and --no-memory has none: use one of them")
+        return lambda: None
     from megacontext.telemetry import Telemetry
-    return Telemetry(args.telemetry)
+    log, ticks = Log(None, wandb_project="nanochat-memory", run=args.run, config=vars(args)), count(1)
+    lock = Lock() # sessions may run in several threads, and wandb drops a step that is lower than the last
+
+    def tell(line):
+        with lock:
+            log.write(next(ticks), show=False, **line)
+    return lambda: Telemetry(args.telemetry, tell if log.wandb else None)
 
 
 def open_stream(loaded, memory=True, budget=None, tree=None, telemetry=None):

@@ -32,7 +32,7 @@ from nanochat.common import UserError, run_main, setup
 from nanochat.conversation import Conversation
 from nanochat.engine import Engine
 from scripts.code_base import CodeBase, python_files, shuffled, take_files
-from scripts.load import add_flags, load_stage, make_telemetry, open_tree
+from scripts.load import add_flags, load_stage, open_tree, telemetry_maker
 from tasks.codeqa import Sources, TopicShift
 from tasks.common import same_words
 
@@ -278,7 +278,7 @@ def main():
         raise UserError(f"expected --tokens and --max-tokens of at least 1, got {args.tokens} and {args.max_tokens}")
     if args.no_memory:
         raise UserError("the demo shows the memory: leave --no-memory out")
-    telemetry = make_telemetry(args)
+    telemetry = telemetry_maker(args)()
     if args.code is not None:
         python_files(args.code) # a wrong path is told before a model is loaded
     device, _ = setup(args.device, args.seed)

@@ -156,6 +156,21 @@ def test_scores_balance_and_ignore_who_is_not_there():
     assert torch.allclose(scores[:, :7], lensnet(hits[:, :7], levels[:, :7], distances[:, :7]), atol=1e-5)
 
 
+def test_the_features_by_hand():
+    """Three entries, three newest tokens. The last token is in one of them, log(4 / 1.5) nats; the one before it in all, log(4 / 3.5) nats."""
+    _, _, lensnet = tiny_networks()
+    seen = {}
+    lensnet.up.register_forward_pre_hook(lambda module, args: seen.update(features=args[0]))
+    hits = no_hits(1, 3, 3)
+    hits[0, :, 0, 1] = hits[0, 1, 0, 2] = True
+    lensnet(hits, torch.ones(1, 3, dtype=torch.long), torch.tensor([[90.0, 70.0, 50.0]]))
+    rare, common = math.log(4 / 1.5), math.log(4 / 3.5)
+    own = seen["features"][0, :, :8] # by itself: means over the newest 2, 8, 32, 64, then the best of them
+    expected = [[(first + last) / k for k in (2, 8, 32, 64)] + [max(first, last)] * 4 for first, last in ((common, 0), (common, rare), (common, 0))]
+    assert torch.allclose(own, torch.tensor(expected), atol=1e-5)
+    assert torch.equal(seen["features"][0, :, 16:24], torch.cat([torch.zeros(1, 8), own[:2]])), "what the entry before has"
+
+
 def test_lensnet_is_not_causal():
     """An old entry must see what is asked now, and who else holds it: elsewhere its score did not depend on anything newer, so it could not."""
     _, _, lensnet = tiny_networks()

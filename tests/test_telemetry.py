@@ -1,9 +1,12 @@
 """Telemetry counts what happened, cheaply, and never grows."""
 
+import argparse
 import json
 import random
 import re
+import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from megacontext.span import BLOCK, Span
 from megacontext.telemetry import METRICS, NODES, OLDEST, Histogram, Telemetry, page
 from megacontext.working_context import advance, assemble, cost
 from nanochat.common import UserError
+from scripts.load import telemetry_maker
 
 
 def test_one_tick_by_hand(tmp_path):
@@ -49,6 +53,27 @@ def test_sessions_that_share_a_file_can_be_told_apart(tmp_path):
     assert telemetry.summary()["ticks"] == 2 and telemetry.summary()["stayed_ticks"] == {} and telemetry.summary()["residency"] == {0: 48, 1: 0.5}
     with pytest.raises(UserError, match="cannot write telemetry to .*nowhere"):
         Telemetry(tmp_path / "nowhere" / "ticks.jsonl")
+
+
+def test_sessions_of_one_program_share_a_wandb_run(tmp_path, monkeypatch):
+    """A stand-in for wandb, which refuses a step that is lower than the last: ticks are counted over all sessions."""
+    logged, runs = [], []
+    fake = SimpleNamespace(init=lambda **settings: runs.append(settings) or SimpleNamespace(log=lambda metrics, step: logged.append((step, metrics))))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    args = argparse.Namespace(no_memory=False, telemetry=str(tmp_path / "ticks.jsonl"), run="talk")
+    make = telemetry_maker(args)
+    first, second = make(), make()
+    for telemetry in (first, second, first):
+        telemetry.tick(32, [Span(0, 0)], 64, [], {"read": 1.5})
+    assert len(runs) == 1 and runs[0]["name"] == "talk"
+    assert [step for step, _ in logged] == [1, 2, 3] and [line["session"] for _, line in logged] == [first.session, second.session, first.session]
+    lines = (tmp_path / "ticks.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == json.loads(json.dumps([line for _, line in logged])) and logged[0][1]["ms"] == {"read": 1.5}
+    args.run, args.no_memory = "", True
+    with pytest.raises(UserError, match="--no-memory has none"):
+        telemetry_maker(args)
+    args.telemetry = None
+    assert telemetry_maker(args)() is None
 
 
 @pytest.mark.parametrize("seed", range(10))

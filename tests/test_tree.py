@@ -475,6 +475,63 @@ def test_a_full_disk_is_a_clear_error_and_nothing_committed_is_lost(tmp_path, mo
         tree.verify()
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_tokens_that_wait_in_memory_are_there_for_everybody(tmp_path, seed):
+    """Single tokens are written a block at a time. Reads, rewinds, forks and commits at any moment see them, as the list that is the obvious twin."""
+    rng, truth, committed = random.Random(seed), [], []
+    tree = MegaTree.create(tmp_path / "t", HEADER)
+    for step in range(1500):
+        id = rng.randrange(2 ** 31)
+        tree.append_tokens([id] if rng.random() < 0.97 else np.array([id, 1, 2]))
+        truth += [id] if tree.length == len(truth) + 1 else [id, 1, 2]
+        what, a = rng.random(), rng.randrange(max(0, len(truth) - 70), len(truth))
+        if what < 0.1:
+            b = rng.randrange(a, len(truth) + 1)
+            assert tree.tokens(a, b).tolist() == truth[a:b]
+        elif what < 0.12:
+            tree.truncate(a)
+            del truth[a:]
+            committed = list(truth)
+        elif what < 0.14:
+            tree.commit()
+            committed = list(truth)
+        elif what < 0.15:
+            assert tree.fork().tokens(0, len(truth)).tolist() == truth
+            with MegaTree.open(tmp_path / "t", mode="r") as reader:
+                assert reader.tokens(0, reader.length).tolist() == committed
+        assert tree.length == len(truth)
+    shutil.copytree(tmp_path / "t", tmp_path / "crashed") # as a kill would leave it
+    tree.close()
+    for name, expected in (("crashed", committed), ("t", truth)):
+        with MegaTree.open(tmp_path / name) as again:
+            again.verify()
+            assert again.tokens(0, again.length).tolist() == expected
+
+
+def test_single_tokens_are_written_a_block_at_a_time(tmp_path, monkeypatch):
+    tree, writes, write = MegaTree.create(tmp_path / "t", HEADER), [], os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: (writes.append(len(data)), write(fd, data, at))[1])
+    for id in range(10 * BLOCK):
+        tree.append_tokens([id])
+    assert writes == 10 * [4 * BLOCK]
+    tree.close()
+
+
+def test_a_disk_that_is_full_when_a_block_is_written_loses_none_of_its_tokens(tmp_path, monkeypatch):
+    tree = MegaTree.create(tmp_path / "t", HEADER)
+    tree.append_tokens(list(range(BLOCK - 1)))
+    with monkeypatch.context() as patch:
+        FullDisk(patch, 0, partial=False)
+        for attempt in (lambda: tree.append_tokens([31]), tree.commit, lambda: tree.truncate(5)):
+            with pytest.raises(TreeError, match="no space for"):
+                attempt()
+        assert tree.length == 5 and tree.tokens(2, 5).tolist() == [2, 3, 4]
+    tree.append_tokens([9])
+    tree.close()
+    with MegaTree.open(tmp_path / "t") as tree:
+        assert tree.tokens(0, tree.length).tolist() == [0, 1, 2, 3, 4, 9]
+
+
 def test_a_commit_that_finds_no_space_can_be_tried_again(tmp_path):
     tree = MegaTree.create(tmp_path / "t", HEADER)
     ingest(tree, 3000)
