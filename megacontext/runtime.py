@@ -270,7 +270,6 @@ class Session:
         ahead = [span.parent() for span in self.spans if span.level == 0 and span.index < self.tree.count(1)]
         both = spans + [span for span in ahead if span not in self.store]
         x = torch.as_tensor(self.tree.gists_of(both), dtype=gpt.dtype, device=gpt.device)
-        if self.n_diff:
         values = [means[:, None] for means in self._value_means(both)]
         alone = KVCache(gpt.config, len(both), 1, gpt.device, gpt.dtype)
         gpt.trunk(Entries(x[:, None], values), torch.zeros(1, 1, device=gpt.device), "all", alone) # at position 0 keys are unturned
