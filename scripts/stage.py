@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanochat import checkpoint, cost, hardware, schedule
+from nanochat import backend, checkpoint, cost, hardware, schedule
 from nanochat.common import UserError, checkpoint_dir, cleanup, print0, setup
 from nanochat.dataloader import Loader, gather_state, val_loader
 from nanochat.dataset import add_data_dir, notes, use_data_dir
@@ -87,7 +87,8 @@ def train(stage, tag, args, place, networks, tokenizer, plan, items, val_items, 
     accumulate = schedule.accumulation(plan.batch_tokens, rows, args.max_seq_len, dist.world)
     extra = {name: module for name, module in named.items() if name != "gpt"}
     optimizer = make_optimizer(gpt, extra, dist, dtype=place.amp, lr_scale=plan.lr_mult * rates, weight_decay=0.28 * plan.weight_decay_mult)
-    objective = co_training(gpt, gistnet, lensnet, args) if memory else PlainObjective(gpt)
+    pick_attention(gpt, place.machine, dtype)
+    objective = co_training(gpt, gistnet, lensnet, args, place.machine, dtype) if memory else PlainObjective(gpt)
     counts = {name: sum(p.numel() for p in module.parameters()) for name, module in named.items()}
     print0(f"model       d{config.layers}: " + ", ".join(f"{name} {count / 1e6:.2f}M" for name, count in counts.items()) + " parameters")
     print0(f"plan        {plan.steps} steps x {plan.batch_tokens} tokens = {plan.tokens / 1e6:.2f}M; {accumulate} x {rows} rows x {args.max_seq_len} tokens on each process")
@@ -143,9 +144,23 @@ def train(stage, tag, args, place, networks, tokenizer, plan, items, val_items, 
     return last
 
 
-def co_training(gpt, gistnet, lensnet, args):
-    from megacontext.losses import CoTraining, CoTrainingOptions, parse_curriculum # only where memory is asked for
-    return CoTraining(gpt, gistnet, lensnet, CoTrainingOptions(seed=args.seed, curriculum=parse_curriculum(args.curriculum)))
+def pick_attention(gpt, machine, dtype):
+    """Give the GPT what computes plain attention here, and print which and why."""
+    config = gpt.config
+    kernel = backend.pick_causal(machine, gpt.device, dtype, config.heads, config.kv_heads, config.head_width)
+    gpt.flash = kernel.run
+    print0(f"attention   {kernel}" + (f"; windows {config.windows}, S = {config.short_window} tokens" if config.short_layers else ""))
+
+
+def co_training(gpt, gistnet, lensnet, args, machine, dtype):
+    """The objective of a run with memory; prints what computes attention in its rows with gists."""
+    from megacontext.layout import block_mask, trial_masks, visibility # only where memory is asked for
+    from megacontext.losses import CoTraining, CoTrainingOptions, parse_curriculum
+    config = gpt.config
+    kernel = backend.pick_masked(machine, gpt.device, dtype, config.heads, config.kv_heads, config.head_width, trial_masks)
+    print0(f"            for rows with gists {kernel}")
+    options = CoTrainingOptions(seed=args.seed, curriculum=parse_curriculum(args.curriculum))
+    return CoTraining(gpt, gistnet, lensnet, options, block_mask if kernel.name == "FlexAttention" else visibility)
 
 
 def peak_memory(device):
