@@ -137,9 +137,9 @@ def as_blocks(tiles):
     return tiles.sum(-1, dtype=torch.int32)[:, None], columns.int()[:, None]
 
 
-def trial_masks(device, K=32, Q=40):
+def trial_masks(device, K=16, Q=80):
     """A small row with two copies as (BlockMask, bool mask), for nanochat.backend to try FlexAttention on."""
-    table = torch.from_numpy(draw_table(np.zeros(Q, dtype=np.int64), K, np.random.default_rng(0)))[None].to(device)
+    table = torch.from_numpy(draw_table(np.zeros(Q, dtype=np.int64), K, np.random.default_rng(0), gists=1, nodes=1))[None].to(device)
     block = torch.tensor([[Q // 2, Q - 1]], device=device)
     copies = Copies(block, table[0][block])
     return block_mask(table, K, copies), visibility(table, K, copies)

@@ -49,6 +49,7 @@ def test_two_processes_and_a_resumed_one_give_the_losses_of_one(place):
     losses, summary = curve(place, "one")
     assert out.splitlines()[-1].startswith("summary stage=base") and sorted(losses) == [1, 2, 3, 4, 5, 6]
     assert losses[6] < losses[1]
+    assert "attention   SDPA: no CUDA device" in out.splitlines() and "            for rows with gists SDPA with a dense mask: no CUDA device" in out.splitlines()
 
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     base_train(place, "two", "--device-batch", "4", launch=torchrun)
@@ -81,6 +82,17 @@ def test_the_data_folder_by_flag_and_what_was_left_out(place):
     out = run(place, "scripts.base_train", *TINY, "--source", f"dir:{place[1].name}", "--data-dir", str(place[1].parent), "--tag", "flag", "--plain", "--num-steps", "1")
     assert f"text        dir:{place[1].name}: left out: 1 file of other kinds (.json 1)" in out.splitlines()
     (place[1] / "notes.json").unlink()
+
+
+def test_short_windows_by_flag(place):
+    """A row of 256 tokens has a window of 128. What computes attention, and why, is told at the start; with memory the flag is refused."""
+    out = run(place, "scripts.base_train", *TINY, "--depth", "2", "--max-seq-len", "256", "--source", f"dir:{place[1]}", "--tag", "short", "--num-steps", "1", "--plain", "--windows", "SL")
+    assert "attention   SDPA: no CUDA device; windows SL, S = 128 tokens" in out.splitlines()
+    assert json.loads((place[0] / "base_checkpoints" / "short" / "step_000001" / "meta.json").read_text())["networks"]["gpt"]["short_window"] == 128
+    env = dict(os.environ, NANOCHAT_BASE_DIR=str(place[0]), OMP_NUM_THREADS="1")
+    done = subprocess.run([sys.executable, "-m", "scripts.base_train", *TINY, "--depth", "2", "--source", f"dir:{place[1]}", "--windows", "SL"],
+                          cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and "--plain" in done.stderr and "Traceback" not in done.stderr and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "scripts").glob("*.py")))
