@@ -159,7 +159,7 @@ def open_stream(loaded, memory=True, budget=None, tree=None, telemetry=None):
     telemetry = a megacontext.telemetry.Telemetry that is told of every tick (default: one that keeps to memory).
     """
     if not memory:
-        return PlainStream(loaded.gpt)
+        return PlainStream(loaded.gpt, static=loaded.gpt.device.type == "cuda") # a recorded step there; elsewhere it would only read more
     if loaded.gistnet is None:
         raise UserError(f"the checkpoint {loaded.stage}/{loaded.tag} was trained without memory: use --no-memory, or train with MC=1")
     from megacontext.ingest import NODES_AT_ONCE
