@@ -55,7 +55,7 @@ def test_the_tokenizer_gives_the_same_ids(tmp_path):
     theirs = tokenizers.Tokenizer.from_str(json.dumps(export.tokenizer_json(ours)))
     rng = random.Random(0)
     texts = TEXTS + ["".join(rng.choice("ab e'lsS1\n\r \té世🎉._") for _ in range(rng.randrange(80))) for _ in range(300)]
-    for text in [*texts, open(export.__file__, encoding="utf-8").read()]:
+    for text in [*texts, open(export.__file__, encoding="utf-8").read().replace("<|", "<")]: # no name of a special
         ids = theirs.encode(text, add_special_tokens=False).ids
         assert ids == ours.encode(text), text[:50]
         assert theirs.decode(ids, skip_special_tokens=False) == ours.decode(ids)
