@@ -45,10 +45,10 @@ def sections(tiny):
     has_fp8 = "--fp8" in train_flags._option_string_actions
     found = []
     for precision in ("bf16", "fp8") if has_fp8 else ("bf16",):
-        for depth, batch in ((12, 65536), (20, 131072)): # an eighth of the run's: what each of 8 GPUs has to do
+        for depth, batch, rows in ((12, 65536, 16), (20, 131072, 8)): # an eighth of the run's batch: what each of 8 GPUs has to do; rows that fit with memory too
             for memory in (False, True) if precision == "bf16" else (False,):
                 shape = ("--depth", "1", "--vocab-size", "512", "--max-seq-len", "128", "--batch-tokens", "1024", "--steps", "2", "--warm", "1", "--device", "cpu") if tiny \
-                    else ("--depth", str(depth), "--batch-tokens", str(batch), "--steps", "8", "--device", "cuda", "--dtype", "bf16")
+                    else ("--depth", str(depth), "--batch-tokens", str(batch), "--device-batch", str(rows), "--steps", "8", "--device", "cuda", "--dtype", "bf16")
                 more = (() if memory else ("--plain",)) + (("--fp8",) if precision == "fp8" and not tiny else ())
                 found.append(Section(f"train d{depth} {precision}{' memory' if memory else ''}", 100 if depth == 20 else 75, ("bench.train", *shape, *more)))
     if not has_fp8:
