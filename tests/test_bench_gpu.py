@@ -114,6 +114,23 @@ def test_sections_stand_alone(tmp_path, monkeypatch):
     assert "no such thing" in (tmp_path / "gpu_check.txt").read_text()
 
 
+@pytest.mark.parametrize("good, code", [(True, 0), (False, 1)])
+def test_the_exit_code_says_whether_a_section_failed(tmp_path, monkeypatch, capsys, good, code):
+    """A bar that is missed is a result; a section that failed is none."""
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    flex = Section("flex", 60, program(tmp_path, "told", "print('{\"worst\": 5}')"))
+    broken = Section("tests", 60, program(tmp_path, "broken", "" if good else "raise SystemExit(3)"), json=False)
+    monkeypatch.setattr(gpu_check, "sections", lambda tiny: [broken, flex])
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--tiny", "--out", str(tmp_path)])
+    if good:
+        gpu_check.main()
+    else:
+        with pytest.raises(SystemExit, match=str(code)):
+            gpu_check.main()
+    said = capsys.readouterr().out
+    assert "5.00  MISSED" in said and ("exit code 3" in said) == (not good)
+
+
 def test_when_the_time_is_over_the_rest_is_told_as_not_run(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
     slow = program(tmp_path, "slow", "import time; time.sleep(60)")
