@@ -162,7 +162,7 @@ def open_stream(loaded, memory=True, budget=None, tree=None, telemetry=None):
     telemetry = a megacontext.telemetry.Telemetry that is told of every tick (default: one that keeps to memory).
     """
     if not memory:
-        return PlainStream(loaded.gpt)
+        return PlainStream(loaded.gpt, static=loaded.gpt.device.type == "cuda") # a recorded step there; elsewhere it would only read more
     if loaded.gistnet is None:
         config = loaded.gpt.config
         windows = f" and with short windows ({config.windows}), which cannot have one" if config.short_layers else ""

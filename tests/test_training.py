@@ -67,6 +67,25 @@ def test_two_processes_and_a_resumed_one_give_the_losses_of_one(place):
     assert resumed_summary["val_bpb"] == summary["val_bpb"]
 
 
+@pytest.mark.slow
+def test_four_processes_and_a_run_that_goes_on_with_another_number_give_the_losses_of_one(place):
+    folder = place[0] / "base_checkpoints"
+    torchrun = lambda n: ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}")
+    if not (folder / "one").exists():
+        base_train(place, "one", "--device-batch", "8")
+    losses, summary = curve(place, "one")
+    base_train(place, "four", "--device-batch", "2", launch=torchrun(4))
+    for number, before in ((2, "one"), (1, "four"), (4, "one")):
+        tag = f"{before}-then-{number}"
+        shutil.copytree(folder / before / "step_000003", folder / tag / "step_000003")
+        base_train(place, tag, "--device-batch", str(8 // number), "--resume", launch=torchrun(number) if number > 1 else ())
+    for tag, steps in (("four", range(1, 7)), ("one-then-2", range(4, 7)), ("four-then-1", range(4, 7)), ("one-then-4", range(4, 7))):
+        dealt, dealt_summary = curve(place, tag)
+        assert sorted(dealt) == list(steps), tag
+        assert [dealt[step] for step in steps] == pytest.approx([losses[step] for step in steps], abs=2e-2), tag
+        assert dealt_summary["val_bpb"] == pytest.approx(summary["val_bpb"], abs=2e-2), tag
+
+
 def test_a_checkpoint_of_another_run_is_refused(place):
     if not (place[0] / "base_checkpoints" / "one").exists():
         base_train(place, "one", "--device-batch", "8")
