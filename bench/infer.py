@@ -9,10 +9,11 @@ For every batch size, all prompts of one length, greedy, weights at random (spee
     tpot_ms     time per output token after that: one decoding step for every row, sampling and the way to Python included
     tokens_s    rows / tpot: new tokens a second, all rows together
     mbu         bytes that one step has to move (cost.decode_bytes), over tpot, over the memory's bandwidth
-    mfu         FLOPs of one step (cost.forward_flops), over tpot, over the peak rate
+    mfu         FLOPs of one step (cost.forward_flops), over tpot, over the peak rate of the data sheet; none where there is no such rate: on a
+                CPU, on a GPU that nanochat/hardware.py does not know, in another format than bf16
     memory_gib  cuda: the most that was allocated; elsewhere: weights and cache, by arithmetic
 The median of the repeats, in each the mean over all steps. GPU bandwidths are the makers'; where there is none in the table, and on a CPU,
-bandwidth and peak are measured first (a long copy, a large product), and the table says so. The last line is JSON.
+the bandwidth is measured first, by a long copy, and the table says so. The last line is JSON.
 """
 
 import argparse
@@ -61,23 +62,25 @@ def main():
     dtype, reason = hardware.pick_dtype(machine, args.dtype)
     config = GPTConfig.from_depth(args.depth, args.vocab_size, seq_len=prompt + new)
     gpt = GPT(config).to(device, dtype).eval()
-    bandwidth, flops = peaks(machine, device, dtype)
+    bandwidth, source = memory_bandwidth(machine, device)
+    peak = machine.peak_flops if dtype == torch.bfloat16 else None
     print(machine)
     print(f"d{args.depth}, {cost.parameter_counts(config)['total'] / 1e6:.1f}M parameters in {str(dtype).removeprefix('torch.')} ({reason}), "
           f"{prompt} + {new} tokens, {args.steps} steps, {torch.get_num_threads()} threads")
-    print(f"bandwidth {bandwidth[0] / 1e9:.1f} GB/s ({bandwidth[1]}), peak {flops[0] / 1e12:.2f} TFLOPs ({flops[1]})")
+    print(f"bandwidth {bandwidth / 1e9:.1f} GB/s ({source}), " + ("no peak is known, so no MFU" if peak is None else f"peak {peak / 1e12:.0f} TFLOPs"))
     print(f"{'batch':>6} {'ttft_ms':>10} {'tpot_ms':>10} {'tokens_s':>10} {'mbu':>8} {'mfu':>8} {'memory_gib':>11}")
     rows = []
     for batch in batches:
-        row = measure(gpt, batch, prompt, new, args.steps == "static", args.repeats, bandwidth[0], flops[0])
+        row = measure(gpt, batch, prompt, new, args.steps == "static", args.repeats, bandwidth, peak)
         rows.append(row)
-        print(f"{batch:6} {row['ttft_ms']:10.2f} {row['tpot_ms']:10.3f} {row['tokens_s']:10.1f} {row['mbu']:8.1%} {row['mfu']:8.2%} {row['memory_gib']:11.3f}", flush=True)
+        mfu = "-" if row["mfu"] is None else f"{row['mfu']:.2%}"
+        print(f"{batch:6} {row['ttft_ms']:10.2f} {row['tpot_ms']:10.3f} {row['tokens_s']:10.1f} {row['mbu']:8.1%} {mfu:>8} {row['memory_gib']:11.3f}", flush=True)
     print(json.dumps(dict(bench="infer", machine=machine.name, depth=args.depth, dtype=str(dtype), prompt=prompt, new=new, steps=args.steps,
-                          bandwidth=bandwidth[0], bandwidth_from=bandwidth[1], peak=flops[0], peak_from=flops[1], torch=torch.__version__, rows=rows)))
+                          bandwidth=bandwidth, bandwidth_from=source, peak=peak, torch=torch.__version__, rows=rows)))
 
 
 @torch.no_grad()
-def measure(gpt, batch, prompt, new, static, repeats, bandwidth, flops):
+def measure(gpt, batch, prompt, new, static, repeats, bandwidth, peak):
     """One row of the table."""
     config, itemsize = gpt.config, gpt.dtype.itemsize
     if gpt.device.type == "cuda":
@@ -90,7 +93,7 @@ def measure(gpt, batch, prompt, new, static, repeats, bandwidth, flops):
         memory = torch.cuda.max_memory_allocated()
     else:
         memory = itemsize * cost.parameter_counts(config)["total"] + batch * (prompt + new) * cost.kv_bytes(config, itemsize)
-    return dict(batch=batch, ttft_ms=1000 * ttft, tpot_ms=1000 * tpot, tokens_s=batch / tpot, mbu=moved / tpot / bandwidth, mfu=done / tpot / flops,
+    return dict(batch=batch, ttft_ms=1000 * ttft, tpot_ms=1000 * tpot, tokens_s=batch / tpot, mbu=moved / tpot / bandwidth, mfu=peak and done / tpot / peak,
                 memory_gib=memory / 2**30)
 
 
@@ -114,13 +117,11 @@ def once(gpt, batch, prompt, new, static):
     return first - start, (time.perf_counter() - begin) / (new - 1)
 
 
-def peaks(machine, device, dtype):
-    """((bytes a second, where from), (FLOPs a second, where from)) of this machine."""
+def memory_bandwidth(machine, device):
+    """(bytes a second, where from) of this machine."""
     words = lambda name: set(name.lower().replace("-", " ").split()) # whole words: A10 is not found in A100
     known = [name for name in BANDWIDTH if words(name) <= words(machine.name)]
-    bandwidth = (BANDWIDTH[max(known, key=len)], "data sheet") if known and machine.device == "cuda" else (copy_rate(device), "measured by a copy")
-    from_sheet = machine.peak_flops is not None and dtype == torch.bfloat16
-    return bandwidth, (machine.peak_flops, "data sheet") if from_sheet else (product_rate(device, dtype), "measured by a product")
+    return (BANDWIDTH[max(known, key=len)], "data sheet") if known and machine.device == "cuda" else (copy_rate(device), "measured by a copy")
 
 
 def best_of(work, device, times=5):
@@ -139,11 +140,6 @@ def copy_rate(device, size=2**28):
     a = torch.zeros(size, dtype=torch.uint8, device=device)
     b = torch.zeros_like(a)
     return 2 * size / best_of(lambda: b.copy_(a), device)
-
-
-def product_rate(device, dtype, n=1024):
-    a = torch.randn(n, n, device=device).to(dtype)
-    return 2 * n ** 3 / best_of(lambda: a @ a, device)
 
 
 if __name__ == "__main__":

@@ -55,17 +55,18 @@ def draw_edits(table, rng, readings, edits):
 
 
 @torch.no_grad()
-def measure(gpt, read, targets, table, K, rngs, readings, edits):
+def measure(gpt, read, targets, table, K, rngs, readings, edits, see=visibility):
     """
     read       a function: copies -> Entries of the row's tokens, gists and copies (losses.row_entries)
     targets (B, T), table (B, Q, Q) as the row was read, rngs one numpy generator a row
+    see        layout.visibility, or layout.block_mask
     """
     B, T = targets.shape
     Q, device = T // K, targets.device
     drawn = [draw_edits(table[i].cpu().numpy(), rng, readings, edits) for i, rng in enumerate(rngs)]
     block, entry, lines = (torch.from_numpy(np.stack(column)).to(device) for column in zip(*drawn))
     copies = Copies(block.repeat_interleave(edits, dim=1), lines.flatten(1, 2))
-    hidden = gpt.trunk(read(copies), entry_positions(T, K, copies, device), visibility(table, K, copies))
+    hidden = gpt.trunk(read(copies), entry_positions(T, K, copies, device), see(table, K, copies))
     wanted = targets.view(B, Q, K).gather(1, copies.block[:, :, None].expand(-1, -1, K)) # (B, P * V, K)
     start = T + Q + Q // FAN
     edited = gpt.loss(hidden[:, start:], wanted.flatten(1), "none").view(B, readings, edits, K).sum(-1)

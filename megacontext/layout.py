@@ -20,9 +20,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.nn.attention.flex_attention import BlockMask
 
 HIDDEN, RAW, GIST, NODE = 0, 1, 2, 3
 FAN = 32 # children of a level-2 gist
+TILE = 128 # FlexAttention's: it skips tiles of so many by so many that nobody sees
 
 
 @dataclass
@@ -73,23 +75,74 @@ def visibility(table, K, copies=None):
     return see[:, None]
 
 
-def visibility_rule(table, K):
-    """
-    The same rule, without copies, as a FlexAttention mask function: nothing of size N x N is ever built. Training does not use it yet:
-    it is equal to the mask (tests/test_layout.py), but no GPU has run it.
-    """
-    Q = table.size(1)
+def visibility_rule(table, K, copies=None):
+    """The same rule as a FlexAttention mask function: may query i look at key j?"""
+    B, Q, _ = table.shape
     T, G = Q * K, Q // FAN
+    start = T + Q + G # of the copies
+    lines = with_lines(table, copies)
+    none = lines.size(1) - 1
 
     def sees(b, h, i, j):
-        is_token = i < T
-        q = torch.where(is_token, i // K, 0)
-        block = torch.where(j < T, j // K, torch.where(j < T + Q, j - T, (j - T - Q) * FAN)).clamp(max=Q - 1)
-        wanted = torch.where(j < T, RAW, torch.where(j < T + Q, GIST, NODE))
-        own = (j < T) & (j // K == q) & (j <= i)
-        return torch.where(is_token, own | (table[b, q, block] == wanted), i == j)
+        line = torch.where(i < T, i // K, torch.where(i < start, none, Q + (i - start) // K)).clamp(max=none)
+        column = torch.where(j < T, j // K, torch.where(j < T + Q, j - T, (j - T - Q) * FAN)).clamp(max=Q - 1)
+        kind = torch.where(j < T, RAW, torch.where(j < T + Q, GIST, torch.where(j < start, NODE, -1)))
+        mine = torch.where(j < T, j // K, torch.where(j < start, none, Q + (j - start) // K)) == line
+        own = (i == j) | mine & (line < none) & (j <= i)
+        return own | (lines[b, line, column] == kind)
 
     return sees
+
+
+def with_lines(table, copies):
+    """Every line that something reads the past through: (B, Q + M + 1, Q). The last is what gists read, nothing."""
+    parts = [table] if copies is None else [table, copies.table]
+    return torch.cat([*parts, torch.full_like(table[:, :1], HIDDEN)], dim=1)
+
+
+def block_mask(table, K, copies=None):
+    """
+    The same rule as a BlockMask: visibility_rule, and which tiles it leaves empty or full. The entries of a block read the same line, so
+    tiles are counted per line, and nothing of size N x N is built, only N x N / TILE.
+    """
+    B, Q, _ = table.shape
+    device, T, G = table.device, Q * K, Q // FAN
+    lines, M = with_lines(table, copies), 0 if copies is None else copies.block.size(1)
+    N, none = T + Q + G + M * K, Q + M
+    n = -(-N // TILE)
+    entry = torch.arange(N, device=device)
+    line = torch.cat([entry[:T] // K, torch.full((Q + G,), none, device=device), Q + torch.arange(M * K, device=device) // K]) # (N,)
+
+    keys = torch.cat([(lines == RAW).repeat_interleave(K, dim=2), lines == GIST, lines[:, :, :G * FAN:FAN] == NODE], dim=2) # (B, lines, T + Q + G)
+    per_line = pad_to(keys, n * TILE, 2).unflatten(2, (n, TILE)).sum(-1) # (B, lines, n) visible keys of each tile
+    pairs = pad_to(per_line[:, line], n * TILE, 1).unflatten(1, (n, TILE)).sum(2) # (B, n, n) visible pairs of each tile, own blocks apart
+    full = pairs == TILE * TILE
+    some = (pairs > 0) & ~full
+    first = torch.where(line < none, entry - torch.where(entry < T, entry, entry - T - Q - G) % K, entry) # of the own block
+    some[:, entry // TILE, entry // TILE] = True # an own block lies in one tile, or across two
+    some[:, entry // TILE, first // TILE] = True
+    return BlockMask.from_kv_blocks(*as_blocks(some), *as_blocks(full), BLOCK_SIZE=TILE, mask_mod=visibility_rule(table, K, copies), seq_lengths=(N, N))
+
+
+def pad_to(t, size, dim):
+    """Zeros behind t along dim."""
+    shape = list(t.shape)
+    shape[dim] = size - shape[dim]
+    return torch.cat([t, t.new_zeros(shape)], dim=dim)
+
+
+def as_blocks(tiles):
+    """tiles (B, n, n) bool -> how many are set in each row of tiles, and their columns, those first: (B, 1, n) and (B, 1, n, n) int32."""
+    columns = tiles.int().argsort(dim=-1, descending=True, stable=True)
+    return tiles.sum(-1, dtype=torch.int32)[:, None], columns.int()[:, None]
+
+
+def trial_masks(device, K=16, Q=80):
+    """A small row with two copies as (BlockMask, bool mask), for nanochat.backend to try FlexAttention on."""
+    table = torch.from_numpy(draw_table(np.zeros(Q, dtype=np.int64), K, np.random.default_rng(0), gists=1, nodes=1))[None].to(device)
+    block = torch.tensor([[Q // 2, Q - 1]], device=device)
+    copies = Copies(block, table[0][block])
+    return block_mask(table, K, copies), visibility(table, K, copies)
 
 
 def full_table(docs):

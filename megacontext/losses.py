@@ -79,9 +79,10 @@ class CoTraining(nn.Module):
     """objective(batch) -> (loss, sums), as nanochat.train.fit wants it."""
     SUMS = ("plain_nats", "plain_tokens", "gist_nats", "gist_tokens", "lens_squares", "label_squares", "lens_products", "score_squares", "labels")
 
-    def __init__(self, gpt, gistnet, lensnet, options):
+    def __init__(self, gpt, gistnet, lensnet, options, see=visibility):
+        """see: how a row's table becomes what the trunk takes, layout.visibility or, on CUDA, layout.block_mask."""
         super().__init__()
-        self.gpt, self.gistnet, self.lensnet, self.options = gpt, gistnet, lensnet, options
+        self.gpt, self.gistnet, self.lensnet, self.options, self.see = gpt, gistnet, lensnet, options, see
         self.block = FAN # children a level-1 gist; the curriculum grows it
 
     def start_step(self, step, total):
@@ -128,13 +129,13 @@ class CoTraining(nn.Module):
         entries = row_entries(self.gpt, self.gistnet, inputs, docs, K)
         rngs = [np.random.default_rng([o.seed, row]) for row in rows.tolist()]
         table = torch.from_numpy(np.stack([draw_table(d, K, rng, o.tail) for d, rng in zip(docs.cpu().numpy(), rngs)])).to(inputs.device)
-        hidden = self.gpt.trunk(entries, entry_positions(T, K, device=inputs.device), visibility(table, K))
+        hidden = self.gpt.trunk(entries, entry_positions(T, K, device=inputs.device), self.see(table, K))
         nats = self.gpt.loss(hidden[:, :T], targets, "sum")
         if not labelled.any():
             return nats, None
         some = Entries(entries.x[labelled].detach(), [value[labelled].detach() for value in entries.values])
         rngs = [rng for rng, wanted in zip(rngs, labelled.tolist()) if wanted]
-        labels = measure(self.gpt, lambda copies: with_copies(some, copies, K), targets[labelled], table[labelled], K, rngs, o.readings, o.edits)
+        labels = measure(self.gpt, lambda copies: with_copies(some, copies, K), targets[labelled], table[labelled], K, rngs, o.readings, o.edits, self.see)
         return nats, self._lens_loss(inputs[labelled], docs[labelled], table[labelled], labels, K)
 
     def _lens_loss(self, ids, docs, table, labels, K):

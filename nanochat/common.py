@@ -10,6 +10,7 @@ The idea: no global state. A function that needs to know its rank is handed a `D
 import os
 import random
 import sys
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,16 +22,42 @@ class UserError(Exception):
 def run_main(main):
     """
     Run a script's main() and turn its end into an exit code: 0 done, 2 the user's mistake, 130 interrupted.
-    Nothing else is caught: our own mistakes keep their traceback.
+    Nothing else is caught: our own mistakes keep their traceback. Where several processes run, the first that fails says why, once for all of
+    them; the others fail for the same reason, or because it is gone. One that was killed cannot speak: then the first that misses it does.
     """
+    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    several = world > 1
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        _end(f"error: {error}\n", 2, several)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        sys.exit(130)
+        _end("interrupted\n", 130, several)
+    except Exception:
+        if not several:
+            raise
+        _end(f"{traceback.format_exc()}rank {rank} of {world} failed, and the whole job ends with it. If the error above is a lost connection, another "
+             f"process was killed: most often memory ran out\n", 1, several)
+
+
+def _end(message, code, several):
+    if not several or _first_to_fail():
+        sys.stderr.write(message)
+        sys.stderr.flush()
+    if several:
+        sys.stdout.flush()
+        os._exit(code) # not through the destructors of a process group that others are still in: they abort, or wait for ever
+    sys.exit(code)
+
+
+def _first_to_fail():
+    """Whether no other process that torchrun started on this machine has said why the job fails."""
+    mine = os.environ.get("TORCHELASTIC_ERROR_FILE") # in a folder of this process, in the folder of this job and attempt
+    try:
+        mine is None or (Path(mine).parent.parent / "told").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 # ---------------------------------------------------------------------------------------------------------------------

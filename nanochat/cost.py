@@ -1,7 +1,7 @@
 """
 What a model costs, by arithmetic on its shape: parameters, FLOPs per token, bytes of KV cache, bytes read per new token.
 
-In:  anything with vocab_size, seq_len, layers, heads, kv_heads, width (GPTConfig). Out: numbers.
+In:  anything with vocab_size, seq_len, layers, heads, kv_heads, width, short_layers, short_window (GPTConfig). Out: numbers.
 The idea: count by the role that a parameter plays, never by the class of its module. A layer swapped for an fp8 one
 costs the same FLOPs; a count by class lost 11 of 12 of them there (and MFU with it).
 
@@ -40,18 +40,25 @@ def count_by_role(gpt):
     return counts | {"total": sum(counts.values()), "scaling": counts["matrices"] + counts["head"]}
 
 
+def entries_seen(config, visible):
+    """Entries that one query reads over all layers when `visible` are there: layers with a short window read no more than that."""
+    short = len(config.short_layers)
+    return (config.layers - short) * visible + short * min(visible, config.short_window)
+
+
 def forward_flops(config, visible):
     """
-    FLOPs of one token through the trunk and the head when its query sees `visible` entries:
-    2 per matmul parameter, and 2 x 2 x D per layer and visible entry (scores, then values). Lookups are free.
+    FLOPs of one token through the trunk and the head when `visible` entries are there for its query:
+    2 per matmul parameter, and 2 x 2 x D per layer and entry read (scores, then values). Lookups are free.
     """
-    return 2 * parameter_counts(config)["scaling"] + 4 * config.layers * config.width * visible
+    return 2 * parameter_counts(config)["scaling"] + 4 * config.width * entries_seen(config, visible)
 
 
 def train_flops(config, visible=None):
     """
     FLOPs per trained token, forward and backward (3 forwards). `visible` defaults to T, the convention of PaLM
-    (arXiv 2204.02311, appendix B) and of nanochat, which does not halve for causality; so figures of MFU compare.
+    (arXiv 2204.02311, appendix B) and of nanochat, which does not halve for causality and counts a short window whole;
+    so figures of MFU compare.
     Recomputation by activation checkpointing is not counted: MFU counts what the model needs, not what is spent.
     """
     return 3 * forward_flops(config, config.seq_len if visible is None else visible)
@@ -65,9 +72,9 @@ def kv_bytes(config, itemsize=2):
 def decode_bytes(config, batch, length, itemsize=2):
     """
     Bytes that must move from memory for one new token in each of `batch` streams of `length` entries: every matmul weight
-    once, a row of each table per stream, and the whole cache. Over bandwidth this is the fastest that decoding can be.
+    once, a row of each table per stream, and the cache as far as each layer reads it. Over bandwidth this is the fastest that decoding can be.
     """
     counts = parameter_counts(config)
     kv = config.kv_heads * (config.width // config.heads)
     rows = config.width + (config.layers + 1) // 2 * kv
-    return itemsize * (counts["scaling"] + batch * rows) + batch * length * kv_bytes(config, itemsize)
+    return itemsize * (counts["scaling"] + batch * rows) + batch * entries_seen(config, length) * (kv_bytes(config, itemsize) // config.layers)

@@ -65,6 +65,11 @@ class StaticDecode:
 
     # What the trunk asks of a cache
 
+    @property
+    def length(self):
+        """Entries before the new one, as a tensor that a replay reads again."""
+        return self.at
+
     def append(self, layer, k, v):
         """Write k and v (B, H, 1, d) at the place in `at`; return all of the cache, filled or not."""
         self.cache.k[layer].index_copy_(2, self.at, k)

@@ -17,7 +17,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanochat.attention import attend, norm, rope_angles, rotate
+from nanochat.attention import Recent, attend, in_window, norm, rope_angles, rotate
+from nanochat.common import UserError
 
 QK_GAIN = 1.2         # sharper attention than unit-norm q and k allow
 SOFTCAP = 15.0
@@ -34,12 +35,20 @@ class GPTConfig:
     kv_heads: int = 2
     width: int = 256
     bos: int = -1         # id that starts a document: it has no token before it (-1 = there is no such id)
+    windows: str = "L"    # how far layers look back, repeated over them: L = to the start, S = short_window. The last is always L
+    short_window: int = 0 # tokens, the own one included (0 = a quarter of seq_len in whole 128s: nanochat's 512 of 2048)
+
+    def __post_init__(self):
+        if not self.windows or set(self.windows) - {"S", "L"}:
+            raise UserError(f"windows {self.windows!r}: expected a pattern of S (short) and L (long), one letter a layer and then repeated, such as SSSL")
+        if self.short_layers and not self.short_window:
+            object.__setattr__(self, "short_window", -(-self.seq_len // 512) * 128) # kept from here on: a later stage may read longer rows
 
     @classmethod
-    def from_depth(cls, depth, vocab_size, seq_len=2048, bos=-1, head_width=128):
+    def from_depth(cls, depth, vocab_size, seq_len=2048, bos=-1, head_width=128, windows="L"):
         """The one dial: width is 64 a layer, rounded up to whole heads."""
         heads = -(-depth * 64 // head_width)
-        return cls(vocab_size, seq_len, depth, heads, heads, heads * head_width, bos)
+        return cls(vocab_size, seq_len, depth, heads, heads, heads * head_width, bos, windows)
 
     @property
     def head_width(self):
@@ -54,8 +63,13 @@ class GPTConfig:
         """Layers with value embeddings: every other one, and always the last."""
         return [i for i in range(self.layers) if i % 2 == (self.layers - 1) % 2]
 
+    @property
+    def short_layers(self):
+        return [i for i in range(self.layers - 1) if self.windows[i % len(self.windows)] == "S"]
+
     def to_dict(self):
-        return asdict(self)
+        """Without the windows where there is none, as in checkpoints from before there were any."""
+        return {name: value for name, value in asdict(self).items() if self.short_layers or name not in ("windows", "short_window")}
 
 
 @dataclass
@@ -117,6 +131,7 @@ class GPT(nn.Module):
         super().__init__()
         assert config.width % config.heads == 0 and config.head_width % 2 == 0, f"width {config.width} does not split into {config.heads} even heads"
         self.config = config
+        self.flash = None # FlashAttention 3, where nanochat/backend.py finds that it runs
         self.embed_table = nn.Embedding(config.vocab_size, config.width)
         self.previous = nn.Linear(config.width, config.width, bias=False)
         self.value_tables = nn.ModuleList([nn.Embedding(config.vocab_size, config.value_width) for _ in config.value_layers])
@@ -171,12 +186,28 @@ class GPT(nn.Module):
         rope = rope_angles(positions, self.config.head_width)
         values = dict(zip(self.config.value_layers, entries.values))
         x = x0 = entries.x
+        views = self.views(see, positions, cache)
         for i, block in enumerate(self.blocks):
             x = self.resid_scale[i] * x + self.x0_scale[i] * x0
-            x = block(x, values.get(i), rope, see, i, cache)
+            x = block(x, values.get(i), rope, views[i], i, cache)
         if cache is not None:
             cache.advance(entries.x.size(1))
         return norm(x)
+
+    def views(self, see, positions, cache):
+        """What each layer sees: `see`, or the newest of it in a layer with a short window."""
+        config, named = self.config, isinstance(see, str) # "causal", or "all" of a cache for one new token
+        flash = self.flash if named and see == "causal" else None
+        long = see if flash is None else Recent(None, flash)
+        if not config.short_layers:
+            return [long] * config.layers
+        if named:
+            short = Recent(config.short_window, flash)
+        else:
+            assert isinstance(see, torch.Tensor), "gists are read in every layer, so a model with memory has no short windows"
+            keys = positions if cache is None else positions[:, :1] - cache.length + torch.arange(see.size(-1), device=positions.device)
+            short = see & in_window(positions, keys, config.short_window)[:, None]
+        return [short if i in config.short_layers else long for i in range(config.layers)]
 
     def head(self, hidden):
         """(..., D) -> logits (..., V) in fp32, softly capped at +-15."""

@@ -23,6 +23,7 @@ from scripts.stage import add_flags, given, start, train
 parser = argparse.ArgumentParser(description="Pretrain a GPT with its memory networks", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 parser.add_argument("--depth", type=int, default=4, help="layers; width, batch, horizon and rates follow from it")
 parser.add_argument("--plain", action="store_true", help="no gists: the plain GPT on the same rows")
+parser.add_argument("--windows", default="L", help="with --plain: how far layers look back, repeated over them: S = a quarter of the row, L = all of it, such as SSSL")
 parser.add_argument("--source", default="stdlib", help="stdlib, dir:PATH, climbmix, or a mix such as dir:books:0.7,stdlib:0.3")
 parser.add_argument("--num-tokens", type=int, default=-1, help="tokens to train on (-1 = 12 per scaling parameter)")
 parser.add_argument("--num-steps", type=int, default=-1, help="optimizer steps instead of tokens")
@@ -36,7 +37,7 @@ def main():
     place = start(args)
     tokenizer = Tokenizer.load()
     plan = schedule.plan(args.depth, tokenizer.vocab_size, args.max_seq_len, tokens=given(args.num_tokens), steps=given(args.num_steps), batch_tokens=given(args.batch_tokens))
-    networks = build(GPTConfig.from_depth(args.depth, tokenizer.vocab_size, args.max_seq_len, tokenizer.bos), memory=not args.plain)
+    networks = build(GPTConfig.from_depth(args.depth, tokenizer.vocab_size, args.max_seq_len, tokenizer.bos, windows=args.windows), memory=not args.plain)
     train("base", args.tag or f"d{args.depth}", args, place, networks, tokenizer, plan, open_source(args.source, "train"), open_source(args.source, "val"),
           identity=dict(source=args.source, lr=args.lr), rates=args.lr)
 

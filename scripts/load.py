@@ -66,6 +66,9 @@ def modules(gpt, gistnet=None, lensnet=None):
 
 def build(config, memory, gist_config=None, lens_config=None):
     """A GPT and, with memory, the GistNet and LensNet that fit it; their configs as dicts or None. Returns (gpt, gistnet, lensnet)."""
+    if memory and config.short_layers:
+        raise UserError(f"windows {config.windows} and memory do not go together: gists are read in every layer, and layers that see the last {config.short_window} "
+                        "entries only would miss them. Use --plain, or leave --windows out")
     gpt = GPT(config)
     if not memory:
         return gpt, None, None
@@ -169,9 +172,11 @@ def open_stream(loaded, memory=True, budget=None, tree=None, telemetry=None):
     telemetry = a megacontext.telemetry.Telemetry that is told of every tick (default: one that keeps to memory).
     """
     if not memory:
-        return PlainStream(loaded.gpt)
+        return PlainStream(loaded.gpt, static=loaded.gpt.device.type == "cuda") # a recorded step there; elsewhere it would only read more
     if loaded.gistnet is None:
-        raise UserError(f"the checkpoint {loaded.stage}/{loaded.tag} was trained without memory: use --no-memory, or train with MC=1")
+        config = loaded.gpt.config
+        windows = f" and with short windows ({config.windows}), which cannot have one" if config.short_layers else ""
+        raise UserError(f"the checkpoint {loaded.stage}/{loaded.tag} was trained without memory{windows}: use --no-memory, or train with MC=1")
     from megacontext.ingest import NODES_AT_ONCE
     from megacontext.runtime import LEAST_BUDGET, Session
     from megacontext.state import saved as saved_in

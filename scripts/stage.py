@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanochat import checkpoint, cost, hardware, schedule
+from nanochat import backend, checkpoint, cost, hardware, schedule
 from nanochat.common import UserError, checkpoint_dir, cleanup, print0, setup
 from nanochat.dataloader import Loader, gather_state, val_loader
 from nanochat.dataset import add_data_dir, notes, use_data_dir
@@ -22,8 +22,8 @@ from nanochat.train import Curves, PlainObjective, added, fit
 from scripts.load import describe, modules
 
 
-def add_flags(parser, curriculum):
-    """The flags of every stage."""
+def add_step_flags(parser, curriculum):
+    """The flags that decide what a training step is; bench/train.py takes them too."""
     parser.add_argument("--max-seq-len", type=int, default=2048, help="tokens a row; a multiple of 32")
     parser.add_argument("--batch-tokens", type=int, default=-1, help="tokens a step, over all processes (-1 = from the depth)")
     parser.add_argument("--device-batch", type=int, default=-1, help="rows a forward on one device; halve it when memory runs out (-1 = what fits)")
@@ -31,6 +31,11 @@ def add_flags(parser, curriculum):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="", help="cuda, mps or cpu (empty = the best there is)")
     parser.add_argument("--dtype", default="auto", help="auto, bf16 or fp32")
+
+
+def add_flags(parser, curriculum):
+    """The flags of every stage."""
+    add_step_flags(parser, curriculum)
     parser.add_argument("--run", default="", help="name of a wandb run (empty = no wandb)")
     parser.add_argument("--eval-every", type=int, default=-1, help="validate every N steps (-1 = at the end only)")
     parser.add_argument("--eval-tokens", type=int, default=262144, help="validation tokens")
@@ -53,7 +58,7 @@ def start(args):
     """Device, processes and precision. Called before any network is built or text opened."""
     if args.max_seq_len % 32 or args.max_seq_len < 64:
         raise UserError(f"--max-seq-len {args.max_seq_len}: expected a multiple of 32, the block of the memory tree, and at least 64")
-    use_data_dir(args.data_dir)
+    use_data_dir(getattr(args, "data_dir", "")) # a bench opens no text
     device, dist = setup(args.device, args.seed)
     machine = hardware.describe(device)
     dtype, why = hardware.pick_dtype(machine, args.dtype)
@@ -64,6 +69,23 @@ def start(args):
 def given(value):
     """A flag's value, or None where -1 stands for 'you decide'."""
     return value if value > 0 else None
+
+
+def equip(args, place, networks, plan, rates=1.0):
+    """
+    Bring the networks to the device, pick what computes attention there, find what steps them: (objective, optimizer, rows a forward, forwards a step).
+    plan, rates: as in train().
+    """
+    gpt, gistnet, lensnet = (network and network.to(place.device).train() for network in networks)
+    config, world, dtype = gpt.config, place.dist.world, place.amp or torch.float32
+    most = given(args.device_batch) or hardware.device_rows(place.machine, config, cost.parameter_counts(config), dtype, world)[0]
+    rows = schedule.fit_rows(plan.batch_tokens, most, args.max_seq_len, world)
+    accumulate = schedule.accumulation(plan.batch_tokens, rows, args.max_seq_len, world)
+    extra = {name: module for name, module in modules(gpt, gistnet, lensnet).items() if name != "gpt"}
+    optimizer = make_optimizer(gpt, extra, place.dist, dtype=place.amp, lr_scale=plan.lr_mult * rates, weight_decay=0.28 * plan.weight_decay_mult)
+    pick_attention(gpt, place.machine, dtype)
+    objective = PlainObjective(gpt) if gistnet is None else co_training(gpt, gistnet, lensnet, args, place.machine, dtype)
+    return objective, optimizer, rows, accumulate
 
 
 def train(stage, tag, args, place, networks, tokenizer, plan, items, val_items, *, identity, final=0.05, rates=1.0, warmdown=0.65, first_optimizer=None):
@@ -77,17 +99,11 @@ def train(stage, tag, args, place, networks, tokenizer, plan, items, val_items, 
     Returns the metrics of the last validation.
     """
     device, dist = place.device, place.dist
-    gpt, gistnet, lensnet = (network and network.to(device).train() for network in networks)
+    objective, optimizer, rows, accumulate = equip(args, place, networks, plan, rates)
+    gpt, gistnet, lensnet = networks
     named = modules(gpt, gistnet, lensnet)
     about = describe(gpt, gistnet, lensnet, tokenizer)
     config, memory = gpt.config, gistnet is not None
-    dtype = place.amp or torch.float32
-    most = given(args.device_batch) or hardware.device_rows(place.machine, config, cost.parameter_counts(config), dtype, dist.world)[0]
-    rows = schedule.fit_rows(plan.batch_tokens, most, args.max_seq_len, dist.world)
-    accumulate = schedule.accumulation(plan.batch_tokens, rows, args.max_seq_len, dist.world)
-    extra = {name: module for name, module in named.items() if name != "gpt"}
-    optimizer = make_optimizer(gpt, extra, dist, dtype=place.amp, lr_scale=plan.lr_mult * rates, weight_decay=0.28 * plan.weight_decay_mult)
-    objective = co_training(gpt, gistnet, lensnet, args) if memory else PlainObjective(gpt)
     counts = {name: sum(p.numel() for p in module.parameters()) for name, module in named.items()}
     print0(f"model       d{config.layers}: " + ", ".join(f"{name} {count / 1e6:.2f}M" for name, count in counts.items()) + " parameters")
     print0(f"plan        {plan.steps} steps x {plan.batch_tokens} tokens = {plan.tokens / 1e6:.2f}M; {accumulate} x {rows} rows x {args.max_seq_len} tokens on each process")
@@ -143,9 +159,23 @@ def train(stage, tag, args, place, networks, tokenizer, plan, items, val_items, 
     return last
 
 
-def co_training(gpt, gistnet, lensnet, args):
-    from megacontext.losses import CoTraining, CoTrainingOptions, parse_curriculum # only where memory is asked for
-    return CoTraining(gpt, gistnet, lensnet, CoTrainingOptions(seed=args.seed, curriculum=parse_curriculum(args.curriculum)))
+def pick_attention(gpt, machine, dtype):
+    """Give the GPT what computes plain attention here, and print which and why."""
+    config = gpt.config
+    kernel = backend.pick_causal(machine, gpt.device, dtype, config.heads, config.kv_heads, config.head_width)
+    gpt.flash = kernel.run
+    print0(f"attention   {kernel}" + (f"; windows {config.windows}, S = {config.short_window} tokens" if config.short_layers else ""))
+
+
+def co_training(gpt, gistnet, lensnet, args, machine, dtype):
+    """The objective of a run with memory; prints what computes attention in its rows with gists."""
+    from megacontext.layout import block_mask, trial_masks, visibility # only where memory is asked for
+    from megacontext.losses import CoTraining, CoTrainingOptions, parse_curriculum
+    config = gpt.config
+    kernel = backend.pick_masked(machine, gpt.device, dtype, config.heads, config.kv_heads, config.head_width, trial_masks)
+    print0(f"            for rows with gists {kernel}")
+    options = CoTrainingOptions(seed=args.seed, curriculum=parse_curriculum(args.curriculum))
+    return CoTraining(gpt, gistnet, lensnet, options, block_mask if kernel.name == "FlexAttention" else visibility)
 
 
 def peak_memory(device):

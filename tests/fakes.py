@@ -37,9 +37,9 @@ class ByteTokenizer:
         return ids + [self.special("<|assistant_start|>")]
 
 
-def random_gpt(seq_len=64, seed=0, vocab_size=ByteTokenizer.vocab_size, layers=3, width=32, bos=-1):
+def random_gpt(seq_len=64, seed=0, vocab_size=ByteTokenizer.vocab_size, layers=3, width=32, bos=-1, windows="L", short_window=0):
     """A tiny GPT where every weight is random: a fresh one has zeros where a bug could hide."""
-    gpt = GPT(GPTConfig(vocab_size, seq_len, layers=layers, heads=2, kv_heads=1, width=width, bos=bos)).eval()
+    gpt = GPT(GPTConfig(vocab_size, seq_len, layers=layers, heads=2, kv_heads=1, width=width, bos=bos, windows=windows, short_window=short_window)).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in gpt.named_parameters():

@@ -2,8 +2,10 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
+import torch
 
 import bench.infer as infer
 from nanochat.common import UserError
@@ -12,9 +14,9 @@ from nanochat.common import UserError
 @pytest.mark.parametrize("steps", ["eager", "static"])
 def test_the_last_line_is_json_and_adds_up(monkeypatch, capsys, steps):
     monkeypatch.setattr(infer, "copy_rate", lambda device: 1e12)
-    monkeypatch.setattr(infer, "product_rate", lambda device, dtype: 1e13)
+    monkeypatch.setattr(infer.hardware, "describe", lambda device, describe=infer.hardware.describe: replace(describe(device), peak_flops=1e13)) # a GPU's
     monkeypatch.setattr(sys, "argv", ["infer", "--device", "cpu", "--depth", "1", "--vocab-size", "512", "--prompt", "8", "--new", "4", "--batches", "1,3",
-                                      "--repeats", "1", "--steps", steps])
+                                      "--repeats", "1", "--steps", steps, "--dtype", "bf16"])
     infer.main()
     lines = capsys.readouterr().out.splitlines()
     told = json.loads(lines[-1])
@@ -34,3 +36,23 @@ def test_mistakes_are_told(monkeypatch, flags):
     monkeypatch.setattr(sys, "argv", ["infer", "--device", "cpu", *flags])
     with pytest.raises(UserError):
         infer.main()
+
+
+@pytest.mark.parametrize("dtype, peak", [("bf16", None), ("fp32", 1e13)])
+def test_without_a_peak_there_is_no_mfu(monkeypatch, capsys, dtype, peak):
+    """A CPU's MFU was once told against a product measured on the spot: a rate of its own making. The sheet's peak is of bf16, so fp32 has none."""
+    monkeypatch.setattr(infer, "copy_rate", lambda device: 1e12)
+    monkeypatch.setattr(infer.hardware, "describe", lambda device, describe=infer.hardware.describe: replace(describe(device), peak_flops=peak))
+    monkeypatch.setattr(sys, "argv", ["infer", "--device", "cpu", "--depth", "1", "--vocab-size", "64", "--prompt", "4", "--new", "2", "--batches", "1", "--repeats", "1", "--dtype", dtype])
+    infer.main()
+    lines = capsys.readouterr().out.splitlines()
+    told = json.loads(lines[-1])
+    assert told["peak"] is None and told["rows"][0]["mfu"] is None and told["bandwidth_from"] == "measured by a copy"
+    assert lines[-2].split()[-2] == "-" and "no peak is known, so no MFU" in lines[2]
+
+
+def test_a_gpu_is_known_by_its_name_and_talks_in_bf16(base):
+    h100 = replace(infer.hardware.describe("cpu"), device="cuda", name="NVIDIA H100 80GB HBM3", capability=(9, 0), peak_flops=989e12)
+    assert infer.memory_bandwidth(h100, "cuda") == (3.35e12, "data sheet")
+    assert infer.memory_bandwidth(replace(h100, name="NVIDIA H100 PCIe"), "cuda") == (2.0e12, "data sheet")
+    assert infer.hardware.pick_dtype(h100)[0] == torch.bfloat16

@@ -1,12 +1,15 @@
 """The calculator: right by exact arithmetic, deaf to everything that is not arithmetic, and never slow."""
 
+import ast
 import random
 import threading
 import time
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 
+from nanochat import calculator
 from nanochat.calculator import MAX_CHARS, MAX_DEPTH, MAX_DIGITS, calculate
 
 
@@ -82,6 +85,16 @@ def test_the_bounds_are_where_they_are_said_to_be():
     assert calculate("9" * MAX_DIGITS) == "9" * MAX_DIGITS
     assert calculate("(" * MAX_DEPTH + "1" + ")" * MAX_DEPTH) == "1"
     assert calculate("+".join(["1"] * 500)) == "500"
+
+
+def test_it_needs_no_clock_of_the_system_and_evaluates_nothing():
+    """What it may import says what it can do: no signal (Windows has no SIGALRM), no thread or process of its own, and no call of eval or exec."""
+    tree = ast.parse(Path(calculator.__file__).read_text())
+    modules = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
+    modules |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert modules == {"re", "fractions"}
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    assert not names & {"eval", "exec", "compile", "__import__", "getattr", "globals"}
 
 
 def test_it_runs_in_any_thread():

@@ -157,7 +157,7 @@ def test_costs_by_hand():
     config = GPTConfig.from_depth(12, 32768)
     assert cost.parameter_counts(config)["total"] / 1e6 == pytest.approx(286.3 + 0.59, abs=0.05)
     assert cost.kv_bytes(config) == 36864
-    tiny = SimpleNamespace(vocab_size=10, seq_len=8, layers=1, heads=2, kv_heads=1, width=4)
+    tiny = SimpleNamespace(vocab_size=10, seq_len=8, layers=1, heads=2, kv_heads=1, width=4, short_layers=(), short_window=0)
     # q 16, out 16, k 8, v 8, mlp 128, gate 12, previous 16, head 40 = 244 multiply-adds; attention 2 x 8 entries x 4 wide = 64 more
     assert cost.forward_flops(tiny, visible=8) == 2 * (244 + 64)
     assert cost.train_flops(tiny) == 6 * (244 + 64)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from megacontext.layout import visibility
+from megacontext.layout import block_mask, visibility
 from megacontext.matches import KINDS
 from megacontext.losses import CoTraining, CoTrainingOptions, parse_curriculum
 from nanochat import checkpoint
@@ -188,3 +188,16 @@ def test_curricula():
     for wrong in ("8", "7:0.3,32:1", "8:0.5", ""):
         with pytest.raises(UserError):
             parse_curriculum(wrong)
+
+
+def test_a_block_mask_changes_nothing():
+    """The objective on FlexAttention and on a dense mask: the same loss, the same labels. (Uncompiled here, and forward only: all that a CPU has.)"""
+    networks, results = tiny_networks(), []
+    for see in (visibility, block_mask):
+        o = CoTraining(*networks, CoTrainingOptions(tail=(0, 96), readings=2, edits=3), see)
+        with torch.no_grad():
+            loss, sums = o(batch([8, 9, 10, 11]))
+        results.append([loss, *(sums[name].float() for name in ("gist_nats", "lens_squares", "label_squares", "lens_products"))])
+    assert results[0][3] > 0, "edits were priced"
+    for dense, flex in zip(*results, strict=True):
+        torch.testing.assert_close(flex, dense, atol=1e-3, rtol=1e-3)

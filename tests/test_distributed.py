@@ -1,4 +1,10 @@
-"""Laws of sharding: 1, 2 and 4 processes make the same run, and hand their state to any other number of processes."""
+"""Laws of sharding: 1, 2 and 4 processes make the same run, and hand their state to any other number of processes; one that fails ends all."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -162,3 +168,41 @@ def failing(dist):
 def test_a_failure_of_one_rank_fails_the_whole(spawn):
     with pytest.raises(Exception, match="rank 1 breaks"):
         spawn(failing, 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Under torchrun, as a user starts it
+
+PROGRAM = """
+import os, signal, torch, torch.distributed as td
+from nanochat.common import UserError, run_main, setup
+def main():
+    device, dist = setup("cpu")
+    td.all_reduce(torch.ones(1))
+    if "{how}" == "all" or dist.rank == 1:
+        {what}
+    for _ in range(3):
+        td.all_reduce(torch.ones(1)) # the others wait here
+run_main(main)
+"""
+
+
+@pytest.mark.parametrize("how, what, says", [
+    pytest.param("one", "raise RuntimeError('this rank breaks')", "RuntimeError: this rank breaks", id="raises"),
+    pytest.param("one", "os.kill(os.getpid(), signal.SIGKILL)", "another process was killed", id="is killed"),
+    pytest.param("one", "raise UserError('only this rank minds')", "error: only this rank minds", id="one minds", marks=pytest.mark.slow),
+    pytest.param("all", "raise UserError('the loss is nan')", "error: the loss is nan", id="all mind", marks=pytest.mark.slow)])
+def test_a_rank_that_fails_ends_the_job_with_one_message(tmp_path, how, what, says):
+    """
+    Every rank used to tell its own end: the reason, as often as there were ranks, among tracebacks of lost connections that were only its
+    consequence; and a rank that left with exit code 2 was aborted on its way out by the process group that it left open.
+    """
+    (tmp_path / "program.py").write_text(PROGRAM.format(how=how, what=what))
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "program.py"],
+                          cwd=Path(__file__).parent.parent, env=os.environ | dict(PYTHONPATH="."), capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and time.monotonic() - start < 60
+    told, launcher = done.stderr.split("torch/distributed/elastic/multiprocessing/", 1) # what follows is torchrun's own report
+    assert told.count(says) == 1 and "SIGABRT" not in launcher
+    assert told.count("Traceback") == (0 if "UserError" in what else 1), told
+    assert ("rank 1 of 2 failed" in told) == ("RuntimeError" in what) and ("rank 0 of 2 failed" in told) == ("SIGKILL" in what)

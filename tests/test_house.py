@@ -164,6 +164,6 @@ def test_what_is_harmless_is_let_be(text):
 
 
 def test_the_scripts_of_the_shell_parse():
-    for name in (".ci/run", "runtests.sh", "speedrun.sh", "runs/setup.sh"):
+    for name in (".ci/run", "runtests.sh", "speedrun.sh", "runs/setup.sh", "runs/gpu_check.sh"):
         subprocess.run(["bash", "-n", name], cwd=ROOT, check=True)
         assert (ROOT / name).read_text().startswith("#!/usr/bin/env bash\n")

@@ -2,9 +2,9 @@
 import numpy as np
 import pytest
 import torch
-from torch.nn.attention.flex_attention import create_mask
+from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
-from megacontext.layout import FAN, GIST, HIDDEN, NODE, RAW, Copies, draw_table, entry_positions, full_table, visibility, visibility_rule
+from megacontext.layout import FAN, GIST, HIDDEN, NODE, RAW, Copies, block_mask, draw_table, entry_positions, full_table, trial_masks, visibility, visibility_rule
 from megacontext.losses import row_entries, with_copies
 from tests.tiny import VOCAB, tiny_networks
 
@@ -53,12 +53,78 @@ def test_the_mask_is_the_rule(seed):
     assert np.array_equal(visibility(batch, 4, copies)[0, 0].numpy(), slow_visibility(table, 4, copies))
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_the_flex_rule_is_the_mask(seed):
-    tables = torch.stack([torch.from_numpy(random_row(seed + i)[1]) for i in (0, 10)])
-    dense = visibility(tables, 4)
+def random_batch(seed, K=4, Q=70, M=0):
+    """Two rows: (table, copies)."""
+    table = torch.stack([torch.from_numpy(random_row(seed + i, K, Q)[1]) for i in (0, 10)])
+    if not M:
+        return table, None
+    block = torch.randint(1, Q, (2, M))
+    return table, Copies(block, table.gather(1, block[:, :, None].expand(-1, -1, Q)).roll(1, dims=1)) # lines of other blocks are lines too
+
+
+@pytest.mark.parametrize("K, Q, M", [(4, 70, 0), (4, 70, 3), (32, 8, 0), (32, 33, 5), (8, 96, 7), (16, 64, 1)])
+def test_the_flex_rule_is_the_mask(K, Q, M):
+    """Also which tiles of 128 x 128 may be skipped and which need no rule, whether the row ends with a tile or not."""
+    table, copies = random_batch(M, K, Q, M)
+    dense = visibility(table, K, copies)
+    N, rule = dense.size(-1), visibility_rule(table, K, copies)
+    assert torch.equal(create_mask(rule, 2, None, N, N, device="cpu"), dense)
+    slow, fast = create_block_mask(rule, 2, None, N, N, device="cpu"), block_mask(table, K, copies)
+    assert fast.shape == slow.shape and fast.BLOCK_SIZE == slow.BLOCK_SIZE
+
+    def tiles(count, columns):
+        return [[sorted(line[:n].tolist()) for n, line in zip(*row)] for row in zip(count[:, 0], columns[:, 0])]
+
+    for name in ("kv", "full_kv", "q", "full_q"): # q: what the backward pass walks along
+        args = ([getattr(mask, f"{name}_num_blocks"), getattr(mask, f"{name}_indices")] for mask in (fast, slow))
+        assert tiles(*next(args)) == tiles(*next(args)), name
+
+
+def test_full_tiles_are_found():
+    """A row read raw throughout: of its 3 x 3 tiles, the 3 below the diagonal hold no rule, the 3 on it do, the rest are skipped."""
+    mask = block_mask(full_table(torch.zeros(1, 12, dtype=torch.long)), 32)
+    assert mask.full_kv_num_blocks[0, 0].tolist() == [0, 1, 2, 0] and mask.kv_num_blocks[0, 0].tolist() == [1, 1, 1, 1], "the fourth row of tiles is gists"
+
+
+@pytest.mark.parametrize("M", [0, 3])
+def test_flex_attention_is_the_dense_mask(M):
+    gpt, gistnet, _ = tiny_networks()
+    K, Q = 8, 70
+    table, copies = random_batch(0, K, Q, M)
+    entries = row_entries(gpt, gistnet, torch.randint(VOCAB, (2, Q * K)), torch.zeros(2, Q, dtype=torch.long), K)
+    entries = with_copies(entries, copies, K) if M else entries
+    positions = entry_positions(Q * K, K, copies)
+    with torch.no_grad():
+        flex, dense = (gpt.trunk(entries, positions, see(table, K, copies)) for see in (block_mask, visibility))
+    torch.testing.assert_close(flex, dense, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("M", [0, 3])
+def test_compiled_flex_attention_is_the_dense_mask(M):
+    """Forward and backward through the whole GPT, as in a training step."""
+    gpt, gistnet, _ = (network.cuda() for network in tiny_networks(width=64))
+    K, Q = 8, 70
+    table, copies = random_batch(0, K, Q, M)
+    table, copies = table.cuda(), copies and Copies(copies.block.cuda(), copies.table.cuda())
+    ids, docs, results = torch.randint(VOCAB, (2, Q * K)).cuda(), torch.zeros(2, Q, dtype=torch.long).cuda(), []
+    for see in (block_mask, visibility):
+        entries = row_entries(gpt, gistnet, ids, docs, K)
+        entries = with_copies(entries, copies, K) if M else entries
+        hidden = gpt.trunk(entries, entry_positions(Q * K, K, copies, "cuda"), see(table, K, copies))
+        networks = [*gpt.blocks.parameters(), *gistnet.parameters()]
+        results.append([hidden, *(g for g in torch.autograd.grad(hidden.square().mean(), networks, allow_unused=True) if g is not None)])
+    for flex, dense in zip(*results, strict=True):
+        assert (flex - dense).norm() <= 0.02 * dense.norm() + 1e-5
+
+
+def test_the_trial_tries_every_kind_of_view():
+    block, dense = trial_masks("cpu")
     N = dense.size(-1)
-    assert torch.equal(create_mask(visibility_rule(tables, 4), 2, None, N, N, device="cpu"), dense)
+    assert N % 128, "a row that does not end with a tile is the harder case"
+    assert torch.equal(create_mask(block.mask_mod, 1, None, N, N, device="cpu"), dense)
+    T, Q = 16 * 80, 80
+    assert dense[..., :T, T:T + Q].any() and dense[..., :T, T + Q:T + Q + 2].any() and dense[..., T + Q + 2:, :T].any(), "gists, level-2 gists, copies"
 
 
 @pytest.mark.parametrize("seed", range(30))

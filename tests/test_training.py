@@ -49,6 +49,7 @@ def test_two_processes_and_a_resumed_one_give_the_losses_of_one(place):
     losses, summary = curve(place, "one")
     assert out.splitlines()[-1].startswith("summary stage=base") and sorted(losses) == [1, 2, 3, 4, 5, 6]
     assert losses[6] < losses[1]
+    assert "attention   SDPA: no CUDA device" in out.splitlines() and "            for rows with gists SDPA with a dense mask: no CUDA device" in out.splitlines()
 
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     base_train(place, "two", "--device-batch", "4", launch=torchrun)
@@ -66,6 +67,25 @@ def test_two_processes_and_a_resumed_one_give_the_losses_of_one(place):
     assert resumed_summary["val_bpb"] == summary["val_bpb"]
 
 
+@pytest.mark.slow
+def test_four_processes_and_a_run_that_goes_on_with_another_number_give_the_losses_of_one(place):
+    folder = place[0] / "base_checkpoints"
+    torchrun = lambda n: ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}")
+    if not (folder / "one").exists():
+        base_train(place, "one", "--device-batch", "8")
+    losses, summary = curve(place, "one")
+    base_train(place, "four", "--device-batch", "2", launch=torchrun(4))
+    for number, before in ((2, "one"), (1, "four"), (4, "one")):
+        tag = f"{before}-then-{number}"
+        shutil.copytree(folder / before / "step_000003", folder / tag / "step_000003")
+        base_train(place, tag, "--device-batch", str(8 // number), "--resume", launch=torchrun(number) if number > 1 else ())
+    for tag, steps in (("four", range(1, 7)), ("one-then-2", range(4, 7)), ("four-then-1", range(4, 7)), ("one-then-4", range(4, 7))):
+        dealt, dealt_summary = curve(place, tag)
+        assert sorted(dealt) == list(steps), tag
+        assert [dealt[step] for step in steps] == pytest.approx([losses[step] for step in steps], abs=2e-2), tag
+        assert dealt_summary["val_bpb"] == pytest.approx(summary["val_bpb"], abs=2e-2), tag
+
+
 def test_a_checkpoint_of_another_run_is_refused(place):
     if not (place[0] / "base_checkpoints" / "one").exists():
         base_train(place, "one", "--device-batch", "8")
@@ -81,6 +101,17 @@ def test_the_data_folder_by_flag_and_what_was_left_out(place):
     out = run(place, "scripts.base_train", *TINY, "--source", f"dir:{place[1].name}", "--data-dir", str(place[1].parent), "--tag", "flag", "--plain", "--num-steps", "1")
     assert f"text        dir:{place[1].name}: left out: 1 file of other kinds (.json 1)" in out.splitlines()
     (place[1] / "notes.json").unlink()
+
+
+def test_short_windows_by_flag(place):
+    """A row of 256 tokens has a window of 128. What computes attention, and why, is told at the start; with memory the flag is refused."""
+    out = run(place, "scripts.base_train", *TINY, "--depth", "2", "--max-seq-len", "256", "--source", f"dir:{place[1]}", "--tag", "short", "--num-steps", "1", "--plain", "--windows", "SL")
+    assert "attention   SDPA: no CUDA device; windows SL, S = 128 tokens" in out.splitlines()
+    assert json.loads((place[0] / "base_checkpoints" / "short" / "step_000001" / "meta.json").read_text())["networks"]["gpt"]["short_window"] == 128
+    env = dict(os.environ, NANOCHAT_BASE_DIR=str(place[0]), OMP_NUM_THREADS="1")
+    done = subprocess.run([sys.executable, "-m", "scripts.base_train", *TINY, "--depth", "2", "--source", f"dir:{place[1]}", "--windows", "SL"],
+                          cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and "--plain" in done.stderr and "Traceback" not in done.stderr and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "scripts").glob("*.py")))

@@ -25,12 +25,12 @@ def tiny_tokenizer():
     return _tokenizer
 
 
-def make_run(*stages, seq_len=512, memory=True, seed=0, width=32):
+def make_run(*stages, seq_len=512, memory=True, seed=0, width=32, windows="L"):
     """Save the same networks as the last checkpoint, tag "t", of each stage, below base_dir(). Returns the networks."""
     tokenizer = tiny_tokenizer()
     tokenizer.save()
     torch.manual_seed(seed)
-    config = GPTConfig(tokenizer.vocab_size, seq_len, layers=2, heads=2, kv_heads=2, width=width, bos=tokenizer.bos)
+    config = GPTConfig(tokenizer.vocab_size, seq_len, layers=2, heads=2, kv_heads=2, width=width, bos=tokenizer.bos, windows=windows)
     networks = build(config, memory, dict(width=width, inner=16, heads=2, layers=2, left=16), dict(width=width, hidden=8))
     for network in networks:
         if network is not None:

@@ -1,0 +1,159 @@
+"""
+Which tricks of the recipe pay: the same small GPT trained with one of them taken out, at the same tokens.
+
+python -m bench.ablate --seeds 3                               # every trick, some hours on one CPU thread
+python -m bench.ablate --seeds 3 --only "no softcap,no x0"     # these, beside the whole recipe
+
+A variant is a patch on the model or the optimizer that lasts for one run. All variants of a seed start from the same weights where they have
+them, and read the same rows in the same order, so a difference is paired: its spread over seeds says how sure it is. A trick pays where
+taking it out costs more than twice the standard error of the mean. The last line is one JSON object.
+"""
+import argparse
+import json
+import math
+import time
+from contextlib import ExitStack, contextmanager
+from unittest.mock import PropertyMock, patch
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from nanochat import gpt as model
+from nanochat import muon, optim, schedule
+from nanochat.common import UserError, print0, run_main
+from nanochat.dataloader import Loader, val_loader
+from nanochat.dataset import add_data_dir, open_source, use_data_dir
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.loss_eval import bits_per_byte
+from nanochat.optim import make_optimizer
+from nanochat.report import table
+from nanochat.tokenizer import Tokenizer
+from nanochat.train import Curves
+
+parser = argparse.ArgumentParser(description="Take one trick at a time out of the recipe", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+parser.add_argument("--source", default="stdlib", help="text to train on")
+parser.add_argument("--layers", type=int, default=4)
+parser.add_argument("--width", type=int, default=128, help="in heads of 64")
+parser.add_argument("--max-seq-len", type=int, default=512)
+parser.add_argument("--num-tokens", type=int, default=400_000)
+parser.add_argument("--batch-tokens", type=int, default=4096)
+parser.add_argument("--lr", type=float, default=11.0, help="times the rates that follow from the batch; 11 suits a hundred steps (LOG.md)")
+parser.add_argument("--eval-tokens", type=int, default=131072)
+parser.add_argument("--seeds", type=int, default=3)
+parser.add_argument("--only", default="", help="comma list of variants (empty = all)")
+add_data_dir(parser)
+
+
+def frozen(name, value):
+    """A parameter that stays where it is put."""
+    def apply(gpt):
+        parameter = getattr(gpt, name)
+        with torch.no_grad():
+            (parameter.weight if isinstance(parameter, torch.nn.Module) else parameter).fill_(value)
+        parameter.requires_grad_(False)
+    return apply
+
+
+def identity(update, *_):
+    return update
+
+
+def always_decay(params, grads, buffer, variance, lr, momentum, beta2, weight_decay, dtype):
+    """muon_step with weight decay everywhere, whatever the step does."""
+    params.mul_(1 - lr * max(1.0, params.size(-2) / params.size(-1)) ** 0.5 * weight_decay)
+    return muon.muon_step(params, grads, buffer, variance, lr, momentum, beta2, 0.0, dtype)
+
+
+# name: (patches that last for the run, what is done to the new model, settings of the optimizer, settings of the schedule)
+VARIANTS = {
+    "the whole recipe": ((), None, {}, {}),
+    "no value embeddings": ((patch.object(GPTConfig, "value_layers", PropertyMock(return_value=[])),), None, {}, {}),
+    "no token before": ((), frozen("previous", 0.0), {}, {}),
+    "no x0": ((), frozen("x0_scale", 0.0), {}, {}),
+    "no residual scales": ((), frozen("resid_scale", 1.0), {}, {}),
+    "no QK gain": ((patch.object(model, "QK_GAIN", 1.0),), None, {}, {}),
+    "no softcap": ((patch.object(GPT, "head", lambda self, hidden: self.lm_head(hidden).float()),), None, {}, {}),
+    "GELU": ((patch.object(model.MLP, "forward", lambda self, x: self.down(F.gelu(self.up(x)))),), None, {}, {}),
+    "no MuonEq": ((patch.object(muon, "equalize_rows", identity),), None, {}, {}),
+    "no Muon+": ((patch.object(muon, "snap_norm", identity),), None, {}, {}),
+    "no NorMuon": ((patch.object(muon, "normalize_variance", identity),), None, {}, {}),
+    "weight decay everywhere": ((patch.object(optim, "muon_step", always_decay),), None, {}, {}),
+    "no weight decay": ((), None, dict(weight_decay=0.0), {}),
+    "warmdown 0.2": ((), None, {}, dict(warmdown_ratio=0.2)),
+}
+
+
+@contextmanager
+def without(variant, config, seed, **settings):
+    """A new model and its optimizer as the variant has them, while the block lasts -> (gpt, optimizer, settings of its schedule)."""
+    patches, change, own, curve = VARIANTS[variant]
+    with ExitStack() as stack:
+        for one in patches:
+            stack.enter_context(one)
+        torch.manual_seed(seed)
+        gpt = GPT(config)
+        if change is not None:
+            change(gpt)
+        yield gpt, make_optimizer(gpt, **settings | own), curve
+
+
+def train(config, items, val_items, tokenizer, args, seed, variant):
+    """-> (bits per byte on validation text, seconds)"""
+    plan = schedule.plan(config.layers, config.vocab_size, config.seq_len, tokens=args.num_tokens, batch_tokens=args.batch_tokens)
+    began, rows = time.perf_counter(), args.batch_tokens // config.seq_len
+    with without(variant, config, seed, lr_scale=plan.lr_mult * args.lr, weight_decay=0.28 * plan.weight_decay_mult) as (gpt, optimizer, curve):
+        curves = Curves(plan.steps, **curve)
+        with Loader(items, tokenizer, rows, config.seq_len, align=32, seed=seed) as loader:
+            for step, batch in zip(range(plan.steps), loader):
+                curves.apply(optimizer, step)
+                (gpt(batch.inputs, batch.targets, "sum") / batch.inputs.numel()).backward()
+                optimizer.step(check=True)
+                optimizer.zero_grad()
+        gpt.eval()
+        val = val_loader(val_items, tokenizer, rows, config.seq_len, align=32, max_rows=args.eval_tokens // config.seq_len)
+        bpb = bits_per_byte(lambda batch: gpt(batch.inputs, batch.targets, "none"), val, tokenizer.token_bytes())
+    return bpb, time.perf_counter() - began
+
+
+def rows_of(found):
+    """{variant: [bpb of each seed]} -> rows of the table and {variant: numbers}; a cost is paired with the whole recipe of the same seed."""
+    whole = np.array(found["the whole recipe"])
+    numbers = {}
+    for name, values in found.items():
+        cost = np.array(values) - whole[:len(values)]
+        error = cost.std(ddof=1) / math.sqrt(len(cost)) if len(cost) > 1 else math.nan
+        numbers[name] = dict(bpb=float(np.mean(values)), spread=float(np.std(values, ddof=1)) if len(values) > 1 else math.nan,
+                             cost=float(cost.mean()), standard_error=float(error))
+    rows = [[name, f"{n['bpb']:.4f} +- {n['spread']:.4f}", "" if name == "the whole recipe" else f"{n['cost']:+.4f} +- {n['standard_error']:.4f}"] for name, n in numbers.items()]
+    return rows, numbers
+
+
+def main():
+    args = parser.parse_args()
+    use_data_dir(args.data_dir)
+    names = [name.strip() for name in args.only.split(",")] if args.only else list(VARIANTS)
+    unknown = [name for name in names if name not in VARIANTS]
+    if unknown:
+        raise UserError(f"--only names no variant: {', '.join(unknown)}. There are: {', '.join(VARIANTS)}")
+    if args.width % 64 or args.batch_tokens % args.max_seq_len:
+        raise UserError(f"--width {args.width} must be a multiple of 64, and --batch-tokens {args.batch_tokens} of --max-seq-len {args.max_seq_len}")
+    names = ["the whole recipe"] + [name for name in names if name != "the whole recipe"]
+    tokenizer = Tokenizer.load()
+    heads = args.width // 64
+    config = GPTConfig(tokenizer.vocab_size, args.max_seq_len, args.layers, heads, heads, args.width, tokenizer.bos)
+    items, val_items = open_source(args.source, "train"), open_source(args.source, "val")
+    found = {name: [] for name in names}
+    for seed in range(args.seeds):
+        for name in names:
+            bpb, seconds = train(config, items, val_items, tokenizer, args, seed, name)
+            found[name].append(bpb)
+            print0(f"seed {seed} {name:24s} {bpb:.4f} ({seconds:.0f} s)")
+    rows, numbers = rows_of(found)
+    print0(f"\n{args.layers} layers of {args.width}, rows of {args.max_seq_len}, {args.num_tokens} tokens of {args.source}, {args.seeds} seeds: bits per byte, and what taking the trick out costs (+- standard error)\n")
+    print0(table(["variant", "bits per byte", "costs"], rows))
+    print0(json.dumps(dict(source=args.source, tokens=args.num_tokens, seeds=args.seeds, layers=args.layers, width=args.width, variants=numbers)))
+
+
+if __name__ == "__main__":
+    run_main(main)
