@@ -191,6 +191,8 @@ def main():
         raise UserError(f"--runs {args.runs}: expected some of {','.join(RUNS)}")
     if not (args.checkout / "scripts/base_train.py").is_file():
         raise UserError(f"no scripts/base_train.py in {args.checkout}: expected a checkout of nanochat")
+    if args.eval_tokens < args.device_batch * args.max_seq_len:
+        raise UserError(f"--eval-tokens {args.eval_tokens}: nanochat evaluates whole forwards, expected at least {args.device_batch} rows of {args.max_seq_len}")
     tokenizer = Tokenizer.load()
     train, val = (documents(open_source(args.source, split), chars, args.cut) for split, chars in (("train", args.chars), ("val", args.chars // 10)))
     prepare(out, tokenizer, train, val)
