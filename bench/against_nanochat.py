@@ -43,7 +43,7 @@ from scripts.load import load_stage
 ROOT = Path(__file__).resolve().parent.parent
 SIDE = ROOT / "bench/nanochat_side.py"
 RUNS = ("nanochat", "eager", "plain", "memory")
-SHARDS = "base_data_climbmix"  # the folder that nanochat reads; base_data in versions before March 2026
+SHARDS = "base_data_climbmix"  # the folder that nanochat reads; base_data in older versions
 
 parser = argparse.ArgumentParser(description="Beside nanochat's own trainer", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 parser.add_argument("checkout", help="folder of a nanochat checkout")
