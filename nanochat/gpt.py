@@ -91,6 +91,21 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).reshape(B, N, D))
 
 
+class ReluSquared(torch.autograd.Function):
+    """relu(x)^2, whose derivative is 2 relu(x): two passes over memory in backward where autograd's own chain takes five."""
+
+    @staticmethod
+    def forward(ctx, x):
+        positive = x.relu()
+        ctx.save_for_backward(positive)
+        return positive.square()
+
+    @staticmethod
+    def backward(ctx, outside):
+        [positive] = ctx.saved_tensors
+        return (outside * positive).mul_(2)
+
+
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -98,7 +113,7 @@ class MLP(nn.Module):
         self.down = nn.Linear(4 * config.width, config.width, bias=False)
 
     def forward(self, x):
-        return self.down(F.relu(self.up(x)).square())
+        return self.down(ReluSquared.apply(self.up(x)))
 
 
 class Block(nn.Module):
