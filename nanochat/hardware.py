@@ -6,8 +6,10 @@ that fit into its free memory. Nothing here is a guess in disguise: what cannot 
 """
 
 import os
+import resource
 import shutil
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -202,3 +204,25 @@ def device_rows(machine, config, counts, dtype, world=1, logit_tokens=None, chec
     while rows * 2 <= most and need(rows * 2) <= room:
         rows *= 2
     return rows, f"{rows} rows x {config.seq_len} tokens per device: about {need(rows) / G:.1f} of {room / G:.1f} GiB usable"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What did not fit
+
+@contextmanager
+def out_of_memory_told(where):
+    """Turn the ways in which PyTorch and Python run out of memory into one line that names the flags; all else passes through."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "DefaultCPUAllocator" not in str(error):
+            raise
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"memory ran out {where}. Lower --device-batch, turn on --checkpoint-activations, or lower --max-seq-len or --depth ({first})") from error
+
+
+def peak_memory(device):
+    """Most bytes in use so far: of the GPU where there is one, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -5,8 +5,6 @@ Resume, loader, log, validation, saving and the last line of the run live here; 
 its script's business. The flags that all three take are here too.
 """
 import math
-import resource
-import sys
 from dataclasses import dataclass
 
 import torch
@@ -135,7 +133,7 @@ def train(stage, tag, args, place, networks, tokenizer, plan, items, val_items, 
         evaluate(begin) # everything was trained and saved before the last run ended; its numbers are still owed
     # what was read and what of it was lost, over the whole run and all ranks; the loader says what each means
     read = {name: int(count) for name, count in added({name: loader.stats[name] for name in ("documents", "empty", "cropped", "cut", "skipped", "padded")}, dist).items()}
-    log.summary(stage=stage, tag=tag, **last, steps=plan.steps, tokens=plan.tokens, flops=cost.train_flops(config) * plan.tokens, peak_mb=peak_memory(device) / 2**20,
+    log.summary(stage=stage, tag=tag, **last, steps=plan.steps, tokens=plan.tokens, flops=cost.train_flops(config) * plan.tokens, peak_mb=hardware.peak_memory(device) / 2**20,
                 params=sum(counts.values()), memory=int(memory), seed=args.seed, **read, **progress.summary())
     log.close()
     loader.close()
@@ -146,10 +144,3 @@ def train(stage, tag, args, place, networks, tokenizer, plan, items, val_items, 
 def co_training(gpt, gistnet, lensnet, args):
     from megacontext.losses import CoTraining, CoTrainingOptions, parse_curriculum # only where memory is asked for
     return CoTraining(gpt, gistnet, lensnet, CoTrainingOptions(seed=args.seed, curriculum=parse_curriculum(args.curriculum)))
-
-
-def peak_memory(device):
-    """Bytes: of the GPU where there is one, else of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
