@@ -50,6 +50,16 @@ class Curves:
         return lr
 
 
+def compile_gpt(gpt):
+    """
+    Compile the parts of a training forward, in place: module and parameter names stay as they are. The parts are what every objective
+    calls; shapes are fixed in each (a curriculum of three block sizes makes some ten of them, bounded here far above).
+    """
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    for name in ("embed", "trunk", "nats_and_slope_"):
+        setattr(gpt, name, torch.compile(getattr(gpt, name), dynamic=False))
+
+
 class LossScale:
     """
     fp16 has no numbers below 6e-8, where most gradients lie, so the loss is multiplied before backward and the gradients are divided after.

@@ -4,19 +4,21 @@ One stage of training, from networks and data to a checkpoint folder: what base_
 Resume, loader, log, validation, saving and the last line of the run live here; what a stage trains on, and how much of it, is
 its script's business. The flags that all three take are here too.
 """
+import argparse
 import math
 from dataclasses import dataclass
 
 import torch
 
-from nanochat import checkpoint, cost, hardware, schedule
+from nanochat import checkpoint, cost, fp8, hardware, schedule
 from nanochat.common import UserError, checkpoint_dir, cleanup, print0, setup
+from nanochat.cross_entropy import piece_tokens
 from nanochat.dataloader import Loader, gather_state, val_loader
 from nanochat.dataset import add_data_dir, notes, use_data_dir
 from nanochat.loss_eval import bits_per_byte
 from nanochat.optim import make_optimizer
 from nanochat.run import Log, Progress
-from nanochat.train import Curves, PlainObjective, added, fit
+from nanochat.train import Curves, LossScale, PlainObjective, added, compile_gpt, fit
 from scripts.load import describe, modules
 
 
@@ -28,7 +30,10 @@ def add_flags(parser, curriculum):
     parser.add_argument("--curriculum", default=curriculum, help="children a gist : up to which share of the steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="", help="cuda, mps or cpu (empty = the best there is)")
-    parser.add_argument("--dtype", default="auto", help="auto, bf16 or fp32")
+    parser.add_argument("--dtype", default="auto", help="auto, bf16, fp32, or fp16 on a GPU (its loss is scaled, and a step that overflows is skipped)")
+    parser.add_argument("--fp8", action="store_true", help="products of the large layers in 8 bits: GPUs of compute capability 8.9 or more")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="compile the networks and the optimizer (default: on a GPU; on a CPU it takes minutes and brings nothing)")
+    parser.add_argument("--checkpoint-activations", action="store_true", help="keep one vector a layer and token, and compute the layers again in backward: less memory, a third more time")
     parser.add_argument("--run", default="", help="name of a wandb run (empty = no wandb)")
     parser.add_argument("--eval-every", type=int, default=-1, help="validate every N steps (-1 = at the end only)")
     parser.add_argument("--eval-tokens", type=int, default=262144, help="validation tokens")
@@ -45,6 +50,7 @@ class Place:
     dist: object
     machine: object
     amp: object    # dtype of mixed precision, or None
+    compile: bool
 
 
 def start(args):
@@ -55,8 +61,11 @@ def start(args):
     device, dist = setup(args.device, args.seed)
     machine = hardware.describe(device)
     dtype, why = hardware.pick_dtype(machine, args.dtype)
-    print0(f"machine     {machine.name}, {dist.world} process(es); {why}")
-    return Place(device, dist, machine, None if dtype == torch.float32 else dtype)
+    if args.fp8:
+        fp8.check(machine, dtype)
+    compiled = device.type == "cuda" if args.compile is None else args.compile
+    print0(f"machine     {machine.name}, {dist.world} process(es); {str(dtype)[6:]}, {why}{'; fp8 products' * args.fp8}; {'compiled' if compiled else 'not compiled'}")
+    return Place(device, dist, machine, None if dtype == torch.float32 else dtype, compiled)
 
 
 def given(value):
@@ -79,15 +88,20 @@ def train(stage, tag, args, place, networks, tokenizer, plan, items, val_items, 
     named = modules(gpt, gistnet, lensnet)
     about = describe(gpt, gistnet, lensnet, tokenizer)
     config, memory = gpt.config, gistnet is not None
-    dtype = place.amp or torch.float32
-    most = given(args.device_batch) or hardware.device_rows(place.machine, config, cost.parameter_counts(config), dtype, dist.world)[0]
+    gpt.checkpoint_activations = args.checkpoint_activations
+    eights = fp8.convert(gpt) if args.fp8 else 0
+    most, why = most_rows(place, args, config, gistnet)
     rows = schedule.fit_rows(plan.batch_tokens, most, args.max_seq_len, dist.world)
     accumulate = schedule.accumulation(plan.batch_tokens, rows, args.max_seq_len, dist.world)
     extra = {name: module for name, module in named.items() if name != "gpt"}
-    optimizer = make_optimizer(gpt, extra, dist, dtype=place.amp, lr_scale=plan.lr_mult * rates, weight_decay=0.28 * plan.weight_decay_mult)
+    optimizer = make_optimizer(gpt, extra, dist, compile=place.compile, dtype=place.amp, lr_scale=plan.lr_mult * rates, weight_decay=0.28 * plan.weight_decay_mult)
     objective = co_training(gpt, gistnet, lensnet, args) if memory else PlainObjective(gpt)
+    scale = LossScale() if place.amp == torch.float16 else None
+    if place.compile:
+        compile_gpt(gpt)
     counts = {name: sum(p.numel() for p in module.parameters()) for name, module in named.items()}
-    print0(f"model       d{config.layers}: " + ", ".join(f"{name} {count / 1e6:.2f}M" for name, count in counts.items()) + " parameters")
+    print0(f"model       d{config.layers}: " + ", ".join(f"{name} {count / 1e6:.2f}M" for name, count in counts.items()) + " parameters" + f"; {eights} layers in fp8" * args.fp8)
+    print0(f"memory      {why}")
     print0(f"plan        {plan.steps} steps x {plan.batch_tokens} tokens = {plan.tokens / 1e6:.2f}M; {accumulate} x {rows} rows x {args.max_seq_len} tokens on each process")
     for note in notes(items):
         print0(f"text        {note}")
@@ -101,9 +115,11 @@ def train(stage, tag, args, place, networks, tokenizer, plan, items, val_items, 
         for name, module in named.items():
             module.load_state_dict(saved.tensors[name])
         optimizer.load_state_dict(saved.optimizer)
-        begin, loader_state = saved.step, saved.meta["loader"]
+        begin, loader_state, optimizer.skipped = saved.step, saved.meta["loader"], saved.meta.get("skipped", 0)
         lanes = loader_state["settings"]["lanes"]
         checkpoint.set_rng_state(saved.meta["rng"])
+        if scale is not None and saved.meta.get("loss_scale"):
+            scale = LossScale(**saved.meta["loss_scale"])
         print0(f"resume      from step {begin} of {folder}")
     elif first_optimizer is not None:
         optimizer.load_state_dict(first_optimizer, partial=True)
@@ -121,24 +137,37 @@ def train(stage, tag, args, place, networks, tokenizer, plan, items, val_items, 
         return last
 
     def save(step):
-        meta = dict(identity, networks=about, args=vars(args), loader=gather_state(loader), rng=checkpoint.rng_state())
+        meta = dict(identity, networks=about, args=vars(args), loader=gather_state(loader), rng=checkpoint.rng_state(), skipped=optimizer.skipped, loss_scale=scale and scale.state())
         checkpoint.save(folder, step, named, optimizer, meta, keep=2, main=dist.main)
 
     last = {}
     progress = Progress(plan.steps, plan.batch_tokens, cost.train_flops(config), place.machine.peak_flops and place.machine.peak_flops * dist.world, start=begin)
     if begin < plan.steps:
         fit(objective, optimizer, loader, Curves(plan.steps, warmdown_ratio=warmdown, final=final), log=log, progress=progress, dist=dist, device=device, start=begin,
-            accumulate=accumulate, amp=place.amp, evaluate=evaluate, eval_every=args.eval_every, save=save, save_every=args.save_every, log_every=args.log_every)
+            accumulate=accumulate, amp=place.amp, scale=scale, evaluate=evaluate, eval_every=args.eval_every, save=save, save_every=args.save_every, log_every=args.log_every)
     else:
         evaluate(begin) # everything was trained and saved before the last run ended; its numbers are still owed
     # what was read and what of it was lost, over the whole run and all ranks; the loader says what each means
     read = {name: int(count) for name, count in added({name: loader.stats[name] for name in ("documents", "empty", "cropped", "cut", "skipped", "padded")}, dist).items()}
     log.summary(stage=stage, tag=tag, **last, steps=plan.steps, tokens=plan.tokens, flops=cost.train_flops(config) * plan.tokens, peak_mb=hardware.peak_memory(device) / 2**20,
-                params=sum(counts.values()), memory=int(memory), seed=args.seed, **read, **progress.summary())
+                params=sum(counts.values()), memory=int(memory), seed=args.seed, skipped=optimizer.skipped, **read, **progress.summary())
     log.close()
     loader.close()
     cleanup()
     return last
+
+
+def most_rows(place, args, config, gistnet):
+    """(most rows of a forward on one device, why)."""
+    if given(args.device_batch):
+        return args.device_batch, f"at most {args.device_batch} rows per device, as --device-batch asks"
+    dtype, beside = place.amp or torch.float32, 0
+    if gistnet is not None:
+        from megacontext.cost import training_bytes
+        from megacontext.losses import parse_curriculum
+        beside = max(training_bytes(gistnet.config, config, block, hardware.SAVED_BYTES[dtype]) for block, _ in parse_curriculum(args.curriculum))
+    return hardware.device_rows(place.machine, config, cost.parameter_counts(config), dtype, place.dist.world,
+                                piece_tokens(place.device.type, config.vocab_size), args.checkpoint_activations, beside)
 
 
 def co_training(gpt, gistnet, lensnet, args):
