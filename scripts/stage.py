@@ -147,14 +147,18 @@ def train(stage, tag, args, place, networks, tokenizer, plan, items, val_items, 
             accumulate=accumulate, amp=place.amp, scale=scale, evaluate=evaluate, eval_every=args.eval_every, save=save, save_every=args.save_every, log_every=args.log_every)
     else:
         evaluate(begin) # everything was trained and saved before the last run ended; its numbers are still owed
-    # what was read and what of it was lost, over the whole run and all ranks; the loader says what each means
-    read = {name: int(count) for name, count in added({name: loader.stats[name] for name in ("documents", "empty", "cropped", "cut", "skipped", "padded")}, dist).items()}
     log.summary(stage=stage, tag=tag, **last, steps=plan.steps, tokens=plan.tokens, flops=cost.train_flops(config) * plan.tokens, peak_mb=hardware.peak_memory(device) / 2**20,
-                params=sum(counts.values()), memory=int(memory), seed=args.seed, skipped=optimizer.skipped, **read, **progress.summary())
+                params=sum(counts.values()), memory=int(memory), seed=args.seed, skipped_steps=optimizer.skipped, **read(loader, dist), **progress.summary())
     log.close()
     loader.close()
     cleanup()
     return last
+
+
+def read(loader, dist):
+    """What was read and what of it was lost, over the whole run and all ranks; the loader says what each means."""
+    names = ("documents", "empty", "cropped", "cut", "skipped", "padded")
+    return {name: int(count) for name, count in added({name: loader.stats[name] for name in names}, dist).items()}
 
 
 def most_rows(place, args, config, gistnet):
