@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat import gpt as model
-from nanochat import muon, optim, schedule
+from nanochat import cross_entropy, muon, optim, schedule
 from nanochat.common import UserError, print0, run_main
 from nanochat.dataloader import Loader, val_loader
 from nanochat.dataset import add_data_dir, open_source, use_data_dir
@@ -73,7 +73,7 @@ VARIANTS = {
     "no x0": ((), frozen("x0_scale", 0.0), {}, {}),
     "no residual scales": ((), frozen("resid_scale", 1.0), {}, {}),
     "no QK gain": ((patch.object(model, "QK_GAIN", 1.0),), None, {}, {}),
-    "no softcap": ((patch.object(GPT, "head", lambda self, hidden: self.lm_head(hidden).float()),), None, {}, {}),
+    "no softcap": ((patch.object(cross_entropy, "SOFTCAP", 1e4),), None, {}, {}), # so wide that it bends nothing
     "GELU": ((patch.object(model.MLP, "forward", lambda self, x: self.down(F.gelu(self.up(x)))),), None, {}, {}),
     "no MuonEq": ((patch.object(muon, "equalize_rows", identity),), None, {}, {}),
     "no Muon+": ((patch.object(muon, "snap_norm", identity),), None, {}, {}),

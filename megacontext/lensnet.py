@@ -61,8 +61,13 @@ class LensNet(nn.Module):
         levels (M, E)        0 = shown raw, 1 = a gist of tokens, 2 and more = a gist of gists
         distances (M, E)     tokens between the entry's centre and now, > 0
         seen (M, E) bool     False = no such entry
-        Returns scores (M, E) in nats over the next block; entries not seen get 0.
+        Returns scores (M, E) in nats over the next block; entries not seen get 0. Computed in fp32 wherever it is called: it is tiny, and its
+        deviations vanish in fp16.
         """
+        with torch.autocast(tail.device.type, enabled=False):
+            return self._score(tail, tail_seen, gists, levels, distances, seen)
+
+    def _score(self, tail, tail_seen, gists, levels, distances, seen):
         tail, gists = tail.float(), gists.float()
         likeness = norm(gists * self.channel_scale) @ norm(tail).transpose(1, 2) / self.config.width # (M, E, n), cosines
         likeness = likeness.masked_fill(~tail_seen[:, None], 0.0)
