@@ -26,11 +26,12 @@ from nanochat import cost, schedule
 from nanochat.common import UserError, cleanup, run_main
 from nanochat.dataloader import Batch
 from nanochat.gpt import GPTConfig
+from nanochat.hardware import peak_memory
 from nanochat.run import Log, Progress
 from nanochat.train import Curves, fit
 from scripts.base_train import parser as training
 from scripts.load import build
-from scripts.stage import add_step_flags, equip, given, peak_memory, start
+from scripts.stage import add_step_flags, equip, given, start
 
 parser = argparse.ArgumentParser(description="Tokens per second, MFU and memory of training steps", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 parser.add_argument("--depth", type=int, default=4, help="layers of the model; everything else follows")
@@ -73,7 +74,7 @@ def main():
         raise UserError(f"bench.train measures one process, and torchrun started {place.dist.world}: start it with python")
     plan = schedule.plan(args.depth, args.vocab_size, args.max_seq_len, steps=args.steps, batch_tokens=given(args.batch_tokens))
     networks = build(GPTConfig.from_depth(args.depth, args.vocab_size, args.max_seq_len), memory=not args.plain)
-    objective, optimizer, rows, accumulate = equip(args, place, networks, plan)
+    objective, optimizer, scale, rows, accumulate = equip(args, place, networks, plan)
     config = networks[0].config
     print(f"step        {accumulate} x {rows} rows x {args.max_seq_len} tokens", flush=True)
     told = []
@@ -81,7 +82,7 @@ def main():
         if block is not None:
             objective.options = replace(objective.options, curriculum=((block, 1.0),))
         batches = Rows(config.vocab_size, rows, args.max_seq_len, args.seed)
-        told.append(dict(block=block, share=share) | measure(objective, optimizer, batches, args, place, plan, config, accumulate))
+        told.append(dict(block=block, share=share) | measure(objective, optimizer, scale, batches, args, place, plan, config, accumulate))
     step_ms = sum(stage["share"] * stage["step_ms"] for stage in told)
     tokens_s = 1000 * plan.batch_tokens / step_ms
     peak = place.machine.peak_flops
@@ -104,10 +105,10 @@ def shares(curriculum):
     return stages
 
 
-def measure(objective, optimizer, batches, args, place, plan, config, accumulate):
+def measure(objective, optimizer, scale, batches, args, place, plan, config, accumulate):
     """Train for --warm steps, then for --steps more against the clock: {step_ms, loss}."""
     log = Kept(None)
-    common = dict(log=log, dist=place.dist, device=place.device, accumulate=accumulate, amp=place.amp)
+    common = dict(log=log, dist=place.dist, device=place.device, accumulate=accumulate, amp=place.amp, scale=scale)
     for steps in (args.warm, args.steps):
         progress = Progress(steps, plan.batch_tokens, cost.train_flops(config), place.machine.peak_flops, warm=0)
         fit(objective, optimizer, batches, Curves(steps), progress=progress, log_every=steps, **common) # told once, at the end: nothing waits in between

@@ -70,7 +70,8 @@ def measure(gpt, read, targets, table, K, rngs, readings, edits, see=visibility)
     wanted = targets.view(B, Q, K).gather(1, copies.block[:, :, None].expand(-1, -1, K)) # (B, P * V, K)
     start = T + Q + Q // FAN
     edited = gpt.loss(hidden[:, start:], wanted.flatten(1), "none").view(B, readings, edits, K).sum(-1)
-    plain = gpt.loss(hidden[:, :T], targets, "none").view(B, Q, K).sum(-1).gather(1, block) # (B, P)
+    read_plain = (block[:, :, None] * K + torch.arange(K, device=device)).flatten(1) # (B, P * K), the tokens of the blocks as the row was read
+    plain = gpt.loss(hidden[torch.arange(B, device=device)[:, None], read_plain], targets.gather(1, read_plain), "none").view(B, readings, K).sum(-1)
     coarse = table.gather(1, block[:, :, None].expand(-1, -1, Q)) # (B, P, Q) the line before the edit
     was_raw = coarse.gather(2, entry.clamp(0, Q - 1)) == RAW
     gain = plain[:, :, None] - edited # > 0: the edit helped

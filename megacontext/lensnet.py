@@ -53,8 +53,12 @@ class LensNet(nn.Module):
         levels (M, E)                0 = shown raw, 1 = a gist of tokens, 2 and more = a gist of gists
         distances (M, E)             tokens between the entry's centre and now, > 0
         seen (M, E) bool             False = no such entry; None = all are there
-        Returns scores (M, E) in nats over the next block; entries not seen get 0.
+        Returns scores (M, E) in nats over the next block; entries not seen get 0. Computed in fp32 wherever it is called: it is tiny.
         """
+        with torch.autocast(levels.device.type, enabled=False):
+            return self._score(hits, levels, distances, seen)
+
+    def _score(self, hits, levels, distances, seen):
         hits = hits.float() if seen is None else hits.float() * seen[:, :, None, None]
         count = hits.size(1) if seen is None else seen.sum(1)[:, None, None, None]
         rarity = torch.log((count + 1) / (hits.sum(1, keepdim=True) + 0.5)).clamp(min=0) # (M, 1, KINDS, n), in nats

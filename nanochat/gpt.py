@@ -16,14 +16,14 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from nanochat.attention import Recent, attend, in_window, norm, rope_angles, rotate
 from nanochat.common import UserError
+from nanochat.cross_entropy import IGNORE, TotalNats, nats_and_slope_, piece_tokens, softcap, token_nats
 
 QK_GAIN = 1.2         # sharper attention than unit-norm q and k allow
-SOFTCAP = 15.0
 GATE_CHANNELS = 12    # the value gate reads the first channels of the residual stream
-IGNORE = -1           # a target that has no loss
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,21 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).reshape(B, N, D))
 
 
+class ReluSquared(torch.autograd.Function):
+    """relu(x)^2, whose derivative is 2 relu(x): two passes over memory in backward where autograd's own chain takes five."""
+
+    @staticmethod
+    def forward(ctx, x):
+        positive = x.relu()
+        ctx.save_for_backward(positive)
+        return positive.square()
+
+    @staticmethod
+    def backward(ctx, outside):
+        [positive] = ctx.saved_tensors
+        return (outside * positive).mul_(2)
+
+
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -112,7 +127,7 @@ class MLP(nn.Module):
         self.down = nn.Linear(4 * config.width, config.width, bias=False)
 
     def forward(self, x):
-        return self.down(F.relu(self.up(x)).square())
+        return self.down(ReluSquared.apply(self.up(x)))
 
 
 class Block(nn.Module):
@@ -139,6 +154,8 @@ class GPT(nn.Module):
         self.resid_scale = nn.Parameter(torch.ones(config.layers))
         self.x0_scale = nn.Parameter(torch.zeros(config.layers))
         self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.checkpoint_activations = False    # keep only each layer's input, and compute the layer again in backward
+        self.nats_and_slope_ = nats_and_slope_ # compiled where the rest is
         self.init_weights()
 
     @torch.no_grad()
@@ -187,12 +204,17 @@ class GPT(nn.Module):
         values = dict(zip(self.config.value_layers, entries.values))
         x = x0 = entries.x
         views = self.views(see, positions, cache)
-        for i, block in enumerate(self.blocks):
-            x = self.resid_scale[i] * x + self.x0_scale[i] * x0
-            x = block(x, values.get(i), rope, views[i], i, cache)
+        for i in range(self.config.layers):
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(self._layer, i, x, x0, values.get(i), rope, views[i], cache, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = self._layer(i, x, x0, values.get(i), rope, views[i], cache)
         if cache is not None:
             cache.advance(entries.x.size(1))
         return norm(x)
+
+    def _layer(self, i, x, x0, value, rope, see, cache):
+        return self.blocks[i](self.resid_scale[i] * x + self.x0_scale[i] * x0, value, rope, see, i, cache)
 
     def views(self, see, positions, cache):
         """What each layer sees: `see`, or the newest of it in a layer with a short window."""
@@ -211,17 +233,22 @@ class GPT(nn.Module):
 
     def head(self, hidden):
         """(..., D) -> logits (..., V) in fp32, softly capped at +-15."""
-        return SOFTCAP * torch.tanh(self.lm_head(hidden).float() / SOFTCAP)
+        return softcap(self.lm_head(hidden))
 
     def loss(self, hidden, targets, reduction="mean"):
         """
-        Next-token loss in nats of hidden (B, N, D) against targets (B, N), where -1 counts nothing.
+        Next-token loss in nats of hidden (B, N, D) against targets (B, N), where -1 counts nothing; a piece of the logits at a time.
         reduction "none" gives (B, N) with zeros where there is no target; "mean" over no target at all is 0, not NaN.
         """
-        nats = F.cross_entropy(self.head(hidden).flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none")
-        if reduction == "none":
-            return nats.view_as(targets)
-        return nats.sum() if reduction == "sum" else nats.sum() / (targets != IGNORE).sum().clamp(min=1)
+        flat, piece = hidden.flatten(0, 1), piece_tokens(hidden.device.type, self.config.vocab_size)
+        if reduction == "none" or not torch.is_grad_enabled():
+            nats = token_nats(self.head, flat, targets.flatten(), piece).view_as(targets)
+            if reduction == "none":
+                return nats
+            nats = nats.sum()
+        else:
+            nats = TotalNats.apply(flat, self.lm_head.weight, targets.flatten(), piece, self.nats_and_slope_)
+        return nats if reduction == "sum" else nats / (targets != IGNORE).sum().clamp(min=1)
 
     def forward(self, ids, targets=None, reduction="mean"):
         """Plain text: ids (B, N) -> logits (B, N, V), or the loss against targets."""

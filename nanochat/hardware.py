@@ -6,8 +6,10 @@ that fit into its free memory. Nothing here is a guess in disguise: what cannot 
 """
 
 import os
+import resource
 import shutil
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -122,7 +124,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 def pick_dtype(machine, asked="auto"):
     """
     The format of activations and matrix products; weights stay fp32. Returns (dtype, reason to print).
-    auto: bf16 where the GPU or the CPU has units for it, fp32 elsewhere. fp16 needs loss scaling, so it is only used when asked for.
+    auto: bf16 where the GPU or the CPU has units for it, fp32 elsewhere. fp16 (with a scaled loss) skips a step now and then, so it is
+    only used when asked for.
     """
     if asked != "auto":
         if asked not in DTYPES:
@@ -153,52 +156,83 @@ def cpu_has_bf16():
 # What fits
 
 # Bytes that the backward pass keeps per token, layer and unit of width, counted with saved_tensors_hooks on the eager
-# model; a compiled model keeps fewer, so the estimate is on the safe side. Checkpointing keeps a layer's input only.
-SAVED_BYTES = {torch.float32: 82, torch.bfloat16: 49, torch.float16: 49}
-LOGIT_BYTES = 16    # per token and vocabulary entry: logits, their soft-capped copy, and the gradients of both
+# model; a compiled model and one in fp8 keep fewer, so the estimate is on the safe side. Checkpointing keeps a layer's input
+# and value embedding only.
+SAVED_BYTES = {torch.float32: 82, torch.bfloat16: 54, torch.float16: 54}
+CHECKPOINTED_BYTES = 6
+ENDS_BYTES = 24     # per token and unit of width: embedding, and the last norm
+LOGIT_BYTES = 12    # per token and vocabulary entry of a piece of the loss: in training 8, in evaluation 12
 RESERVE = 0.10      # share of the memory left to the allocator's gaps, the CUDA context and kernels' workspaces
 CPU_TOKENS = 8192   # on a CPU more tokens at a time bring no speed, only memory
 
 
-def memory_needed(config, counts, rows, dtype, world=1, logit_tokens=None, checkpointing=False):
+def memory_needed(config, counts, rows, dtype, world=1, logit_tokens=None, checkpointing=False, beside=0):
     """
     Bytes of training with `rows` rows on one device:
 
-      weights    4 N (fp32 masters)
-      gradients  4 N
+      weights    4 N (fp32 masters), and their copies in 16 bits
+      gradients  4 N, and the head's once more: the loss computes it ahead of backward
       optimizer  (4 per Muon parameter + 8 per AdamW parameter) / world, sharded
       copies     what the optimizer stacks: gradients, update and parameters of a third of the matrices (one rank works
                  shape by shape), of all of them with several ranks (reductions overlap)
-      saved      rows x T x (layers x D x SAVED_BYTES)
+      saved      rows x T x (layers x D x SAVED_BYTES + D x ENDS_BYTES + beside)
       logits     min(rows x T, logit_tokens) x V x LOGIT_BYTES
 
     counts         parameters by role, from cost.parameter_counts
-    logit_tokens   tokens per piece of a chunked cross-entropy (None: all at once)
+    logit_tokens   tokens of a piece of the loss (cross_entropy.piece_tokens; None: all at once)
+    beside         bytes per token of networks trained beside the GPT
     """
     N, muon = counts["total"], counts["matrices"]
-    state = 8 * N + (4 * muon + 8 * (N - muon)) // world
+    state = 8 * N + 4 * counts["head"] + (4 * muon + 8 * (N - muon)) // world
+    state += 2 * counts["scaling"] if dtype.itemsize == 2 else 0
     copies = 4 * muon if world == 1 else 3 * 4 * muon
     tokens = rows * config.seq_len
-    per_layer = config.width * (SAVED_BYTES[dtype] if not checkpointing else dtype.itemsize)
-    saved = tokens * config.layers * per_layer + (tokens * config.width * SAVED_BYTES[dtype] if checkpointing else 0)
+    per_layer = config.width * (CHECKPOINTED_BYTES if checkpointing else SAVED_BYTES[dtype])
+    layers = config.layers * per_layer + (config.width * SAVED_BYTES[dtype] if checkpointing else 0) # one layer at a time is whole again
+    saved = tokens * int(layers + config.width * ENDS_BYTES + beside)
     logits = min(tokens, logit_tokens or tokens) * config.vocab_size * LOGIT_BYTES
     return state + copies + saved + logits
 
 
-def device_rows(machine, config, counts, dtype, world=1, logit_tokens=None, checkpointing=False, most=64):
+def device_rows(machine, config, counts, dtype, world=1, logit_tokens=None, checkpointing=False, beside=0, most=64):
     """
     The largest power of two of rows that fits into free memory, and a sentence that says how it came about.
     Raises UserError when not even one row fits, naming the flags that help.
     """
     room = machine.free_memory * (1 - RESERVE)
-    need = lambda rows: memory_needed(config, counts, rows, dtype, world, logit_tokens, checkpointing)
+    need = lambda rows, again=checkpointing: memory_needed(config, counts, rows, dtype, world, logit_tokens, again, beside)
     G = 2**30
     if need(1) > room:
+        helps = "turn on --checkpoint-activations, or lower" if need(1, True) <= room else "lower"
         raise UserError(f"one row of {config.seq_len} tokens needs about {need(1) / G:.1f} GiB, and {room / G:.1f} GiB of "
-                        f"{machine.name} can be used. Lower --depth or --max-seq-len, or turn on --checkpoint-activations")
+                        f"{machine.name} can be used: {helps} --max-seq-len or --depth")
     if machine.device == "cpu":
         most = max(1, min(most, CPU_TOKENS // config.seq_len))
     rows = 1
     while rows * 2 <= most and need(rows * 2) <= room:
         rows *= 2
-    return rows, f"{rows} rows x {config.seq_len} tokens per device: about {need(rows) / G:.1f} of {room / G:.1f} GiB usable"
+    again = ", layers computed again in backward" if checkpointing else ""
+    return rows, (f"up to {rows} rows x {config.seq_len} tokens per device: about {need(rows) / G:.1f} of {room / G:.1f} GiB usable{again}; "
+                  f"logits of {min(rows * config.seq_len, logit_tokens or rows * config.seq_len)} tokens at a time")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What did not fit
+
+@contextmanager
+def out_of_memory_told(where):
+    """Turn the ways in which PyTorch and Python run out of memory into one line that names the flags; all else passes through."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "DefaultCPUAllocator" not in str(error):
+            raise
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"memory ran out {where}. Lower --device-batch, turn on --checkpoint-activations, or lower --max-seq-len or --depth ({first})") from error
+
+
+def peak_memory(device):
+    """Most bytes in use so far: of the GPU where there is one, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

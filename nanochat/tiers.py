@@ -72,7 +72,7 @@ CARDS = [ # at least so many GiB on the card, and what to train on it; peaks are
 TIERS = ("8gpu", "1gpu", "cpu")
 
 # What the estimates lean on. Shares of the peak published for models of this kind are 0.40-0.60, compiled (nanochat's
-# leaderboard and LOG); ours has no whole-model compilation, so less is assumed until a run says better.
+# leaderboard and LOG); ours is compiled on GPUs too, but no run has measured it yet, so less is assumed until one does.
 MFU = 0.30
 COTRAIN = 1.25            # time of a step with the memory's networks over one without (DESIGN's limit)
 EVALUATION_H = 0.5        # all evaluations on a GPU tier

@@ -31,7 +31,6 @@ from nanochat.gpt import IGNORE
 from nanochat.optim import make_optimizer
 from nanochat.run import Log
 from scripts.load import describe, load_stage
-from scripts.stage import peak_memory
 from tasks.arithmetic import Arithmetic
 from tasks.gsm8k import GSM8K
 
@@ -155,6 +154,8 @@ def main():
     device, dist = setup(args.device, args.seed)
     if args.examples % dist.world:
         raise UserError(f"--examples {args.examples} does not divide among {dist.world} processes: change it so that it does")
+    if args.dtype == "fp16":
+        raise UserError("--dtype fp16: reinforcement learning does not scale its loss, and fp16 gradients need it. Use auto, bf16 or fp32")
     dtype, why = hardware.pick_dtype(hardware.describe(device), args.dtype)
     task, test = make_task(args, "train"), make_task(args, "test")
     loaded = load_stage(args.stage, args.sft_tag or None, device=device)
@@ -207,7 +208,7 @@ def main():
             log.write(done, **last)
     seconds = time.perf_counter() - began
     log.summary(stage="rl", tag=args.tag or loaded.tag, **last, steps=steps, tokens=int(sampled), tokens_per_s=sampled / seconds, train_s=seconds, memory=int(loaded.gistnet is not None),
-                params=sum(p.numel() for module in loaded.modules.values() for p in module.parameters()), peak_mb=peak_memory(device) / 2**20, seed=args.seed)
+                params=sum(p.numel() for module in loaded.modules.values() for p in module.parameters()), peak_mb=hardware.peak_memory(device) / 2**20, seed=args.seed)
     log.close()
     cleanup()
 

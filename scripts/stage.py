@@ -4,21 +4,21 @@ One stage of training, from networks and data to a checkpoint folder: what base_
 Resume, loader, log, validation, saving and the last line of the run live here; what a stage trains on, and how much of it, is
 its script's business. The flags that all three take are here too.
 """
+import argparse
 import math
-import resource
-import sys
 from dataclasses import dataclass
 
 import torch
 
-from nanochat import backend, checkpoint, cost, hardware, schedule
+from nanochat import backend, checkpoint, cost, fp8, hardware, schedule
 from nanochat.common import UserError, checkpoint_dir, cleanup, print0, setup
+from nanochat.cross_entropy import piece_tokens
 from nanochat.dataloader import Loader, gather_state, val_loader
 from nanochat.dataset import add_data_dir, notes, use_data_dir
 from nanochat.loss_eval import bits_per_byte
 from nanochat.optim import make_optimizer
 from nanochat.run import Log, Progress
-from nanochat.train import Curves, PlainObjective, added, fit
+from nanochat.train import Curves, LossScale, PlainObjective, added, compile_gpt, fit
 from scripts.load import describe, modules
 
 
@@ -30,7 +30,10 @@ def add_step_flags(parser, curriculum):
     parser.add_argument("--curriculum", default=curriculum, help="children a gist : up to which share of the steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="", help="cuda, mps or cpu (empty = the best there is)")
-    parser.add_argument("--dtype", default="auto", help="auto, bf16 or fp32")
+    parser.add_argument("--dtype", default="auto", help="auto, bf16, fp32, or fp16 on a GPU (its loss is scaled, and a step that overflows is skipped)")
+    parser.add_argument("--fp8", action="store_true", help="products of the large layers in 8 bits: GPUs of compute capability 8.9 or more")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="compile the networks and the optimizer (default: on a GPU; on a CPU it takes minutes and brings nothing)")
+    parser.add_argument("--checkpoint-activations", action="store_true", help="keep one vector a layer and token, and compute the layers again in backward: less memory, a third more time")
 
 
 def add_flags(parser, curriculum):
@@ -52,6 +55,7 @@ class Place:
     dist: object
     machine: object
     amp: object    # dtype of mixed precision, or None
+    compile: bool
 
 
 def start(args):
@@ -62,8 +66,11 @@ def start(args):
     device, dist = setup(args.device, args.seed)
     machine = hardware.describe(device)
     dtype, why = hardware.pick_dtype(machine, args.dtype)
-    print0(f"machine     {machine.name}, {dist.world} process(es); {why}")
-    return Place(device, dist, machine, None if dtype == torch.float32 else dtype)
+    if args.fp8:
+        fp8.check(machine, dtype)
+    compiled = device.type == "cuda" if args.compile is None else args.compile
+    print0(f"machine     {machine.name}, {dist.world} process(es); {str(dtype)[6:]}, {why}{'; fp8 products' * args.fp8}; {'compiled' if compiled else 'not compiled'}")
+    return Place(device, dist, machine, None if dtype == torch.float32 else dtype, compiled)
 
 
 def given(value):
@@ -73,19 +80,25 @@ def given(value):
 
 def equip(args, place, networks, plan, rates=1.0):
     """
-    Bring the networks to the device, pick what computes attention there, find what steps them: (objective, optimizer, rows a forward, forwards a step).
-    plan, rates: as in train().
+    Bring the networks to the device in the formats that the flags ask for, pick what computes attention there, find what steps them:
+    (objective, optimizer, loss scale or None, rows a forward, forwards a step). plan, rates: as in train().
     """
     gpt, gistnet, lensnet = (network and network.to(place.device).train() for network in networks)
     config, world, dtype = gpt.config, place.dist.world, place.amp or torch.float32
-    most = given(args.device_batch) or hardware.device_rows(place.machine, config, cost.parameter_counts(config), dtype, world)[0]
+    gpt.checkpoint_activations = args.checkpoint_activations
+    if args.fp8:
+        print0(f"fp8         {fp8.convert(gpt)} layers")
+    most, why = most_rows(place, args, config, gistnet)
+    print0(f"memory      {why}")
     rows = schedule.fit_rows(plan.batch_tokens, most, args.max_seq_len, world)
     accumulate = schedule.accumulation(plan.batch_tokens, rows, args.max_seq_len, world)
     extra = {name: module for name, module in modules(gpt, gistnet, lensnet).items() if name != "gpt"}
-    optimizer = make_optimizer(gpt, extra, place.dist, dtype=place.amp, lr_scale=plan.lr_mult * rates, weight_decay=0.28 * plan.weight_decay_mult)
+    optimizer = make_optimizer(gpt, extra, place.dist, compile=place.compile, dtype=place.amp, lr_scale=plan.lr_mult * rates, weight_decay=0.28 * plan.weight_decay_mult)
     pick_attention(gpt, place.machine, dtype)
     objective = PlainObjective(gpt) if gistnet is None else co_training(gpt, gistnet, lensnet, args, place.machine, dtype)
-    return objective, optimizer, rows, accumulate
+    if place.compile:
+        compile_gpt(gpt)
+    return objective, optimizer, LossScale() if place.amp == torch.float16 else None, rows, accumulate
 
 
 def train(stage, tag, args, place, networks, tokenizer, plan, items, val_items, *, identity, final=0.05, rates=1.0, warmdown=0.65, first_optimizer=None):
@@ -99,7 +112,7 @@ def train(stage, tag, args, place, networks, tokenizer, plan, items, val_items, 
     Returns the metrics of the last validation.
     """
     device, dist = place.device, place.dist
-    objective, optimizer, rows, accumulate = equip(args, place, networks, plan, rates)
+    objective, optimizer, scale, rows, accumulate = equip(args, place, networks, plan, rates)
     gpt, gistnet, lensnet = networks
     named = modules(gpt, gistnet, lensnet)
     about = describe(gpt, gistnet, lensnet, tokenizer)
@@ -119,9 +132,11 @@ def train(stage, tag, args, place, networks, tokenizer, plan, items, val_items, 
         for name, module in named.items():
             module.load_state_dict(saved.tensors[name])
         optimizer.load_state_dict(saved.optimizer)
-        begin, loader_state = saved.step, saved.meta["loader"]
+        begin, loader_state, optimizer.skipped = saved.step, saved.meta["loader"], saved.meta.get("skipped", 0)
         lanes = loader_state["settings"]["lanes"]
         checkpoint.set_rng_state(saved.meta["rng"])
+        if scale is not None and saved.meta.get("loss_scale"):
+            scale = LossScale(**saved.meta["loss_scale"])
         print0(f"resume      from step {begin} of {folder}")
     elif first_optimizer is not None:
         optimizer.load_state_dict(first_optimizer, partial=True)
@@ -139,20 +154,18 @@ def train(stage, tag, args, place, networks, tokenizer, plan, items, val_items, 
         return last
 
     def save(step):
-        meta = dict(identity, networks=about, args=vars(args), loader=gather_state(loader), rng=checkpoint.rng_state())
+        meta = dict(identity, networks=about, args=vars(args), loader=gather_state(loader), rng=checkpoint.rng_state(), skipped=optimizer.skipped, loss_scale=scale and scale.state())
         checkpoint.save(folder, step, named, optimizer, meta, keep=2, main=dist.main)
 
     last = {}
     progress = Progress(plan.steps, plan.batch_tokens, cost.train_flops(config), place.machine.peak_flops and place.machine.peak_flops * dist.world, start=begin)
     if begin < plan.steps:
         fit(objective, optimizer, loader, Curves(plan.steps, warmdown_ratio=warmdown, final=final), log=log, progress=progress, dist=dist, device=device, start=begin,
-            accumulate=accumulate, amp=place.amp, evaluate=evaluate, eval_every=args.eval_every, save=save, save_every=args.save_every, log_every=args.log_every)
+            accumulate=accumulate, amp=place.amp, scale=scale, evaluate=evaluate, eval_every=args.eval_every, save=save, save_every=args.save_every, log_every=args.log_every)
     else:
         evaluate(begin) # everything was trained and saved before the last run ended; its numbers are still owed
-    # what was read and what of it was lost, over the whole run and all ranks; the loader says what each means
-    read = {name: int(count) for name, count in added({name: loader.stats[name] for name in ("documents", "empty", "cropped", "cut", "skipped", "padded")}, dist).items()}
-    log.summary(stage=stage, tag=tag, **last, steps=plan.steps, tokens=plan.tokens, flops=cost.train_flops(config) * plan.tokens, peak_mb=peak_memory(device) / 2**20,
-                params=sum(counts.values()), memory=int(memory), seed=args.seed, **read, **progress.summary())
+    log.summary(stage=stage, tag=tag, **last, steps=plan.steps, tokens=plan.tokens, flops=cost.train_flops(config) * plan.tokens, peak_mb=hardware.peak_memory(device) / 2**20,
+                params=sum(counts.values()), memory=int(memory), seed=args.seed, skipped_steps=optimizer.skipped, **read(loader, dist), **progress.summary())
     log.close()
     loader.close()
     cleanup()
@@ -178,8 +191,20 @@ def co_training(gpt, gistnet, lensnet, args, machine, dtype):
     return CoTraining(gpt, gistnet, lensnet, options, block_mask if kernel.name == "FlexAttention" else visibility)
 
 
-def peak_memory(device):
-    """Bytes: of the GPU where there is one, else of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def read(loader, dist):
+    """What was read and what of it was lost, over the whole run and all ranks; the loader says what each means."""
+    names = ("documents", "empty", "cropped", "cut", "skipped", "padded")
+    return {name: int(count) for name, count in added({name: loader.stats[name] for name in names}, dist).items()}
+
+
+def most_rows(place, args, config, gistnet):
+    """(most rows of a forward on one device, why)."""
+    if given(args.device_batch):
+        return args.device_batch, f"at most {args.device_batch} rows per device, as --device-batch asks"
+    dtype, beside = place.amp or torch.float32, 0
+    if gistnet is not None:
+        from megacontext.cost import training_bytes
+        from megacontext.losses import parse_curriculum
+        beside = max(training_bytes(gistnet.config, config, block, hardware.SAVED_BYTES[dtype]) for block, _ in parse_curriculum(args.curriculum))
+    return hardware.device_rows(place.machine, config, cost.parameter_counts(config), dtype, place.dist.world,
+                                piece_tokens(place.device.type, config.vocab_size), args.checkpoint_activations, beside)

@@ -11,11 +11,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megacontext.cost import training_bytes
+from megacontext.gistnet import GistConfig
+from megacontext.losses import CoTraining, CoTrainingOptions
 from nanochat import common, cost, hardware
 from nanochat.common import UserError
+from nanochat.cross_entropy import piece_tokens
+from nanochat.dataloader import Batch
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import bits_per_byte
 from nanochat.run import Log, Progress, duration
+from nanochat.train import PlainObjective
+from scripts.load import build
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -230,7 +237,54 @@ def test_more_ranks_checkpointing_and_pieces_need_less():
     counts = cost.parameter_counts(config)
     need = lambda **setting: hardware.memory_needed(config, counts, 8, torch.bfloat16, **setting)
     assert need(world=8) < need(world=2)
-    assert need(checkpointing=True) < need() and need(logit_tokens=1024) < need()
+    assert need(checkpointing=True) < need() and need(logit_tokens=1024) < need() < need(beside=10_000)
+
+
+@pytest.mark.parametrize("depth", [4, 8, 12])
+def test_a_card_of_8_gb_trains_what_fits(depth):
+    """7.5 GiB free, vocabulary 32,768, co-training in every format that such a card may have: rows of 2,048, the largest model in fp32 with a flag."""
+    config = GPTConfig.from_depth(depth, 32768)
+    card, counts = machine(free_memory=int(7.5 * 2**30)), cost.parameter_counts(config)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        beside = training_bytes(GistConfig.for_gpt(config), config, 8, hardware.SAVED_BYTES[dtype])
+        rows = lambda **more: hardware.device_rows(card, config, counts, dtype, logit_tokens=piece_tokens("cuda", 32768), beside=beside, **more)
+        again, sentence = rows(checkpointing=True)
+        assert "again" in sentence
+        if depth == 12 and dtype == torch.float32:
+            with pytest.raises(UserError, match="--checkpoint-activations"):
+                rows()
+        else:
+            assert 1 <= rows()[0] <= again
+
+
+@pytest.mark.parametrize("block", [8, 32])
+@pytest.mark.parametrize("memory, again", [(False, False), (False, True), (True, False)])
+def test_the_estimate_is_what_backward_keeps(memory, again, block):
+    """Storages that autograd saves in a forward of d4, weights not counted: the estimate is not below them, nor a third above."""
+    torch.manual_seed(0)
+    config = GPTConfig.from_depth(4, 64, 256)
+    gpt, gistnet, lensnet = build(config, memory)
+    gpt.checkpoint_activations, kept = again, {}
+    objective = PlainObjective(gpt)
+    if memory:
+        objective = CoTraining(gpt, gistnet, lensnet, CoTrainingOptions())
+        objective.block = block
+    weights = {p.untyped_storage().data_ptr() for module in (gpt, gistnet, lensnet) if module is not None for p in module.parameters()}
+    ids = torch.randint(64, (2, 257))
+    batch = Batch(ids[:, :-1], ids[:, 1:], torch.zeros(2, 8, dtype=torch.long), torch.tensor([16, 18])) # a round that reads gists and prices nothing
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor # held, so that no address comes twice
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        objective(batch)
+    counted = sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in weights)
+    beside = training_bytes(gistnet.config, config, block, 82) if memory else 0
+    counts = cost.parameter_counts(config)
+    one, two = (hardware.memory_needed(config, counts, rows, torch.float32, checkpointing=again, beside=beside, logit_tokens=1) for rows in (1, 2))
+    estimate = 2 * (two - one) # without what does not depend on the rows
+    estimate -= 2 * 256 * (config.width * 82 if again else 0) # the layer that is whole again is not kept in forward
+    assert counted <= estimate <= 1.34 * counted, f"{counted / 512:.0f} bytes a token are kept, {estimate / 512:.0f} estimated"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

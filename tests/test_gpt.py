@@ -1,9 +1,10 @@
 """The GPT reads entries; plain text is a special case of them, in any order of chunks."""
 import math
 
+import pytest
 import torch
 
-from nanochat.gpt import GPT, IGNORE, Entries, GPTConfig, causal_after
+from nanochat.gpt import GPT, IGNORE, Entries, GPTConfig, ReluSquared, causal_after
 from nanochat.kv_cache import KVCache
 from tests.tiny import VOCAB, tiny_gpt
 
@@ -73,6 +74,32 @@ def test_a_fresh_model_knows_nothing():
     torch.manual_seed(0)
     gpt, ids = GPT(GPTConfig(VOCAB, width=32)), torch.randint(VOCAB, (4, 30))
     assert abs(gpt(ids, torch.randint(VOCAB, (4, 30))).item() - math.log(VOCAB)) < 0.02
+
+
+def test_relu_squared_has_the_derivative_of_its_formula():
+    x = torch.randn(4, 50, requires_grad=True)
+    outside = torch.randn(4, 50)
+    slow = torch.autograd.grad(x.clamp(min=0) ** 2, x, outside)[0]
+    assert torch.equal(ReluSquared.apply(x), x.clamp(min=0) ** 2)
+    torch.testing.assert_close(torch.autograd.grad(ReluSquared.apply(x), x, outside)[0], slow, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("amp", [None, torch.bfloat16])
+def test_checkpointed_activations_change_no_bit(amp):
+    """Layers computed again in backward: the same loss, the same gradients, and what waits for backward is a fraction."""
+    ids = torch.randint(VOCAB, (2, 60))
+    results, kept = [], []
+    for again in (False, True):
+        gpt = tiny_gpt()
+        gpt.checkpoint_activations, waiting = again, []
+        with torch.autocast("cpu", dtype=amp, enabled=amp is not None):
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: waiting.append(t.numel()) or t, lambda t: t):
+                loss = gpt(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        results.append([loss, *(p.grad for p in gpt.parameters())])
+        kept.append(sum(waiting))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+    assert kept[1] < kept[0] / 2
 
 
 def test_value_embeddings_sit_on_alternate_layers_and_the_last():

@@ -95,6 +95,97 @@ def test_a_checkpoint_of_another_run_is_refused(place):
     assert done.returncode == 2 and "seed" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_the_summary_and_the_log_hold_what_a_run_is_judged_by(place):
+    """Per step: loss, tokens/s, gradient norm, skipped steps, memory; per validation val_bpb; at the end all of it, and FLOPs. (MFU where a peak is known: no CPU.)"""
+    if not (place[0] / "base_checkpoints" / "one").exists():
+        base_train(place, "one", "--device-batch", "8")
+    lines = [json.loads(line) for line in (place[0] / "base_checkpoints" / "one" / "log.jsonl").read_text().splitlines()]
+    assert {"loss", "lr", "dt", "tokens_per_s", "grad_norm", "skipped", "peak_mb"} <= lines[0].keys()
+    assert lines[-2].keys() == {"step", "val_bpb"}
+    summary = lines[-1]["summary"]
+    assert {"val_bpb", "tokens_per_s", "train_s", "flops", "peak_mb", "params", "tokens", "steps", "skipped_steps", "seed"} <= summary.keys() and "mfu" not in summary
+    assert summary["flops"] > 6 * summary["tokens"] * 1e5 and summary["skipped_steps"] == 0
+
+
+def test_checkpointed_activations_change_no_loss_and_rows_are_explained(place):
+    """Co-training, layers computed again in backward: bit for bit the run that keeps them. --device-batch is worked out, and said."""
+    if not (place[0] / "base_checkpoints" / "one").exists():
+        base_train(place, "one", "--device-batch", "8")
+    out = base_train(place, "again", "--checkpoint-activations")
+    assert curve(place, "again")[0] == curve(place, "one")[0]
+    told = next(line for line in out.splitlines() if line.startswith("memory "))
+    assert "up to 64 rows x 128 tokens" in told and "GiB usable, layers computed again in backward; logits of 6553 tokens at a time" in told
+
+
+NO_MEMORY = """
+import runpy, sys
+import torch
+from megacontext.losses import CoTraining
+real, calls = CoTraining.forward, []
+def forward(self, batch):
+    calls.append(1)
+    if len(calls) == 5:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    return real(self, batch)
+CoTraining.forward = forward
+sys.argv = ["base_train", *{flags!r}]
+runpy.run_module("scripts.base_train", run_name="__main__")
+"""
+
+
+def test_out_of_memory_ends_in_a_line_and_the_run_goes_on_with_fewer_rows(place):
+    """Memory that runs out in step 5: exit 2, the flags to lower, the checkpoint of step 3 there; the same run ends with --device-batch 4 --resume."""
+    flags = [*TINY, "--source", f"dir:{place[1]}", "--tag", "full", "--device-batch", "8"]
+    env = dict(os.environ, NANOCHAT_BASE_DIR=str(place[0]), OMP_NUM_THREADS="1")
+    done = subprocess.run([sys.executable, "-c", NO_MEMORY.format(flags=flags)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "memory ran out in step 5; the checkpoint of step 3 is kept. Lower --device-batch" in done.stderr
+    assert sorted(path.name for path in (place[0] / "base_checkpoints" / "full").glob("step_*")) == ["step_000003"]
+    base_train(place, "full", "--device-batch", "4", "--resume")
+    assert curve(place, "full")[1]["steps"] == 6
+
+
+@pytest.mark.parametrize("flags, says", [(["--fp8"], "8.9"), (["--dtype", "fp16"], "needs a GPU")])
+def test_formats_that_this_machine_lacks_are_refused(place, flags, says):
+    env = dict(os.environ, NANOCHAT_BASE_DIR=str(place[0]), OMP_NUM_THREADS="1")
+    done = subprocess.run([sys.executable, "-m", "scripts.base_train", *TINY, "--source", f"dir:{place[1]}", "--tag", "no", *flags],
+                          cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
+
+
+FP16 = """
+import runpy, sys
+import torch
+from nanochat import hardware
+from nanochat.train import LossScale
+hardware.pick_dtype = lambda machine, asked: (torch.float16, "a CPU that can, slowly")
+LossScale.GOOD_STEPS = 4
+sys.argv = ["base_train", *{flags!r}]
+try:
+    runpy.run_module("scripts.base_train", run_name="__main__")
+except SystemExit as end:
+    assert not end.code
+"""
+
+
+def test_a_resumed_fp16_run_has_the_scale_it_had(place):
+    """The scale doubles at step 4. Resumed from step 3, it does so at step 4 too, and the losses are the same bit for bit."""
+    env = dict(os.environ, NANOCHAT_BASE_DIR=str(place[0]), OMP_NUM_THREADS="1")
+    folder, lines = place[0] / "base_checkpoints", {}
+    for tag, more in (("half", []), ("half2", ["--resume"])):
+        flags = [*TINY, "--source", f"dir:{place[1]}", "--tag", tag, "--device-batch", "8", *more]
+        done = subprocess.run([sys.executable, "-c", FP16.format(flags=flags)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        log = [json.loads(line) for line in (folder / tag / "log.jsonl").read_text().splitlines()]
+        lines[tag] = {line["step"]: (line["loss"], line["grad_norm"], line["loss_scale"]) for line in log if "loss" in line}
+        assert log[-1]["summary"]["skipped_steps"] == 0, "LensNet divided 0 by 0 in fp16"
+        if tag == "half":
+            (folder / "half2").mkdir()
+            shutil.copytree(folder / "half" / "step_000003", folder / "half2" / "step_000003")
+    assert [scale for _, _, scale in lines["half"].values()] == [2.0**16] * 3 + [2.0**17] * 3
+    assert lines["half2"] == {step: line for step, line in lines["half"].items() if step > 3}
+
+
 def test_the_data_folder_by_flag_and_what_was_left_out(place):
     """--data-dir was known to the download only: what it had fetched elsewhere, no other script found. What is no text is told at the start."""
     (place[1] / "notes.json").write_text("{}")
