@@ -58,7 +58,7 @@ GPU = dict(
     device="cuda", vocab_size=32768, seq_len=2048, tokens=-1, batch_tokens=-1, mid_steps=-1, sft_steps=-1,
     source="climbmix", long_source="climbmix:0.8,stdlib:0.2", memory_source="stdlib", tokenizer_chars=2_000_000_000, save_every=250, eval_tokens=10 * 2**20,
     chat_flags=("--tasks", "chatcore,arithmetic,spelling,passkey,multikey,codeqa,topicshift,passkey@8x,multikey@8x,codeqa@8x", "--max-problems", "200"),
-    memory_flags=("--documents", "48", "--measured-rows", "16", "--recall-lengths", "4096,32768,131072", "--recall-problems", "8"), core="download")
+    memory_flags=("--documents", "48", "--measured-rows", "16", "--recall-lengths", "4096,32768,131072"), core="download")
 
 NODE = Recipe(tier="8gpu", depth=20, long_len=4096, processes=8, card="8 x H100", peak=8 * 989e12, **GPU)
 

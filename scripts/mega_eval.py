@@ -69,10 +69,6 @@ def numbers(text, kind=int):
 
 def settle(args, seq_len):
     """Fill in what was left to the checkpoint; UserError for what cannot be measured."""
-    if args.checkpoint:
-        args.stage, _, args.tag = args.checkpoint.partition("/")
-    if seq_len is None:
-        return
     least = 4 * BLOCK
     T = args.seq_len = args.seq_len if args.seq_len > 0 else seq_len
     args.lengths = sorted({*(numbers(args.lengths) or [T // 4, T // 2, T]), T})
@@ -217,7 +213,8 @@ def told(number, digits=4):
 
 def main():
     args = parser.parse_args()
-    settle(args, None)
+    if args.checkpoint:
+        args.stage, _, args.tag = args.checkpoint.partition("/")
     use_data_dir(args.data_dir)
     began, device = time.time(), torch.device(args.device or pick_device_type())
     loaded = load_stage(args.stage, args.tag or None, device=device)
