@@ -2,8 +2,6 @@
 Pictures for the report: numbers in, a PNG out.
 Each function draws one kind of picture into one file; what it shows is measured elsewhere. Drawn without a screen (Agg).
 """
-import math
-
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -20,21 +18,23 @@ def save(figure, path):
     figure.savefig(path, dpi=100)
 
 
-def lines(path, curves, x, y, title="", log=False):
-    """curves: {name: [(x, y, spread), ...]}; a spread that is not finite is not drawn."""
-    figure, [[axes]] = canvas()
-    for i, (name, points) in enumerate(curves.items()):
-        across, up, spread = zip(*sorted(points))
-        bars = [s if math.isfinite(s) else 0 for s in spread]
-        axes.errorbar(across, up, yerr=bars if any(bars) else None, label=name, capsize=2, linewidth=1.2, marker="o" if len(points) < 20 else None, markersize=3,
-                      linestyle=("-", "--", ":")[i // 10 % 3])
-    if log:
-        axes.set_xscale("log", base=2)
-        ticks = sorted({point[0] for points in curves.values() for point in points})
-        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-        axes.minorticks_off()
-    axes.set(xlabel=x, ylabel=y, title=title)
-    axes.legend(fontsize=7)
+def lines(path, panels, x, log=False):
+    """
+    panels, side by side: [(title, y label, {name: [(x, y, spread), ...]}), ...]; a spread of 0 or None is not drawn. One legend, of the first panel.
+    """
+    figure, [row] = canvas(columns=len(panels), width=1.0 + 5.5 * len(panels))
+    for axes, (title, y, curves) in zip(row, panels):
+        for i, (name, points) in enumerate(curves.items()):
+            across, up, spread = zip(*sorted(points))
+            axes.errorbar(across, up, yerr=[s or 0 for s in spread] if any(spread) else None, label=name, capsize=2, linewidth=1.2, marker="o" if len(points) < 20 else None,
+                          markersize=3, linestyle=("-", "--", ":")[i // 10 % 3])
+        if log:
+            axes.set_xscale("log", base=2)
+            ticks = sorted({point[0] for points in curves.values() for point in points})
+            axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+            axes.minorticks_off()
+        axes.set(xlabel=x, ylabel=y, title=title)
+    row[0].legend(fontsize=7)
     save(figure, path)
 
 
@@ -61,10 +61,11 @@ def heat_maps(path, panels, x, y):
 
 
 def scatter(path, points, x, y, title=""):
-    """points: [(x, y), ...]"""
+    """points: [(x, y), ...]; y is linear up to 1 and logarithmic beyond, so that a few large ones do not hide the many small."""
     figure, [[axes]] = canvas(width=5.5)
     axes.axhline(0, color="grey", linewidth=0.6)
     axes.axvline(0, color="grey", linewidth=0.6)
     axes.scatter(*zip(*points), s=4, alpha=0.4, linewidths=0)
+    axes.set_yscale("symlog", linthresh=1)
     axes.set(xlabel=x, ylabel=y, title=title)
     save(figure, path)

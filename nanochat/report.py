@@ -217,7 +217,7 @@ def training_curves(runs):
     told = {"plain": (plain, "loss"), "with memory, rows read plainly": (memory, "loss_plain"), "with memory, rows read through gists": (memory, "loss_gist")}
     curves = {label: [(step, line[key], 0) for step, line in lines.items() if key in line] for label, (lines, key) in told.items()}
     from nanochat import plots # here: loading matplotlib takes longer than the rest of a report
-    plots.lines(folder() / "training.png", {label: points for label, points in curves.items() if points}, "step", "nats per token", f"base training, {name}")
+    plots.lines(folder() / "training.png", [(f"base training, {name}", "nats per token", {label: points for label, points in curves.items() if points})], "step")
     return "![base training with memory and without](training.png)"
 
 

@@ -133,8 +133,8 @@ def joined(nests):
 
 def measure_losses(networks, rows, args, rng):
     """
-    Rows read with each length of context -> ({length: {method: {"loss", "better_than_window", "same_tokens"}}}, lens_quality at the
-    full length). same_tokens: the loss of the tokens that count at every length.
+    Rows read with each length of context -> ({length: {method: {"loss", "better_than_window", "same_tokens", "above_window"}}}, lens_quality at the
+    full length). same_tokens: the loss of the tokens that count at every length; above_window: the same less the window's at the full length.
     """
     found, shared, few = {}, min(map(tail_of, args.lengths)), args.measured_rows
     for length in args.lengths:
@@ -146,6 +146,9 @@ def measure_losses(networks, rows, args, rng):
         against = lambda n: nats["window"][:len(n)]
         found[length] = {method: dict(loss=nats[method].mean().item(), better_than_window=(against(nats[method]) - nats[method]).mean().item(),
                                       same_tokens=nats[method][:, -shared:].mean().item()) for method in METHODS}
+    for row in found.values():
+        for method in set(METHODS) - {"oracle"}: # it was measured on fewer rows
+            row[method]["above_window"] = row[method]["same_tokens"] - found[args.seq_len]["window"]["same_tokens"]
     return found, joined([lens_quality(some, gains) for some, gains in measured]) # of the last length, which is the longest
 
 
@@ -258,9 +261,11 @@ def picture(name, text):
 def trailing_tables(data, args):
     T, by, gap = args.seq_len, data["trailing"], data["gap_closed"]
     rows = [[name, told(row["loss"]), told(row["better_than_window"]), told(gap[name], 2) if gap and name in gap else None] for name, row in by[T].items()]
-    curves = {name: [(length, by[length][name]["same_tokens"]["mean"], by[length][name]["same_tokens"]["spread"] or 0) for length in args.lengths]
-              for name in METHODS if name != "oracle"} # the oracle was measured on other rows
-    plots.lines(report.folder() / "mega_context.png", curves, "tokens of context", "nats per token", f"the same last {min(map(tail_of, args.lengths))} tokens, {data['budget']} entries in view", log=True)
+    curve = lambda key, bars: {name: [(length, by[length][name][key]["mean"], by[length][name][key]["spread"] if bars else None) for length in args.lengths] for name in METHODS if name != "oracle"}
+    # each seed has other documents, so the spread of the losses themselves would hide everything
+    panels = [(f"the same last {min(map(tail_of, args.lengths))} tokens, {data['budget']} entries in view", "nats per token", curve("same_tokens", False)),
+              (f"less the window's of {T} tokens, paired", "nats per token", curve("above_window", True))]
+    plots.lines(report.folder() / "mega_context.png", panels, "tokens of context", log=True)
     budgets = data["bpb_by_budget"]
     return [
         f"Rows of {T} tokens from {data['source']} (validation), {data['documents']} rows for each of {data['seeds']} seeds; every method sees {data['budget']} entries, full sees all. "

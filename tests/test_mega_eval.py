@@ -32,7 +32,7 @@ def test_the_tables_and_the_json_tell_what_the_sessions_did(base, tmp_path, monk
 
     assert set(data["trailing"]) == {"128", "256", "512"} and all(set(row) == set(METHODS) for row in data["trailing"].values())
     window = data["trailing"]["512"]["window"]
-    assert window["better_than_window"]["mean"] == 0 and all(set(numbers) == {"mean", "spread"} for numbers in window.values())
+    assert window["better_than_window"]["mean"] == window["above_window"]["mean"] == 0 and all(set(numbers) == {"mean", "spread"} for numbers in window.values())
     assert set(data["dnll"]) == {"1", "1 newest"} and set(data["dnll"]["1"]) == {"32", "64", "128"} and data["reconstruction"]["1"]["own"]["mean"] > 0
     assert data["diversity"]["trained"]["1"]["n"]["mean"] == 2 * 16, "rows of 16 blocks have no level-2 gist"
     assert set(data["lens"]["gain"]) == set(WAYS) and data["lens"]["regret"]["oracle"] == dict(mean=0.0, spread=0.0)

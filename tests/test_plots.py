@@ -15,8 +15,10 @@ def kept(monkeypatch):
 
 
 def test_lines(tmp_path, kept):
-    plots.lines(tmp_path / "new" / "a.png", {"window": [(1024, 2.0, 0.1), (512, 3.0, float("nan"))], "full": [(512, 1.0, 0), (1024, 0.5, 0)]}, "tokens", "nats", log=True)
-    axes = kept[0].axes[0]
+    curves = {"window": [(1024, 2.0, 0.1), (512, 3.0, None)], "full": [(512, 1.0, 0), (1024, 0.5, 0)]}
+    plots.lines(tmp_path / "new" / "a.png", [("left", "nats", curves), ("right", "less", {"full": [(512, 7.0, None)]})], "tokens", log=True)
+    axes, right = kept[0].axes
+    assert (axes.get_title(), right.get_title(), right.get_ylabel()) == ("left", "right", "less") and right.lines[0].get_xydata().tolist() == [[512, 7.0]]
     assert [line.get_xydata().tolist() for line in axes.lines if len(line.get_xdata()) == 2][0] == [[512, 3.0], [1024, 2.0]]
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["window", "full"] and [label.get_text() for label in axes.get_xticklabels()] == ["512", "1,024"]
     assert (tmp_path / "new" / "a.png").read_bytes().startswith(PNG)

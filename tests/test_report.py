@@ -179,7 +179,7 @@ def steps_log(folder, tag, lines):
 def test_training_curves_are_drawn_where_both_runs_are(base, monkeypatch):
     """A killed run trained steps 20 twice: the later line counts. Without the plain run there is nothing to compare, and no picture."""
     drawn = []
-    monkeypatch.setattr(plots, "lines", lambda path, curves, *_: drawn.append((path.name, curves)))
+    monkeypatch.setattr(plots, "lines", lambda path, panels, x: drawn.append((path.name, panels[0][2])))
     steps_log(base, "d4", [dict(step=20, loss=9.0, loss_plain=9.0), dict(step=20, loss=4.0, loss_plain=3.5, loss_gist=4.5), dict(step=20, val_bpb=1.0), dict(step=30, loss=3.0, loss_gist=3.25)])
     assert "training.png" not in report.assemble("d4") and not drawn
     steps_log(base, "d4-plain", [dict(step=20, loss=5.0), dict(step=30, loss=2.0)])
