@@ -1,83 +1,81 @@
 """
-Does the memory pay? Measured on rows of one long document each, through the layout that training uses.
+Does the memory pay? Measured on rows of one long document each, through the layout that training uses, at equal visible budget: at
+every block each method may read W entries, whatever their level, its own block included.
 
-Equal visible budget: at every block the model may read W entries, whatever their level, its own block included. Methods differ in
-what they spend it on:
-    window    the newest raw blocks, nothing else
-    recency   the newest raw blocks, and a gist for every older block
-    lensnet   as recency, but half of the raw blocks are those that LensNet asks for
-    random    as lensnet, with blocks drawn at random
-    swapped   recency with the gists of another document (a control: content must matter)
-    no gists  recency without its gists
-    full      every token raw: the ceiling, at no budget
-The loss is taken over the last quarter of a row, in nats per token.
+    window      the row's first block (sinks) and the newest raw blocks
+    bm25        the newest raw blocks and as many older ones that BM25 finds; no gists
+    embedding   the same, found by the cosine of mean token embeddings
+    random      MegaContext: a gist for every older block, and half of the raw blocks chosen at random
+    pooled      recency, with the mean of a block's tokens in place of its gist: what no training gives
+    recency     MegaContext without LensNet: the newest raw blocks, and a gist for every older one
+    lensnet     MegaContext: half of the raw blocks are those that LensNet asks for
+    oracle      the same, chosen by the measured gain of opening each block alone for the very tokens that are then read. A ceiling for
+                choosing greedily, and no method: it looks at the targets
+    swapped     recency with the gists of another document (a control: content must matter)
+    no gists    recency without its gists (a control)
+    full        every token raw, at no budget: the ceiling of reading
 
-B = rows, T = tokens, K = block, Q = blocks, W = budget, P = readings a row, E = entries
+B = rows, T = tokens, Q = blocks, W = budget, V = blocks opened in turn, D = model width
 """
-import math
-from collections import Counter
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from megacontext.labels import measure
-from megacontext.layout import FAN, GIST, HIDDEN, NODE, RAW, Copies, entry_positions, visibility
-from megacontext.losses import lens_scores, row_entries, with_copies
+from megacontext.contexts import ASKING, SPARE, best, bm25_scores, chosen_table, cost, embedding_scores, recency_table, retrieved_table, window_table
+from megacontext.layout import FAN, GIST, HIDDEN, RAW, entry_positions, visibility
+from megacontext.losses import lens_scores, pool_values, row_entries
+from megacontext.reread import Reading, visible
 from megacontext.span import BLOCK
+from nanochat.attention import norm
 from nanochat.gpt import Entries
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Working contexts of a fixed budget
-
-def raw_blocks(q, W, gists):
-    """How many earlier blocks block q can read raw within W entries, when all the others are gists (or nothing)."""
-    room = W - BLOCK
-    n = min(q, room // BLOCK)
-    while gists and n and n * BLOCK + (q - n) > room:
-        n -= 1
-    if gists and q - n > room - n * BLOCK:
-        raise ValueError(f"a budget of {W} cannot hold gists of {q} blocks: raise it, or shorten the rows")
-    return n
+METHODS = ("window", "bm25", "embedding", "random", "pooled", "recency", "lensnet", "oracle", "swapped", "no gists", "full")
 
 
-def window_table(Q, W):
-    table = np.zeros((Q, Q), dtype=np.int64)
-    for q in range(Q):
-        table[q, q - raw_blocks(q, W, gists=False):q] = RAW
-    return table
+@dataclass
+class Networks:
+    gpt: torch.nn.Module
+    gistnet: torch.nn.Module
+    lensnet: torch.nn.Module
 
 
-def recency_table(Q, W, older=GIST, spare=0):
-    """spare: the share of the raw blocks that is left for others to choose."""
-    table = np.zeros((Q, Q), dtype=np.int64)
-    for q in range(Q):
-        n = raw_blocks(q, W, gists=True)
-        n -= int(n * spare)
-        table[q, :q - n], table[q, q - n:q] = older, RAW
-    return table
+class Rows:
+    """Rows (B, T + 1), each of one document: embedded once, with their gists, and with the ways of ranking the blocks before each block."""
 
+    @torch.no_grad()
+    def __init__(self, networks, rows, W, rng):
+        self.inputs, self.targets, self.W = rows[:, :-1], rows[:, 1:], W
+        (self.B, self.T), self.device = self.inputs.shape, rows.device
+        self.Q, self.gpt = self.T // BLOCK, networks.gpt
+        docs = torch.zeros(self.B, self.Q, dtype=torch.long, device=self.device)
+        self.entries = row_entries(networks.gpt, networks.gistnet, self.inputs, docs, BLOCK)
+        self.spared = recency_table(self.Q, W, spare=SPARE) # what is in view before the spared raw blocks are given away
+        ask = torch.arange(self.Q, device=self.device).expand(self.B, -1)
+        wanted = lens_scores(networks.lensnet, self.inputs, docs, self.batch(self.spared), ask, BLOCK)
+        self.scores = {"lensnet": wanted[:, :, :self.Q].float().cpu().numpy(), "random": rng.random((self.B, self.Q, self.Q)),
+                       "bm25": bm25_scores(self.inputs), "embedding": embedding_scores(self.entries.x[:, :self.T])}
 
-def chosen_table(Q, W, scores, spare=0.5):
-    """recency_table with its spared raw blocks given to the best `scores` (Q, Q): line q ranks the blocks before q."""
-    table = recency_table(Q, W, spare=spare)
-    for q in range(Q):
-        free = np.flatnonzero(table[q] == GIST)
-        count = min(raw_blocks(q, W, gists=True) - int((table[q] == RAW).sum()), len(free))
-        if count:
-            table[q, free[np.argsort(-scores[q, free], kind="stable")[:count]]] = RAW
-    return table
+    def batch(self, table):
+        """A table (Q, Q), or one for each row (B, Q, Q), as a tensor (B, Q, Q)."""
+        return torch.from_numpy(table).to(self.device).expand(self.B, -1, -1)
 
+    def tables(self, make, scores):
+        """One table for each row, make(Q, W, scores of the row)."""
+        return np.stack([make(self.Q, self.W, s) for s in scores])
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Trailing loss
+    @torch.no_grad()
+    def nats(self, table, tail, entries=None, W=None):
+        """Nats (B, tail) of the last tokens of the rows, read through a table within W entries (None = the rows' own budget)."""
+        assert (cost(table) <= (W or self.W)).all(), f"a context costs {cost(table).max()} entries, the budget is {W or self.W}"
+        hidden = self.gpt.trunk(entries or self.entries, entry_positions(self.T, BLOCK, device=self.device), visibility(self.batch(table), BLOCK))
+        return self.gpt.loss(hidden[:, self.T - tail:self.T], self.targets[:, -tail:], "none")
 
-@torch.no_grad()
-def row_nats(gpt, entries, targets, table):
-    """Nats (B, T) of a row read through table (B, Q, Q)."""
-    T = targets.size(1)
-    hidden = gpt.trunk(entries, entry_positions(T, BLOCK, device=targets.device), visibility(table, BLOCK))
-    return gpt.loss(hidden[:, :T], targets, "none")
+    @torch.no_grad()
+    def plain(self, tail):
+        """The same with every token raw, at no budget."""
+        hidden = self.gpt.trunk(self.gpt.embed(self.inputs), torch.arange(self.T, device=self.device)[None], "causal")
+        return self.gpt.loss(hidden[:, -tail:], self.targets[:, -tail:], "none")
 
 
 def swapped(entries, T):
@@ -86,123 +84,112 @@ def swapped(entries, T):
     return Entries(swap(entries.x), [swap(value) for value in entries.values])
 
 
-@torch.no_grad()
-def trailing(gpt, gistnet, lensnet, rows, W, rng):
-    """rows (B, T + 1), each from one document, B >= 2 -> {method: nats per token over the last quarter}."""
-    inputs, targets = rows[:, :-1], rows[:, 1:]
-    (B, T), device = inputs.shape, inputs.device
-    Q, last = T // BLOCK, slice(T * 3 // 4, T)
-    docs = torch.zeros(B, Q, dtype=torch.long, device=device)
-    entries = row_entries(gpt, gistnet, inputs, docs, BLOCK)
-    same = lambda table: torch.from_numpy(table).to(device)[None].expand(B, -1, -1)
-    spared = same(recency_table(Q, W, spare=0.5))
-    wanted = lens_scores(lensnet, inputs, docs, spared, torch.arange(Q, device=device).expand(B, -1), BLOCK)[:, :, :Q].float().cpu().numpy()
-    chosen = lambda scores: torch.from_numpy(np.stack([chosen_table(Q, W, s) for s in scores])).to(device)
+def pooled(entries, T):
+    """The same rows with gists that no network made: the mean of the children, at unit RMS; their values are means already."""
+    gists = norm(pool_values(entries.x[:, :T], BLOCK))
+    return Entries(torch.cat([entries.x[:, :T], gists, norm(pool_values(gists, FAN))], dim=1), entries.values)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Trailing loss
+
+def trailing(rows, tail):
+    """{method: nats (B, tail) of the last tokens}, for all of METHODS but the oracle. Rows >= 2: swapped needs another document."""
+    assert rows.B >= 2, "swapped gists come from another row"
+    Q, W, scores = rows.Q, rows.W, rows.scores
     views = {
-        "window": (entries, same(window_table(Q, W))),
-        "recency": (entries, same(recency_table(Q, W))),
-        "lensnet": (entries, chosen(wanted)),
-        "random": (entries, chosen(rng.random((B, Q, Q)))),
-        "swapped": (swapped(entries, T), same(recency_table(Q, W))),
-        "no gists": (entries, same(recency_table(Q, W, older=HIDDEN))),
+        "window": (window_table(Q, W), None),
+        "bm25": (rows.tables(retrieved_table, scores["bm25"]), None),
+        "embedding": (rows.tables(retrieved_table, scores["embedding"]), None),
+        "random": (rows.tables(chosen_table, scores["random"]), None),
+        "pooled": (recency_table(Q, W), pooled(rows.entries, rows.T)),
+        "recency": (recency_table(Q, W), None),
+        "lensnet": (rows.tables(chosen_table, scores["lensnet"]), None),
+        "swapped": (recency_table(Q, W), swapped(rows.entries, rows.T)),
+        "no gists": (recency_table(Q, W, older=HIDDEN), None),
     }
-    nats = {name: row_nats(gpt, e, targets, table)[:, last].mean().item() for name, (e, table) in views.items()}
-    nats["full"] = gpt(inputs, targets, "none")[:, last].mean().item()
-    return nats
+    return {name: rows.nats(table, tail, entries) for name, (table, entries) in views.items()} | {"full": rows.plain(tail)}
 
 
-@torch.no_grad()
-def by_budget(gpt, gistnet, rows, budgets):
+@dataclass
+class Opened:
+    """Block q read with each of its `blocks`, gists otherwise, opened in turn. The context has room for them: spared blocks are not given away yet."""
+    q: int
+    blocks: np.ndarray   # (V,)
+    gain: np.ndarray     # (B, V, BLOCK) nats a token that opening the block alone saves
+    attention: np.ndarray  # (B, V) share of the attention of the tokens just before q that goes to the gist
+
+
+def opened(rows, tail):
+    """What opening each gist is worth to each of the last tail // BLOCK blocks of the rows: a list of Opened."""
+    first = rows.Q - tail // BLOCK
+    table = rows.tables(chosen_table, rows.scores["lensnet"])
+    table[:, first:] = rows.spared[first:]
+    reading = Reading(rows.gpt, rows.entries, rows.targets, rows.batch(table))
+    return [open_each(reading, rows.spared[q], q) for q in range(first, rows.Q)]
+
+
+def open_each(reading, line, q):
+    """Opened of one block q that reads through line (Q,)."""
+    device, blocks = reading.targets.device, np.flatnonzero(line == GIST)
+    lines = np.repeat(line[None], len(blocks) + 1, 0) # the first: none is opened
+    lines[np.arange(len(blocks)) + 1, blocks] = RAW
+    nats = reading.again(q * BLOCK, BLOCK, visible(torch.from_numpy(lines).to(device)))
+    asking = line.copy()
+    asking[q - ASKING:] = HIDDEN # the tokens just before q see each other, and the same context
+    T = reading.targets.size(1)
+    look = reading.attention((q - ASKING) * BLOCK, ASKING * BLOCK, visible(torch.from_numpy(asking)[None].to(device))[0])
+    return Opened(q, blocks, (nats[:, :1] - nats[:, 1:]).float().cpu().numpy(), look[:, T + torch.from_numpy(blocks).to(device)].cpu().numpy())
+
+
+def oracle(rows, found, tail):
+    """Nats (B, tail): the spared raw blocks of the last blocks go to the largest measured gains; before them as with LensNet."""
+    scores = rows.scores["lensnet"].copy()
+    for one in found:
+        scores[:, one.q, one.blocks] = one.gain.sum(-1)
+    return rows.nats(rows.tables(chosen_table, scores), tail)
+
+
+def by_budget(rows, budgets, tail):
     """
-    Loss against visible budget: rows (B, T + 1) -> {budget: {"window" and "recency": nats per token over the last quarter}}, and under T
+    Loss against visible budget: {budget: {"window" and "recency": nats per token over the last `tail`, one number a row}}, and under T
     {"full": ...}, every token raw. A budget that cannot hold a gist of every block has no "recency".
     """
-    inputs, targets = rows[:, :-1], rows[:, 1:]
-    (B, T), device = inputs.shape, inputs.device
-    Q, last = T // BLOCK, slice(T * 3 // 4, T)
-    entries = row_entries(gpt, gistnet, inputs, torch.zeros(B, Q, dtype=torch.long, device=device), BLOCK)
-    found = {T: {"full": gpt(inputs, targets, "none")[:, last].mean().item()}}
+    found = {rows.T: {"full": rows.plain(tail).mean(dim=1).tolist()}}
     for W in budgets:
-        tables = {"window": window_table(Q, W)} | ({"recency": recency_table(Q, W)} if W - BLOCK >= Q - 1 else {})
-        found[W] = {name: row_nats(gpt, entries, targets, torch.from_numpy(table).to(device)[None].expand(B, -1, -1))[:, last].mean().item() for name, table in tables.items()}
+        tables = {"window": window_table(rows.Q, W)} | ({"recency": recency_table(rows.Q, W)} if W - BLOCK >= rows.Q - 1 else {})
+        found[W] = {name: rows.nats(table, tail, W=W).mean(dim=1).tolist() for name, table in tables.items()}
     return found
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What a gist costs, and whether LensNet knows
+# Does LensNet know what is worth opening?
 
-@torch.no_grad()
-def gist_price(gpt, gistnet, rows, rng, readings=4, edits=4):
+WAYS = ("lensnet", "recency", "random", "attention", "bm25", "embedding", "oracle")
+
+
+def lens_quality(rows, found, count=2):
     """
-    dNLL@32 by level: what the next block loses, in nats per token, when one raw block is read as its gist (level 1), or
-    the first 32 gists of the row as theirs (level 2), everything else raw. -> {level: list of prices}; level 2 only in rows of 34 blocks or more.
+    Every way of ranking gists against the measured gains of opening them: {way: dict of lists, one number a reading}
+        gain         nats over the next block by its `count` best, each opened alone
+        correlation  of its scores with the gains
+    and "signs": for LensNet, of each edit whose utility is above noise, was the sign of its score right; "points": (score, utility) of all edits.
+    Utility is a gain less the mean of the reading's gains, what LensNet is trained to say; it is above noise when it is larger than twice its
+    standard error, from the spread of the gain over the tokens of the block.
     """
-    inputs, targets = rows[:, :-1], rows[:, 1:]
-    (B, T), device = inputs.shape, inputs.device
-    Q = T // BLOCK
-    docs = torch.zeros(B, Q, dtype=torch.long, device=device)
-    entries = row_entries(gpt, gistnet, inputs, docs, BLOCK)
-    everything_raw = np.tril(np.full((Q, Q), RAW), -1)
-    batch = torch.from_numpy(everything_raw).to(device)[None].expand(B, -1, -1)
-    rngs = [np.random.default_rng(rng.integers(1 << 31)) for _ in range(B)]
-    labels = measure(gpt, lambda copies: with_copies(entries, copies, BLOCK), targets, batch, BLOCK, rngs, readings, edits)
-    prices = {1: (labels.value[labels.valid] / BLOCK).tolist()}
-    if Q > FAN + 1:
-        nats = []
-        for view in (GIST, NODE):
-            table = everything_raw.copy()
-            table[FAN + 1:, :FAN] = view
-            nats.append(row_nats(gpt, entries, targets, torch.from_numpy(table).to(device)[None].expand(B, -1, -1))[:, (FAN + 1) * BLOCK:])
-        prices[2] = (nats[1] - nats[0]).view(B, -1, BLOCK).mean(-1).flatten().tolist()
-    return prices
-
-
-@torch.no_grad()
-def lens_quality(gpt, gistnet, lensnet, rows, W, rng, readings=4, opened=2):
-    """
-    Every gist of some readings is opened in turn, and its gain for the next block measured. -> for each way to choose, a list with one
-    entry a reading: (gain of its `opened` best, gain of the oracle's), and for LensNet (correlation, share of right signs) lists.
-    """
-    inputs, targets = rows[:, :-1], rows[:, 1:]
-    (B, T), device = inputs.shape, inputs.device
-    Q = T // BLOCK
-    docs = torch.zeros(B, Q, dtype=torch.long, device=device)
-    entries = row_entries(gpt, gistnet, inputs, docs, BLOCK)
-    table = recency_table(Q, W, spare=0.5)
-    batch = torch.from_numpy(table).to(device)[None].expand(B, -1, -1)
-    plain = row_nats(gpt, entries, targets, batch).view(B, Q, BLOCK).sum(-1)
-    gains, correlation, signs = {}, [], []
-    for q in rng.choice(np.arange(Q // 2, Q), size=min(readings, Q // 2), replace=False).tolist():
-        free = np.flatnonzero(table[q] == GIST)
-        if len(free) <= opened:
-            continue
-        lines = np.repeat(table[q][None], len(free), 0)
-        lines[np.arange(len(free)), free] = RAW
-        copies = Copies(torch.full((B, len(free)), q, device=device), torch.from_numpy(lines).to(device)[None].expand(B, -1, -1))
-        hidden = gpt.trunk(with_copies(entries, copies, BLOCK), entry_positions(T, BLOCK, copies, device), visibility(batch, BLOCK, copies))
-        wanted = targets.view(B, Q, BLOCK)[:, q].repeat(1, len(free))
-        edited = gpt.loss(hidden[:, T + Q + Q // FAN:], wanted, "none").view(B, len(free), BLOCK).sum(-1)
-        gain = (plain[:, q:q + 1] - edited).float().cpu().numpy() # (B, free), > 0: opening it helps
-        scores = lens_scores(lensnet, inputs, docs, batch, torch.full((B, 1), q, device=device), BLOCK)[:, 0, free].float().cpu().numpy()
-        asked = entries.x[:, T + q - 2:T + q].mean(1)
-        likeness = torch.cosine_similarity(entries.x[:, T + torch.as_tensor(free, device=device)], asked[:, None], dim=-1).float().cpu().numpy()
-        for i in range(B):
-            ways = {"lensnet": scores[i], "recency": free.astype(float), "random": rng.random(len(free)), "embedding": likeness[i],
-                    "bm25": bm25(inputs[i].tolist(), free, q), "oracle": gain[i]}
-            for name, score in ways.items():
-                best = np.argsort(-score, kind="stable")[:opened]
-                gains.setdefault(name, []).append(float(gain[i, best].sum()))
-            if scores[i].std() > 0 and gain[i].std() > 0:
-                correlation.append(float(np.corrcoef(scores[i], gain[i])[0, 1]))
-            big = np.abs(gain[i] - gain[i].mean()) > gain[i].std()
-            signs += ((scores[i] > 0) == (gain[i] > gain[i].mean()))[big].tolist()
-    return gains, correlation, signs
-
-
-def bm25(ids, blocks, q, k1=1.5, b=0.75):
-    """Okapi BM25 of the last two blocks before q as a query, over tokens, against each of `blocks` (all of one length, so b does nothing)."""
-    bags = [Counter(ids[block * BLOCK:(block + 1) * BLOCK]) for block in blocks]
-    seen = Counter(token for bag in bags for token in bag)
-    query = set(ids[max(0, q - 2) * BLOCK:q * BLOCK])
-    rarity = {token: math.log(1 + (len(bags) - seen[token] + 0.5) / (seen[token] + 0.5)) for token in query}
-    return np.array([sum(rarity[t] * bag[t] * (k1 + 1) / (bag[t] + k1) for t in query) for bag in bags])
+    told = {way: dict(gain=[], correlation=[]) for way in WAYS} | {"signs": [], "points": []}
+    for one in found:
+        for i in range(rows.B):
+            gain, noise = one.gain[i].sum(-1), one.gain[i].std(-1, ddof=1) * BLOCK ** 0.5
+            if len(gain) <= count:
+                continue
+            scores = {way: rows.scores[way][i, one.q, one.blocks] for way in ("lensnet", "random", "bm25", "embedding")}
+            scores |= {"recency": one.blocks.astype(float), "attention": one.attention[i], "oracle": gain}
+            for way in WAYS:
+                told[way]["gain"].append(float(gain[best(np.arange(len(gain)), scores[way], count)].sum()))
+                if scores[way].std() > 0 and gain.std() > 0:
+                    told[way]["correlation"].append(float(np.corrcoef(scores[way], gain)[0, 1]))
+            utility = gain - gain.mean()
+            told["signs"] += ((scores["lensnet"] > 0) == (utility > 0))[np.abs(utility) > 2 * noise].tolist()
+            told["points"] += list(zip(scores["lensnet"].tolist(), utility.tolist()))
+    return told

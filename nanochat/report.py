@@ -6,7 +6,7 @@ python -m nanochat.report                         at its end, or at any time: pu
 
 In:  sections that the evaluation scripts leave in base_dir()/report (write_section), and the summary line that each training
      stage leaves in its log.jsonl.
-Out: report.md, here and in base_dir()/report.
+Out: report.md, here and in base_dir()/report, with the pictures that stand there.
 The idea: whoever measures writes his own section, once, with its numbers beside it as JSON. Assembling only reads and places.
 What nobody measured is named as missing; no cell of a table is ever filled from anywhere else.
 
@@ -19,6 +19,7 @@ import json
 import math
 import os
 import platform
+import re
 import time
 from pathlib import Path
 
@@ -135,6 +136,16 @@ def summaries(log):
     return found
 
 
+def steps(log):
+    """{step: metrics} of a log.jsonl; of a step that was trained twice, after a kill, the later line."""
+    found = {}
+    for line in log.read_text(encoding="utf-8").split("\n"):
+        if line.startswith('{"step"') and line.endswith("}"):
+            metrics = json.loads(line)
+            found.setdefault(metrics["step"], {}).update(metrics)
+    return found
+
+
 def last_run(stage, tag=None):
     """The summary of the stage's finished run: of this tag, else of the one that was logged last. None = no run has finished."""
     logs = sorted((base_dir() / f"{stage}_checkpoints").glob(f"{tag or '*'}/log.jsonl"), key=lambda path: path.stat().st_mtime)
@@ -196,6 +207,26 @@ def stage_table(runs, tokenizer, records):
     return table(("stage", "parameters", "steps", "tokens", "tokens/s", "MFU", "peak MB", "time"), rows)
 
 
+def training_curves(runs):
+    """Base training with memory beside the same without (its tag ends in -plain), drawn where both were run. -> Markdown, or "" where not."""
+    name = runs["base"]["tag"].removesuffix("-plain") if "base" in runs else None
+    logs = {kind: base_dir() / "base_checkpoints" / f"{name}{end}" / "log.jsonl" for kind, end in (("plain", "-plain"), ("memory", ""))}
+    if name is None or not all(log.exists() for log in logs.values()):
+        return ""
+    plain, memory = steps(logs["plain"]), steps(logs["memory"])
+    told = {"plain": (plain, "loss"), "with memory, rows read plainly": (memory, "loss_plain"), "with memory, rows read through gists": (memory, "loss_gist")}
+    curves = {label: [(step, line[key], 0) for step, line in lines.items() if key in line] for label, (lines, key) in told.items()}
+    from nanochat import plots # here: loading matplotlib takes longer than the rest of a report
+    plots.lines(folder() / "training.png", [(f"base training, {name}", "nats per token", {label: points for label, points in curves.items() if points})], "step")
+    return "![base training with memory and without](training.png)"
+
+
+def with_pictures(text, where):
+    """Pictures stand beside the report's sections, and so do links to them; a page in the folder `where` must say where that is."""
+    place = Path(os.path.relpath(folder(), where)).as_posix()
+    return re.sub(r"(!\[[^\]]*\])\(([\w.-]+\.png)\)", rf"\1({place}/\2)", text) if place != "." else text
+
+
 def result_table(runs, records):
     """
     Every measure in a row, every stage in a column, and a second column where something was measured with memory.
@@ -238,7 +269,7 @@ def assemble(tag=None):
 
     missing = [f"{stage} training: no finished run" for stage in EXPECTED_STAGES if stage not in runs]
     missing += [f"{name}: not measured (`{command}`)" for name, command in SECTIONS.items() if name not in names]
-    parts = ["# Report", head(start), "## Stages", stage_table(runs, tokenizer, records), "## Results", result_table(runs, records),
+    parts = ["# Report", head(start), "## Stages", stage_table(runs, tokenizer, records), *filter(None, [training_curves(runs)]), "## Results", result_table(runs, records),
              "Shares are in percent with their 95% interval; - is what was not measured."]
     if missing:
         parts += ["## Missing", "\n".join(f"- {line}" for line in missing)]
@@ -252,7 +283,7 @@ def assemble(tag=None):
 def reset(tier="", arguments=""):
     """Forget the sections of the run before, and note when and from what this one starts."""
     folder().mkdir(parents=True, exist_ok=True)
-    for path in [*folder().glob("*.md"), *folder().glob("*.json")]:
+    for path in [path for kind in ("md", "json", "png") for path in folder().glob(f"*.{kind}")]:
         path.unlink()
     start = dict(tier=tier, arguments=arguments, commit=git_commit(), date=now(), time=time.time())
     write_whole(folder() / START, json.dumps(start, indent=1) + "\n")
@@ -274,7 +305,7 @@ def main():
     text = assemble(args.tag or None)
     folder().mkdir(parents=True, exist_ok=True)
     for path in (folder() / "report.md", Path("report.md").absolute()):
-        write_whole(path, text)
+        write_whole(path, with_pictures(text, path.parent))
         print0(f"report      {path}")
 
 

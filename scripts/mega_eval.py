@@ -1,15 +1,17 @@
 """
-Does the memory pay? Six tables, and one JSON line with all of their numbers:
+Does the memory pay? Tables, pictures, and one JSON line with all of their numbers:
 
-    trailing loss    at equal visible budget: a sliding window, gists by recency, LensNet's choice, controls, full attention
+    trailing loss    at equal visible budget: a window with sinks, retrieval, gists by recency, LensNet's choice, an oracle, controls, full
+                     attention; with growing context (megacontext/evaluate.py says what each is)
     by budget        bits per byte against the visible budget, window and gists beside full attention
-    dNLL@32          what a gist costs in place of what it stands for, by level
-    LensNet          how much of the oracle's gain it gets, beside recency, random, embedding and BM25
-    recall           a passkey in a history many times the budget, by length and depth (conversation stages)
+    dNLL@H           what a gist costs in place of what it stands for, by level and horizon; how often it is as good (megacontext/probes.py)
+    one gist         a block's tokens read behind their gist alone; how different gists are
+    LensNet          correlation with measured gains, signs, and how much of the oracle's gain it gets, beside other ways to choose
+    recall           questions about what was said far back, by length and depth (conversation stages; scripts/recall.py)
     telemetry        what the sessions of that recall did: swaps, budget in use, entries and openings by level, ms per stage
 
 python -m scripts.mega_eval --stage sft
-python -m scripts.mega_eval --stage base --source dir:books --seq-len 2048 --budget 256 --documents 24
+python -m scripts.mega_eval --checkpoint base/d4 --source dir:books --seq-len 2048 --budget 256 --documents 24
 """
 import argparse
 import json
@@ -19,34 +21,68 @@ import time
 import numpy as np
 import torch
 
-from megacontext.evaluate import by_budget, gist_price, lens_quality, trailing
-from megacontext.runtime import LEAST_BUDGET, STAGES
+from megacontext import probes
+from megacontext.evaluate import METHODS, WAYS, Networks, Rows, by_budget, lens_quality, opened, oracle, pooled, trailing
+from megacontext.runtime import LEAST_BUDGET
 from megacontext.span import BLOCK
-from megacontext.telemetry import Telemetry
-from nanochat import report
+from nanochat import plots, report
 from nanochat.common import UserError, pick_device_type, print0, run_main
 from nanochat.dataset import add_data_dir, open_source, use_data_dir
 from nanochat.engine import Engine
 from nanochat.run import Log
-from scripts.load import load_stage, open_stream
-from scripts.mixtures import texts_of
-from tasks.needle import Passkey
+from scripts.load import load_stage
+from scripts.recall import TASKS, recall, recall_table, telemetry_numbers, telemetry_table
+from scripts.recall import WAYS as MEMORIES
 
 parser = argparse.ArgumentParser(description="Measure what the memory is worth", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 parser.add_argument("--stage", default="sft", help="base, mid or sft")
 parser.add_argument("--tag", default="", help="tag of the checkpoint (empty = the newest)")
+parser.add_argument("--checkpoint", default="", help="stage/tag, in place of --stage and --tag")
 parser.add_argument("--source", default="stdlib", help="long validation documents")
 parser.add_argument("--seq-len", type=int, default=-1, help="tokens of a row (-1 = the longest that the model was trained on)")
-parser.add_argument("--budget", type=int, default=-1, help="visible entries (-1 = a quarter of the row)")
+parser.add_argument("--lengths", default="", help="tokens of context, comma list; all end where the row ends (empty = a quarter, half and all of it)")
+parser.add_argument("--budget", type=int, default=-1, help="visible entries (-1 = an eighth of the row)")
 parser.add_argument("--documents", type=int, default=12, help="rows for each seed")
-parser.add_argument("--seeds", type=int, default=3, help="samples of rows; the spread is over them")
+parser.add_argument("--measured-rows", type=int, default=4, help="rows of each seed with every edit measured: oracle, LensNet, dNLL, one gist")
+parser.add_argument("--seeds", type=int, default=3, help="samples of rows and questions; the spread is over them")
+parser.add_argument("--recall-tasks", default=",".join(TASKS), help="comma list")
 parser.add_argument("--recall-lengths", default="1024,8192", help="tokens of history, comma list; empty = no recall table")
-parser.add_argument("--recall-problems", type=int, default=6, help="questions for each length and depth")
+parser.add_argument("--recall-depths", default="0,0.5,0.9", help="of the fact that is asked about, comma list, 0 = oldest")
+parser.add_argument("--recall-problems", type=int, default=2, help="questions for each task, length, depth and seed")
+parser.add_argument("--recall-budget", type=int, default=-1, help="visible entries (-1 = a quarter of the row, or the least that a session takes)")
 parser.add_argument("--run", default="", help="name of a wandb run (empty = no wandb)")
 parser.add_argument("--device", default="")
 add_data_dir(parser)
 
-DEPTHS = (0.0, 0.5, 0.9)
+TRAILING = 512 # tokens at the end of a context that the loss is taken over, or its last quarter
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
+
+def numbers(text, kind=int):
+    try:
+        return [kind(item) for item in text.split(",") if item.strip()]
+    except ValueError:
+        raise UserError(f"expected numbers with commas between them, got {text!r}") from None
+
+
+def settle(args, seq_len):
+    """Fill in what was left to the checkpoint; UserError for what cannot be measured."""
+    least = 4 * BLOCK
+    T = args.seq_len = args.seq_len if args.seq_len > 0 else seq_len
+    args.lengths = sorted({*(numbers(args.lengths) or [T // 4, T // 2, T]), T})
+    args.budget = args.budget if args.budget > 0 else T // 8
+    args.recall_budget = args.recall_budget if args.recall_budget > 0 else max(LEAST_BUDGET, T // 4)
+    args.recall_lengths, args.recall_depths = numbers(args.recall_lengths), numbers(args.recall_depths, float)
+    args.recall_tasks = [name for name in args.recall_tasks.split(",") if name]
+    if T < 16 * BLOCK or any(length % least or not least <= length <= T for length in args.lengths):
+        raise UserError(f"expected --seq-len of at least {16 * BLOCK} and --lengths that are multiples of {least} up to it, got {T} and {args.lengths}")
+    if args.seeds < 2 or not 2 <= args.measured_rows <= args.documents or args.recall_problems < 1:
+        raise UserError(f"expected --seeds of at least 2, --measured-rows from 2 to --documents and --recall-problems of at least 1, "
+                        f"got {args.seeds}, {args.measured_rows} of {args.documents} and {args.recall_problems}")
+    if set(args.recall_tasks) - set(TASKS) or not all(0 <= depth <= 1 for depth in args.recall_depths):
+        raise UserError(f"expected --recall-tasks among {', '.join(TASKS)} and depths from 0 to 1, got {', '.join(args.recall_tasks)} and {args.recall_depths}")
 
 
 def long_documents(source, tokenizer, T, most=100):
@@ -74,127 +110,222 @@ def sample_rows(long, T, count, rng):
     return torch.tensor(rows)
 
 
+def tail_of(length):
+    return min(TRAILING, length // 4 // BLOCK * BLOCK)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One seed
+
+def parts(rows, size):
+    """Rows in parts of at least `size`, as far as there are so many, and less than twice that: what fits into memory, and never one row alone."""
+    return rows.tensor_split(max(1, len(rows) // size))
+
+
+def joined(nests):
+    """Nests of dicts with lists at their leaves -> one nest, the lists joined."""
+    found = {}
+    for nest in nests:
+        for key, value in nest.items():
+            found[key] = joined([found.get(key, {}), value]) if isinstance(value, dict) else found.get(key, []) + value
+    return found
+
+
+def measure_losses(networks, rows, args, rng):
+    """
+    Rows read with each length of context -> ({length: {method: {"loss", "better_than_window", "same_tokens", "above_window"}}}, lens_quality at the
+    full length). same_tokens: the loss of the tokens that count at every length; above_window: the same less the window's at the full length.
+    """
+    found, shared, few = {}, min(map(tail_of, args.lengths)), args.measured_rows
+    for length in args.lengths:
+        tail, part = tail_of(length), rows[:, -(length + 1):]
+        chunks = [trailing(Rows(networks, chunk, args.budget, rng), tail) for chunk in parts(part, 4)]
+        nats = {method: torch.cat([chunk[method] for chunk in chunks]) for method in chunks[0]}
+        measured = [(some, opened(some, tail)) for some in (Rows(networks, chunk, args.budget, rng) for chunk in parts(part[:few], 2))]
+        nats["oracle"] = torch.cat([oracle(some, gains, tail) for some, gains in measured])
+        against = lambda n: nats["window"][:len(n)]
+        found[length] = {method: dict(loss=nats[method].mean().item(), better_than_window=(against(nats[method]) - nats[method]).mean().item(),
+                                      same_tokens=nats[method][:, -shared:].mean().item()) for method in METHODS}
+    for row in found.values():
+        for method in set(METHODS) - {"oracle"}: # it was measured on fewer rows
+            row[method]["above_window"] = row[method]["same_tokens"] - found[args.seq_len]["window"]["same_tokens"]
+    return found, joined([lens_quality(some, gains) for some, gains in measured]) # of the last length, which is the longest
+
+
+def lens_numbers(quality):
+    """Means of lens_quality: {"correlation", "gain", "regret": {way}}, "signs" and "above_noise" (a share of all edits)."""
+    kept = {way: quality[way] for way in WAYS}
+    gain = {way: float(np.mean(told["gain"])) for way, told in kept.items() if told["gain"]}
+    told = dict(gain=gain, correlation={way: float(np.mean(told["correlation"])) for way, told in kept.items() if told["correlation"]})
+    if gain.get("oracle", 0) > 0: # else nothing was worth opening, and a share of nothing means nothing
+        told["regret"] = {way: 1 - value / gain["oracle"] for way, value in gain.items()}
+    if quality["points"]:
+        told["above_noise"] = len(quality["signs"]) / len(quality["points"])
+    return told | ({"signs": float(np.mean(quality["signs"]))} if quality["signs"] else {})
+
+
+def measure_gists(networks, rows, args, rng):
+    """dNLL@H with substitutability, reconstruction and diversity."""
+    several = [Rows(networks, part, args.budget, rng) for part in parts(rows, 2)]
+    price = {kind: {H: probes.substitutability(lost, H) for H, lost in horizons.items()} for kind, horizons in joined([probes.price(some, rng) for some in several]).items()}
+    behind = {level: {name: float(np.mean(nats)) for name, nats in row.items()} for level, row in joined([probes.reconstruction(some) for some in several]).items()}
+    diverse = {}
+    for name, make in (("trained", lambda some: some.entries), ("pooled", lambda some: pooled(some.entries, some.T))):
+        levels = [probes.all_gists(make(some), some.T) for some in several]
+        diverse[name] = {level: probes.diversity(torch.cat([gists[level] for gists in levels])) for level in levels[0]}
+    return dict(dnll=price, reconstruction=behind, diversity=diverse)
+
+
+def measure_budgets(networks, rows, args, rng, bytes_of):
+    """Bits per byte of the last tokens by visible budget."""
+    T, tail = args.seq_len, tail_of(args.seq_len)
+    bits = (bytes_of[rows[:, 1:][:, -tail:]].float().mean() * math.log(2)).item() # nats per token / this = bits per byte
+    budgets = sorted({T // 16, T // 8, T // 4, T // 2})
+    found = joined([by_budget(Rows(networks, part, args.budget, rng), budgets, tail) for part in parts(rows, 2)])
+    return {W: {name: float(np.mean(nats)) / bits for name, nats in row.items()} for W, row in found.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All seeds
+
 def spread(values):
     """mean and standard deviation over seeds."""
-    return dict(mean=float(np.mean(values)), spread=float(np.std(values, ddof=1)) if len(values) > 1 else float("nan"))
+    return dict(mean=float(np.mean(values)), spread=float(np.std(values, ddof=1)) if len(values) > 1 else None)
 
 
-def told(numbers, digits=4):
-    return f"{numbers['mean']:.{digits}f} +- {numbers['spread']:.{digits}f}"
+def over_seeds(samples):
+    """One nest of dicts a seed -> the same nest with spread() of the numbers at its leaves, of the seeds that have them."""
+    found = {}
+    for key in dict.fromkeys(key for sample in samples for key in sample):
+        values = [sample[key] for sample in samples if key in sample]
+        found[key] = over_seeds(values) if isinstance(values[0], dict) else spread(values)
+    return found
+
+
+def closed_gaps(samples, length):
+    """{method: share of the way from the window to full attention}, where full attention is better at every seed; else None."""
+    rows = [sample[length] for sample in samples]
+    if not all(row["full"]["better_than_window"] > 0 for row in rows):
+        return None
+    return {method: spread([row[method]["better_than_window"] / row["full"]["better_than_window"] for row in rows]) for method in METHODS if method != "oracle"}
+
+
+def told(number, digits=4):
+    return None if number is None else f"{number['mean']:.{digits}f}" + ("" if number["spread"] is None else f" +- {number['spread']:.{digits}f}")
 
 
 def main():
     args = parser.parse_args()
+    if args.checkpoint:
+        args.stage, _, args.tag = args.checkpoint.partition("/")
     use_data_dir(args.data_dir)
-    began = time.time()
-    device = torch.device(args.device or pick_device_type())
+    began, device = time.time(), torch.device(args.device or pick_device_type())
     loaded = load_stage(args.stage, args.tag or None, device=device)
     if loaded.gistnet is None:
         raise UserError(f"{args.stage}/{loaded.tag} was trained without memory: there is nothing to measure")
-    gpt, gistnet, lensnet, tokenizer = loaded.gpt, loaded.gistnet, loaded.lensnet, loaded.tokenizer
-    T = args.seq_len if args.seq_len > 0 else gpt.config.seq_len
-    W = args.budget if args.budget > 0 else T // 4
-    texts = long_documents(open_source(args.source, "val"), tokenizer, T)
-    losses, prices, found, correlation, signs, curve = [], {1: [], 2: []}, [], [], [], []
-    budgets = sorted({T // 16, T // 8, T // 4, T // 2})
+    settle(args, loaded.gpt.config.seq_len)
+    networks, tokenizer = Networks(loaded.gpt, loaded.gistnet, loaded.lensnet), loaded.tokenizer
+    texts = long_documents(open_source(args.source, "val"), tokenizer, args.seq_len)
     bytes_of = torch.as_tensor(tokenizer.token_bytes(), device=device)
+    samples, points = [], []
     for seed in range(args.seeds):
         rng = np.random.default_rng(seed)
-        rows = sample_rows(texts, T, args.documents, rng).to(device)
-        several = rows.split(4) if len(rows) % 4 != 1 else rows.split(len(rows))
-        parts = [trailing(gpt, gistnet, lensnet, part, W, rng) for part in several]
-        losses.append({name: float(np.mean([part[name] for part in parts])) for name in parts[0]})
-        few, last = rows[:4], slice(T * 3 // 4, T)
-        bits = (bytes_of[few[:, 1:][:, last]].float().mean() * math.log(2)).item() # nats per token / this = bits per byte
-        curve.append({W: {name: value / bits for name, value in row.items()} for W, row in by_budget(gpt, gistnet, few, budgets).items()})
-        for level, price in gist_price(gpt, gistnet, few, rng).items():
-            prices[level].append(float(np.mean(price)))
-        gains, corr, right = lens_quality(gpt, gistnet, lensnet, few, W, rng)
-        found.append({name: float(np.mean(gain)) for name, gain in gains.items()})
-        correlation += corr
-        signs += right
-        print0(f"seed {seed}: " + ", ".join(f"{name} {value:.4f}" for name, value in losses[-1].items()) + f" ({time.time() - began:.0f} s)")
-
-    loss = {name: spread([sample[name] for sample in losses]) for name in losses[0]}
-    by = {W: {name: spread([sample[W][name] for sample in curve]) for name in curve[0][W]} for W in curve[0]}
-    gap = {name: spread([sample["window"] - sample[name] for sample in losses]) for name in losses[0]} # paired: rows are the same
-    lens = {name: spread([sample[name] for sample in found]) for name in found[0]}
-    helps = all(sample["oracle"] > 0 for sample in found) # else nothing was worth opening, and a share of nothing means nothing
-    regret = {name: spread([1 - sample[name] / sample["oracle"] for sample in found]) for name in found[0]} if helps else None
-    price = {level: spread(values) for level, values in prices.items() if values}
-    data = dict(stage=args.stage, tag=loaded.tag, source=args.source, seq_len=T, budget=W, seeds=args.seeds, trailing=loss, better_than_window=gap, bpb_by_budget=by, dnll_32=price,
-                lens_gain=lens, lens_regret=regret, lens_correlation=float(np.mean(correlation)) if correlation else None, lens_signs=float(np.mean(signs)) if signs else None)
-    tables = [
-        f"Rows of {T} tokens from {args.source} (validation), {args.documents} rows for each of {args.seeds} seeds; every method sees {W} entries, full sees all. "
-        "Nats per token over the last quarter; +- is the standard deviation over seeds.",
-        report.table(["method", "loss", "better than the window by"], [[name, told(loss[name]), told(gap[name])] for name in loss]),
-        f"Bits per byte of the last quarter against the visible budget (4 rows of each seed); all {T} tokens raw: {told(by[T]['full'])}.",
-        report.table(["budget", "window", "recency with gists"], [[str(W), told(by[W]["window"]), told(by[W]["recency"]) if "recency" in by[W] else None] for W in budgets]),
-        "What is lost over the next 32 tokens, in nats per token, when one thing is shown more coarsely (dNLL@32):",
-        report.table(["level", "dNLL@32"], [[f"{32 ** level} tokens as one gist", told(p)] for level, p in price.items()]),
-        f"Two gists opened: gain in nats over the next block, and regret against the oracle (0 = as good, 1 = no gain). LensNet's scores correlate "
-        f"{data['lens_correlation'] or 0:.2f} with measured gains; {100 * (data['lens_signs'] or 0):.0f}% of the signs are right where the gain is beyond one standard deviation.",
-        report.table(["choice", "gain", "regret"], [[name, told(lens[name]), told(regret[name], 2) if helps else None] for name in lens]),
-    ]
+        rows = sample_rows(texts, args.seq_len, args.documents, rng).to(device)
+        few = rows[:args.measured_rows]
+        losses, quality = measure_losses(networks, rows, args, rng)
+        samples.append(dict(trailing=losses, bpb_by_budget=measure_budgets(networks, few, args, rng, bytes_of), lens=lens_numbers(quality), **measure_gists(networks, few, args, rng)))
+        points += quality["points"]
+        last = losses[args.seq_len]
+        print0(f"seed {seed}: " + ", ".join(f"{method} {last[method]['loss']:.4f}" for method in METHODS) + f" ({time.time() - began:.0f} s)")
+    data = dict(stage=args.stage, tag=loaded.tag, step=loaded.meta["step"], source=args.source, seq_len=args.seq_len, lengths=args.lengths, budget=args.budget, seeds=args.seeds,
+                documents=args.documents, measured_rows=args.measured_rows, **over_seeds(samples), gap_closed=closed_gaps([s["trailing"] for s in samples], args.seq_len))
+    tables = [*trailing_tables(data, args), *gist_tables(data), *lens_tables(data, points)]
     if args.recall_lengths and args.stage != "base":
-        data["recall"], data["telemetry"], table = recall(loaded, args, W, began)
-        tables += [f"Passkey recall with a working context of {max(W, LEAST_BUDGET)} entries: share of {args.recall_problems} questions answered, by length of the history and depth (0 = oldest).", table,
-                   "Telemetry of these sessions, means over their ticks; milliseconds since the tick before, median and 99th percentile.", telemetry_table(data["telemetry"])]
+        tables += recall_tables(loaded, data, args, began)
     report.write_section("mega", f"Memory ({args.stage})", *tables, data=data, seconds=time.time() - began)
     for table in tables:
         print0(table + "\n")
     log = Log(None, wandb_project="nanochat-mega", run=args.run, config=vars(args))
-    log.summary(**{f"loss_{name}": numbers["mean"] for name, numbers in loss.items()}, **telemetry_numbers(data.get("telemetry", {})))
+    log.summary(**{f"loss_{name}": row["loss"]["mean"] for name, row in data["trailing"][args.seq_len].items()}, **telemetry_numbers(data.get("telemetry", {})))
     log.close()
     print0(json.dumps(data))
 
 
-def recall(loaded, args, W, began):
-    """
-    Passkeys through the runtime session, with LensNet and by recency alone.
-    Returns ({"method/length/depth": share answered}, {"method/length": summary of the telemetry}, the table of shares).
-    """
-    texts, measure = texts_of(args.source, "val"), lambda text: len(loaded.tokenizer.encode(text))
-    engine, data, summaries, rows = Engine(loaded.tokenizer), {}, {}, []
-    for length in map(int, args.recall_lengths.split(",")):
-        for name, n_diff in (("lensnet", 4), ("recency", 0)):
-            shares, telemetry = [], Telemetry()
-            for depth in DEPTHS:
-                task = Passkey(texts, length=length, depth=depth, measure=measure, split="val", size=args.recall_problems)
-                right = 0
-                for i in range(len(task)):
-                    conversation = task[i]
-                    stream = open_stream(loaded, budget=max(W, LEAST_BUDGET), telemetry=telemetry)
-                    stream.n_diff = n_diff
-                    prompt = loaded.tokenizer.render_prompt({"messages": conversation["messages"][:-1]})
-                    answer = loaded.tokenizer.decode(list(engine.generate(stream, prompt, max_tokens=16, temperature=0)))
-                    right += task.evaluate(conversation, answer)
-                    telemetry.next_session()
-                shares.append(right / len(task))
-                data[f"{name}/{length}/{depth}"] = shares[-1]
-            summaries[f"{name}/{length}"] = telemetry.summary()
-            rows.append([f"{length} tokens, {name}", *[f"{100 * share:.0f}%" for share in shares]])
-            print0(f"recall {rows[-1]} ({time.time() - began:.0f} s)")
-    return data, summaries, report.table(["history", *[f"depth {depth}" for depth in DEPTHS]], rows)
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables and pictures
+
+def picture(name, text):
+    return f"![{text}]({name})"
 
 
-def telemetry_numbers(summaries):
-    """What a dashboard plots of them, by names such as "lensnet/8192/swap_rate"."""
-    return {f"{name}/{key}": value for name, told in summaries.items()
-            for key, value in dict(swap_rate=told["swap_rate"], budget_use=told["budget_use"], **{f"{stage}_ms": told["ms"][stage]["p50"] for stage in STAGES}).items()}
+def trailing_tables(data, args):
+    T, by, gap = args.seq_len, data["trailing"], data["gap_closed"]
+    rows = [[name, told(row["loss"]), told(row["better_than_window"]), told(gap[name], 2) if gap and name in gap else None] for name, row in by[T].items()]
+    curve = lambda key, bars: {name: [(length, by[length][name][key]["mean"], by[length][name][key]["spread"] if bars else None) for length in args.lengths] for name in METHODS if name != "oracle"}
+    # each seed has other documents, so the spread of the losses themselves would hide everything
+    panels = [(f"the same last {min(map(tail_of, args.lengths))} tokens, {data['budget']} entries in view", "nats per token", curve("same_tokens", False)),
+              (f"less the window's of {T} tokens, paired", "nats per token", curve("above_window", True))]
+    plots.lines(report.folder() / "mega_context.png", panels, "tokens of context", log=True)
+    budgets = data["bpb_by_budget"]
+    return [
+        f"Rows of {T} tokens from {data['source']} (validation), {data['documents']} rows for each of {data['seeds']} seeds; every method sees {data['budget']} entries, full sees all. "
+        f"Nats per token over the last {tail_of(T)}; +- is the standard deviation over seeds. The oracle looks at the targets and was measured on {data['measured_rows']} rows of each seed; "
+        "what it is better by is paired, its loss is not to be compared with the others'.",
+        report.table(["method", "loss", "better than the window by", "share of the way to full"], rows),
+        f"With growing context, all ending at the same place, {data['budget']} entries in view: better than the window by",
+        report.table(["method", *[f"{length} tokens" for length in args.lengths]], [[name, *[told(by[length][name]["better_than_window"]) for length in args.lengths]] for name in METHODS]),
+        picture("mega_context.png", "loss against context"),
+        f"Bits per byte against the visible budget ({data['measured_rows']} rows of each seed); all {T} tokens raw: {told(budgets[T]['full'])}.",
+        report.table(["budget", "window", "recency with gists"], [[str(W), told(row["window"]), told(row.get("recency"))] for W, row in budgets.items() if W != T]),
+    ]
 
 
-def telemetry_table(summaries):
-    """summaries: {"method/length": Telemetry.summary()}"""
-    by_level = lambda numbers: ", ".join(f"{level}: {n}" for level, n in numbers.items()) or "none"
-    rows = []
-    for name, told in summaries.items():
-        method, length = name.split("/")
-        opened = {kind.removeprefix("expand "): n for kind, n in told["edits"].items() if kind.startswith("expand")}
-        entries = {level: f"{n:.1f}" for level, n in told["residency"].items()}
-        ms = [f"{told['ms'][stage]['p50']:.2f}, {told['ms'][stage]['p99']:.2f}" for stage in STAGES]
-        rows.append([f"{length} tokens, {method}", f"{told['ticks']}", f"{told['swap_rate']:.4f}", f"{100 * told['budget_use']:.0f}%", by_level(entries), by_level(opened), *ms])
-    return report.table(["history", "ticks", "edits a span", "budget in use", "entries by level", "opened by level", *[f"{stage} ms" for stage in STAGES]], rows)
+def gist_tables(data):
+    rows = [[f"{probes.COARSER[kind]}", H, told(row["dnll"]), told(row["ppl_ratio"]), *[f"{100 * row[f'below_{x}_{per}']['mean']:.0f}%" for per in ("a_token", "in_all") for x in (0.1, 1)]]
+            for kind, horizons in data["dnll"].items() for H, row in horizons.items()]
+    behind = [[f"{32 ** level} tokens", *[told(row[name]) for name in ("own", "other", "nothing")]] for level, row in data["reconstruction"].items()]
+    diverse = [[f"{name}, level {level}", int(row["n"]["mean"]), told(row["rank"], 1), told(row["cosine"], 3)] for name, levels in data["diversity"].items() for level, row in levels.items()]
+    return [
+        "What the next H tokens lose, in nats per token, when one thing is shown more coarsely for all of them (dNLL@H), the ratio of perplexities, and the share of spans that lose less than "
+        "0.1 and 1 nat a token, and less than 0.1 and 1 nat over all H tokens.",
+        report.table(["shown more coarsely", "H", "dNLL@H", "ppl ratio", "< 0.1 a token", "< 1 a token", "< 0.1 in all", "< 1 in all"], rows),
+        "A block's tokens 2 to 32, read behind one gist and nothing else, in nats per token (reconstruction; nothing was trained for it).",
+        report.table(["gist of", "its own gist", "another document's", "nothing"], behind),
+        "How many directions gists take: effective rank (at most their number and the model's width), and the mean cosine of two of them; pooled = means of tokens, untrained.",
+        report.table(["gists", "number", "effective rank", "mean cosine"], diverse),
+    ]
+
+
+def lens_tables(data, points):
+    lens = data["lens"]
+    if points:
+        plots.scatter(report.folder() / "mega_lens.png", points, "LensNet's score", "measured utility, nats", "opening one gist, the next 32 tokens")
+    noise = f"{100 * lens['signs']['mean']:.0f}% +- {100 * lens['signs']['spread']:.0f}% of the signs are right where the utility is beyond twice its standard error, "\
+            f"{100 * lens['above_noise']['mean']:.0f}% of the edits." if lens.get("signs", {}).get("spread") is not None else "No edit's utility was above noise at two seeds or more."
+    rows = [[way, told(lens["gain"].get(way)), told(lens.get("regret", {}).get(way), 2), told(lens["correlation"].get(way), 3)] for way in WAYS if way in lens["gain"]]
+    return [
+        "Two gists opened: gain in nats over the next block, each opened alone; regret against the oracle's (0 = as good, 1 = no gain); correlation of the scores with the gains. " + noise,
+        report.table(["choice", "gain", "regret", "correlation"], rows), picture("mega_lens.png", "LensNet's score against measured utility") if points else "",
+    ]
+
+
+def recall_tables(loaded, data, args, began):
+    found, missing, data["telemetry"] = recall(loaded, Engine(loaded.tokenizer), args.recall_tasks, args.source, args.recall_lengths, args.recall_depths, args.recall_problems,
+                                               args.seeds, args.recall_budget, began)
+    data["recall"] = {name: {length: {depth: {way: spread(shares) for way, shares in ways.items()} for depth, ways in depths.items()} for length, depths in lengths.items()}
+                      for name, lengths in found.items()}
+    data |= dict(recall_missing=missing, recall_budget=args.recall_budget)
+    asked = args.recall_problems * args.seeds
+    tables = [f"Recall with {args.recall_budget} entries in view: share of {asked} questions answered, by length of the history and depth (0 = oldest).", recall_table(data["recall"], args.recall_depths)]
+    if missing:
+        tables.append("\n".join(f"- not asked: {name}, {reason}" for name, reason in missing.items()))
+    if data["recall"]:
+        panels = {name: {way: {length: {depth: table[depth][way]["mean"] for depth in args.recall_depths} for length, table in lengths.items()} for way in MEMORIES}
+                  for name, lengths in data["recall"].items()}
+        plots.heat_maps(report.folder() / "mega_recall.png", panels, "tokens of history", "depth")
+        tables += [picture("mega_recall.png", "recall by depth and length"), "Telemetry of these sessions, means over their ticks; milliseconds since the tick before, median and 99th percentile.",
+                   telemetry_table(data["telemetry"])]
+    return tables
 
 
 if __name__ == "__main__":

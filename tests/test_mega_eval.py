@@ -1,4 +1,4 @@
-"""mega_eval on tiny networks: its tables stand in the report, and its last line has all the numbers, the sessions' telemetry too."""
+"""mega_eval on tiny networks: its tables and pictures stand in the report, and its last line has all the numbers, the sessions' telemetry too."""
 
 import json
 import shlex
@@ -7,37 +7,103 @@ import sys
 import pytest
 
 import scripts.mega_eval as mega_eval
+from megacontext.evaluate import METHODS, WAYS
+from megacontext.runtime import Session
+from megacontext.telemetry import Telemetry
 from nanochat import report
+from nanochat.common import UserError
+from scripts import recall
+from scripts.load import load_stage
 from tests.tiny_run import make_run, make_text
 
 
 def test_the_tables_and_the_json_tell_what_the_sessions_did(base, tmp_path, monkeypatch, capsys):
     make_run("sft", seq_len=512)
     source = make_text(tmp_path / "text", files=120)
-    monkeypatch.setattr(mega_eval, "long_documents", lambda source, tokenizer, T: [list(range(1, 60)) * 10] * 2)
-    open_stream = mega_eval.open_stream
-
-    def eager(*args, **settings): # networks that learnt nothing promise little: here they need not promise more
-        stream = open_stream(*args, **settings)
-        stream.margin = 0.0
-        return stream
-
-    monkeypatch.setattr(mega_eval, "open_stream", eager)
-    monkeypatch.setattr(sys, "argv", ["mega_eval", "--source", source, "--device", "cpu", "--budget", "192", "--documents", "2", "--seeds", "2",
-                                      "--recall-lengths", "700", "--recall-problems", "2"])
+    eager = lambda *args, **settings: Session(*args, **settings, margin=0.0) # networks that learnt nothing promise little: here they need not promise more
+    monkeypatch.setattr(mega_eval, "long_documents", lambda source, tokenizer, T: [list(range(1, 60)) * 10, list(range(60, 1, -1)) * 10])
+    monkeypatch.setattr(recall, "Session", eager)
+    monkeypatch.setattr(sys, "argv", ["mega_eval", "--checkpoint", "sft/t", "--source", source, "--device", "cpu", "--budget", "192", "--documents", "2", "--measured-rows", "2",
+                                      "--seeds", "2", "--recall-tasks", "passkey,codeqa", "--recall-lengths", "700", "--recall-depths", "0,0.9", "--recall-problems", "1"])
     mega_eval.main()
     out = capsys.readouterr().out
-    told = json.loads(out.splitlines()[-1])["telemetry"]
-    assert list(told) == ["lensnet/700", "recency/700"]
+    data, section = json.loads(out.splitlines()[-1]), (report.folder() / "mega.md").read_text()
+    assert data == report.read_data("mega") and (data["stage"], data["tag"], data["seq_len"], data["lengths"]) == ("sft", "t", 512, [128, 256, 512])
+
+    assert set(data["trailing"]) == {"128", "256", "512"} and all(set(row) == set(METHODS) for row in data["trailing"].values())
+    window = data["trailing"]["512"]["window"]
+    assert window["better_than_window"]["mean"] == window["above_window"]["mean"] == 0 and all(set(numbers) == {"mean", "spread"} for numbers in window.values())
+    assert set(data["dnll"]) == {"1", "1 newest"} and set(data["dnll"]["1"]) == {"32", "64", "128"} and data["reconstruction"]["1"]["own"]["mean"] > 0
+    assert data["diversity"]["trained"]["1"]["n"]["mean"] == 2 * 16, "rows of 16 blocks have no level-2 gist"
+    assert set(data["lens"]["gain"]) == set(WAYS) and data["lens"]["regret"]["oracle"] == dict(mean=0.0, spread=0.0)
+    assert set(data["recall"]["passkey"]["700"]["0.9"]) == set(recall.WAYS) and set(data["recall"]) | {name.split("/")[0] for name in data["recall_missing"]} == {"passkey", "codeqa"}
+
+    for name in ("mega_context", "mega_lens", "mega_recall"):
+        assert f"]({name}.png)" in section and (report.folder() / f"{name}.png").stat().st_size > 1000
+
+    told = data["telemetry"]
+    assert list(told) == ["lensnet/700", "recency/700", "gists/700"]
     for name, summary in told.items():
-        assert summary["ticks"] >= 6 and 0 < summary["budget_use"] <= 1 and set(summary["ms"]) == set(mega_eval.STAGES)
+        assert summary["ticks"] >= 1 and 0 < summary["budget_use"] <= 1 and set(summary["ms"]) == set(recall.STAGES)
         assert sum(summary["residency"].values()) == pytest.approx(192 * summary["budget_use"])
         assert summary["ms"]["splice"]["count"] == summary["ticks"]
     assert told["lensnet/700"]["edits"]["expand 1"] > 0 and told["lensnet/700"]["swap_rate"] > 0
-    assert not any(kind.startswith("expand") for kind in told["recency/700"]["edits"]), "by recency alone nothing is opened, only closed to make room"
+    for name in ("recency", "gists"):
+        assert not any(kind.startswith("expand") for kind in told[f"{name}/700"]["edits"]), "without LensNet, or where nothing raw is allowed, blocks are only closed"
     line = [line for line in out.splitlines() if line.startswith("| 700 tokens, lensnet |")][-1]
     cells = [cell.strip() for cell in line.split("|")[1:-1]]
     assert cells[1] == str(told["lensnet/700"]["ticks"]) and cells[4].startswith("0: ")
-    assert line in (report.folder() / "mega.md").read_text() and "| 700 tokens, recency |" in out
+    assert line in section and "| 700 tokens, recency |" in out
     numbers = dict(pair.split("=") for pair in shlex.split(next(line for line in out.splitlines() if line.startswith("summary "))) if "=" in pair)
     assert float(numbers["lensnet/700/budget_use"]) == pytest.approx(told["lensnet/700"]["budget_use"], rel=1e-4) and float(numbers["loss_window"]) > 0
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--seeds", "1"], "--seeds of at least 2"), (["--measured-rows", "1"], "--measured-rows from 2"), (["--lengths", "100"], "multiples of 128"), (["--lengths", "a"], "numbers with commas"),
+    (["--seq-len", "128"], "--seq-len of at least 512"), (["--recall-tasks", "poetry"], "--recall-tasks among passkey"), (["--recall-depths", "2"], "depths from 0 to 1"), (["--budget", "40"], "raise --budget")])
+def test_what_cannot_be_measured_is_said_before_anything_is(base, tmp_path, monkeypatch, flags, said):
+    make_run("sft", seq_len=512)
+    monkeypatch.setattr(mega_eval, "long_documents", lambda source, tokenizer, T: [list(range(1, 60)) * 10] * 2)
+    monkeypatch.setattr(sys, "argv", ["mega_eval", "--source", make_text(tmp_path / "text", files=40), "--device", "cpu", *flags])
+    with pytest.raises(UserError, match=said):
+        mega_eval.main()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Ways of remembering
+
+def test_the_ways_of_remembering_see_what_they_may(base):
+    """
+    What is read behind: gists only has nothing raw before its tail; recency opens nothing; a window is the plain model on the newest tokens behind
+    the first. All sessions start from one tree, and leave it as they found it.
+    """
+    make_run("sft", seq_len=512)
+    loaded, seen, windows = load_stage("sft", "t", device="cpu"), {}, []
+
+    class Watched(Session):
+        def _forward(self, start):
+            if self.tree.length > 900: # not the contexts that are assembled before the question
+                seen.setdefault((self.n_diff, bool(self.pins.never)), []).append(([span for span in self.spans if span.level == 0], self.tree.length))
+            return super()._forward(start)
+
+    class Said:
+        def generate(self, stream, ids, max_tokens, temperature):
+            if isinstance(stream, Session):
+                stream.feed(ids)
+            else:
+                windows.append(ids)
+            return []
+
+    text = " ".join(f"{n} apples" for n in range(400))
+    conversation = {"messages": [dict(role="user", content=text), dict(role="assistant", content="yes")]}
+    prompt = loaded.tokenizer.render_prompt({"messages": conversation["messages"][:1]})
+    assert len(prompt) > 1000
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recall, "Session", Watched)
+        said = recall.answers(loaded, Said(), conversation, 192, 16, {way: Telemetry() for way in recall.SESSIONS})
+    assert set(said) == set(recall.WAYS) and set(seen) == {(4, False), (0, False), (4, True)}
+    head = (len(prompt) - 32) // 32 * 32 # a budget of 192 has a raw tail of 32 tokens
+    assert windows == [prompt[:1] + prompt[1 - (192 - 16):]]
+    for spans, length in seen[4, True]:
+        assert all(span.start >= head for span in spans), "gists only, yet an old block is raw"
+    assert any(span.start < head for spans, _ in seen[0, False] for span in spans), "recency keeps raw what the budget has room for"

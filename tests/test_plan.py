@@ -322,7 +322,7 @@ def test_two_tags_keep_their_models(runs):
 def test_a_whole_run_in_miniature(base, tmp_path, monkeypatch, memory):
     """The real commands, on next to nothing: every stage ends well, nothing is missing in the report, and a second run does nothing."""
     tiny = replace(tiers.CPU, depth=1, vocab_size=1024, seq_len=256, long_len=1024, tokens=20480, batch_tokens=1024, mid_steps=2, sft_steps=2, save_every=5, eval_tokens=4096,
-                   chat_flags=("--seconds", "0.2"), memory_flags=("--documents", "2", "--recall-lengths", "512", "--recall-problems", "1"))
+                   chat_flags=("--seconds", "0.2"), memory_flags=("--documents", "2", "--measured-rows", "2", "--recall-lengths", "512", "--recall-problems", "1"))
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -331,7 +331,7 @@ def test_a_whole_run_in_miniature(base, tmp_path, monkeypatch, memory):
     stamps.mkdir(parents=True)
     speedrun.run_stages(run, stamps, base, "again")
     report = (tmp_path / "report.md").read_text()
-    assert report == (base / "report/report.md").read_text()
+    assert report.replace("](base/report/", "](") == (base / "report/report.md").read_text(), "the pictures stand in one place only"
     missing = [line for line in report.partition("## Missing")[2].partition("##")[0].splitlines() if line.startswith("- ")]
     assert all("mega" in line for line in missing) and len(missing) == (0 if memory else 1)
     (tmp_path / "report.md").unlink()

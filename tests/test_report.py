@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from nanochat import report
+from nanochat import plots, report
 from nanochat.common import STAGES
 
 
@@ -166,3 +166,39 @@ def test_the_page_is_written_here_and_in_the_base_folder(base, tmp_path, monkeyp
 
 def test_generated_text_cannot_close_its_code_block():
     assert report.fence("a\n```\n# evil") == "````text\na\n```\n# evil\n````"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+def steps_log(folder, tag, lines):
+    path = summary(folder, "base", tag)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + path.read_text())
+
+
+def test_training_curves_are_drawn_where_both_runs_are(base, monkeypatch):
+    """A killed run trained steps 20 twice: the later line counts. Without the plain run there is nothing to compare, and no picture."""
+    drawn = []
+    monkeypatch.setattr(plots, "lines", lambda path, panels, x: drawn.append((path.name, panels[0][2])))
+    steps_log(base, "d4", [dict(step=20, loss=9.0, loss_plain=9.0), dict(step=20, loss=4.0, loss_plain=3.5, loss_gist=4.5), dict(step=20, val_bpb=1.0), dict(step=30, loss=3.0, loss_gist=3.25)])
+    assert "training.png" not in report.assemble("d4") and not drawn
+    steps_log(base, "d4-plain", [dict(step=20, loss=5.0), dict(step=30, loss=2.0)])
+    for tag in ("d4", "d4-plain"):
+        assert "](training.png)" in report.assemble(tag)
+        name, curves = drawn.pop()
+        assert name == "training.png" and curves["plain"][:2] == [(20, 5.0, 0), (30, 2.0, 0)]
+        assert curves["with memory, rows read plainly"] == [(20, 3.5, 0)] and curves["with memory, rows read through gists"] == [(20, 4.5, 0), (30, 3.25, 0)]
+
+
+def test_a_page_elsewhere_finds_its_pictures(base, tmp_path, monkeypatch):
+    """report.md stands in two places, the pictures in one."""
+    text = "![a b](mega_x.png) and [a page](other.md) and ![far](http://x/y.png)"
+    assert report.with_pictures(text, report.folder()) == text
+    assert report.with_pictures(text, tmp_path) == "![a b](base/report/mega_x.png) and [a page](other.md) and ![far](http://x/y.png)"
+
+
+def test_a_new_run_forgets_the_pictures_too(base):
+    report.folder().mkdir(parents=True)
+    (report.folder() / "mega_x.png").write_bytes(b"old")
+    report.reset()
+    assert not list(report.folder().glob("*.png"))

@@ -1,0 +1,132 @@
+"""
+Questions about what was said far back, asked of sessions and of a window.
+A question is put to four ways of remembering at the same budget, on the same tokens:
+    lensnet   the session as it talks: gists, and what LensNet opens
+    recency   a session without LensNet: the newest blocks raw, gists of the rest
+    gists     a session that sees nothing raw of what came before its tail: gists only, LensNet may open gists of gists
+    window    the plain model on the newest tokens, behind the very first one
+GistNet reads the text once, for the three sessions together.
+"""
+import time
+
+from megacontext.ingest import ingest
+from megacontext.runtime import STAGES, Session
+from megacontext.span import BLOCK
+from megacontext.telemetry import Telemetry
+from megacontext.working_context import Pins
+from nanochat import report
+from nanochat.common import UserError, print0
+from nanochat.engine import PlainStream
+from scripts.load import open_tree
+from scripts.mixtures import texts_of
+from tasks.codeqa import CodeQuestions, Sources
+from tasks.haystack import Filler
+from tasks.needle import MultiKey, Passkey
+from tasks.ruler import VariableTracking
+
+SESSIONS = ("lensnet", "recency", "gists")
+WAYS = (*SESSIONS, "window")
+TASKS = {"passkey": (Passkey, 16), "multikey": (MultiKey, 16), "variables": (VariableTracking, 32), "codeqa": (CodeQuestions, 40)} # most tokens of an answer
+
+
+class Questions:
+    """Tasks by name over the texts of a source, which are read and parsed when a task first needs them."""
+
+    def __init__(self, source, tokenizer):
+        self.source, self.measure, self.held = source, lambda text: len(tokenizer.encode(text)), {}
+
+    def task(self, name, **settings):
+        """Raises ValueError or UserError where the texts do not hold what it takes."""
+        make = TASKS[name][0]
+        hold = Sources if make is CodeQuestions else Filler
+        if hold not in self.held:
+            self.held[hold] = hold(texts_of(self.source, "val"), self.measure)
+        task = make(self.held[hold], split="val", **settings)
+        task[0] # some tasks find only here that they have no room
+        return task
+
+
+def answers(loaded, engine, conversation, budget, most, telemetry):
+    """{way: what it says}. telemetry: {way: Telemetry} of the sessions."""
+    prompt, tokenizer = loaded.tokenizer.render_prompt({"messages": conversation["messages"][:-1]}), loaded.tokenizer
+    say = lambda stream, ids: tokenizer.decode(list(engine.generate(stream, ids, max_tokens=most, temperature=0)))
+    said, tree = {}, open_tree(loaded)
+    tail = min(8 * BLOCK, budget // 4 // BLOCK * BLOCK) # a session's raw tail
+    head = max(0, (len(prompt) - tail) // BLOCK * BLOCK)
+    if head:
+        ingest(loaded.gpt, loaded.gistnet, tree, prompt[:head])
+    for way in SESSIONS:
+        session = Session(loaded.gpt, loaded.gistnet, loaded.lensnet, tree, budget, n_diff=0 if way == "recency" else 4, telemetry=telemetry[way],
+                          pins=Pins(never=((0, head),)) if way == "gists" and head else Pins())
+        if way == "gists" and head:
+            session.refocus() # closes what was raw before anything is read behind it
+        said[way] = say(session, prompt[head:])
+        telemetry[way].next_session()
+        tree.truncate(head)
+    newest = min(budget, loaded.gpt.config.seq_len) - most
+    said["window"] = say(PlainStream(loaded.gpt), prompt if len(prompt) <= newest else prompt[:1] + prompt[1 - newest:])
+    return said
+
+
+def recall(loaded, engine, names, source, lengths, depths, problems, seeds, budget, began):
+    """
+    Every task at every length and depth, `problems` questions for each of `seeds` seeds.
+    Returns ({task: {length: {depth: {way: [share right, one a seed]}}}}, {task/length: why it was not asked}, {way/length: summary of the telemetry}).
+    """
+    questions, data, missing, summaries = Questions(source, loaded.tokenizer), {}, {}, {}
+    for length in lengths:
+        telemetry = {way: Telemetry() for way in SESSIONS}
+        for name in names:
+            try:
+                tasks = {depth: [questions.task(name, length=length, depth=depth, seed=seed, size=problems) for seed in range(seeds)] for depth in depths}
+            except (UserError, ValueError) as error:
+                missing[f"{name}/{length}"] = str(error)
+                print0(f"recall {name} in {length} tokens: not asked, {error}")
+                continue
+            table = data.setdefault(name, {})[length] = {}
+            for depth in depths:
+                shares = table[depth] = {way: [] for way in WAYS}
+                for task in tasks[depth]:
+                    right = {way: 0 for way in WAYS}
+                    for i in range(len(task)):
+                        for way, text in answers(loaded, engine, task[i], budget, TASKS[name][1], telemetry).items():
+                            right[way] += task.evaluate(task[i], text)
+                    for way in WAYS:
+                        shares[way].append(right[way] / len(task))
+            told = ", ".join(f"{way} {mean([share for depth in depths for share in table[depth][way]]):.2f}" for way in WAYS)
+            print0(f"recall {name} in {length} tokens: {told} ({time.time() - began:.0f} s)")
+        summaries |= {f"{way}/{length}": told.summary() for way, told in telemetry.items() if any(length in table for table in data.values())}
+    return data, missing, summaries
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+def recall_table(data, depths):
+    """data: {task: {length: {depth: {way: dict(mean, spread)}}}} -> Markdown, in percent."""
+    rows = [[f"{name}, {length} tokens, {way}", *[f"{100 * table[depth][way]['mean']:.0f}%" for depth in depths]]
+            for name, lengths in data.items() for length, table in lengths.items() for way in WAYS]
+    return report.table(["question, history, way", *[f"depth {depth}" for depth in depths]], rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Telemetry of the sessions
+
+def telemetry_numbers(summaries):
+    """What a dashboard plots of them, by names such as "lensnet/8192/swap_rate"."""
+    return {f"{name}/{key}": value for name, told in summaries.items()
+            for key, value in dict(swap_rate=told["swap_rate"], budget_use=told["budget_use"], **{f"{stage}_ms": told["ms"][stage]["p50"] for stage in STAGES}).items()}
+
+
+def telemetry_table(summaries):
+    """summaries: {"way/length": Telemetry.summary()}"""
+    by_level = lambda numbers: ", ".join(f"{level}: {n}" for level, n in numbers.items()) or "none"
+    rows = []
+    for name, told in summaries.items():
+        way, length = name.split("/")
+        opened = {kind.removeprefix("expand "): n for kind, n in told["edits"].items() if kind.startswith("expand")}
+        entries = {level: f"{n:.1f}" for level, n in told["residency"].items()}
+        ms = [f"{told['ms'][stage]['p50']:.2f}, {told['ms'][stage]['p99']:.2f}" for stage in STAGES]
+        rows.append([f"{length} tokens, {way}", f"{told['ticks']}", f"{told['swap_rate']:.4f}", f"{100 * told['budget_use']:.0f}%", by_level(entries), by_level(opened), *ms])
+    return report.table(["history", "ticks", "edits a span", "budget in use", "entries by level", "opened by level", *[f"{stage} ms" for stage in STAGES]], rows)
