@@ -38,7 +38,7 @@ parser.add_argument("--width", type=int, default=128, help="in heads of 64")
 parser.add_argument("--max-seq-len", type=int, default=512)
 parser.add_argument("--num-tokens", type=int, default=400_000)
 parser.add_argument("--batch-tokens", type=int, default=4096)
-parser.add_argument("--lr", type=float, default=11.0, help="times the rates that follow from the batch; 11 suits a hundred steps (LOG.md)")
+parser.add_argument("--lr", type=float, default=1.0, help="times the rates that follow from batch and horizon")
 parser.add_argument("--eval-tokens", type=int, default=131072)
 parser.add_argument("--seeds", default="0,1,2", help="comma list")
 parser.add_argument("--only", default="", help="comma list of variants (empty = all)")
@@ -102,7 +102,7 @@ def train(config, items, val_items, tokenizer, args, seed, variant):
     """-> (bits per byte on validation text, seconds)"""
     plan = schedule.plan(config.layers, config.vocab_size, config.seq_len, tokens=args.num_tokens, batch_tokens=args.batch_tokens)
     began, rows = time.perf_counter(), args.batch_tokens // config.seq_len
-    with without(variant, config, seed, lr_scale=plan.lr_mult * args.lr, weight_decay=0.28 * plan.weight_decay_mult) as (gpt, optimizer, curve):
+    with without(variant, config, seed, lr_scale=plan.lr_mult * args.lr * schedule.short_run(plan), weight_decay=0.28 * plan.weight_decay_mult) as (gpt, optimizer, curve):
         curves = Curves(plan.steps, **curve)
         with Loader(items, tokenizer, rows, config.seq_len, align=32, seed=seed) as loader:
             for step, batch in zip(range(plan.steps), loader):

@@ -42,7 +42,7 @@ class Recipe:
     core: str               # the 22 tasks of CORE: "off" or "download"
     device: str
     processes: int = 1
-    lr: float = -1          # times the rates that the batch asks for (-1 = 1): runs of a few hundred steps want more
+    lr: float = -1          # times the rates that batch and horizon ask for (-1 = 1)
     tokens_per_param: int = schedule.TOKENS_PER_PARAM
     minutes: float = None   # of the whole run, measured; None = worked out from the card
     card: str = ""          # the time is for this card
@@ -51,7 +51,7 @@ class Recipe:
 
 CPU = Recipe(
     tier="cpu", device="cpu", depth=4, vocab_size=4096, seq_len=1024, long_len=2048, tokens=1_474_560, batch_tokens=4096, mid_steps=60, sft_steps=50,
-    source="stdlib", long_source="stdlib", memory_source="stdlib", tokenizer_chars=20_000_000, lr=11, save_every=50, eval_tokens=65536,
+    source="stdlib", long_source="stdlib", memory_source="stdlib", tokenizer_chars=20_000_000, lr=2, save_every=50, eval_tokens=65536,
     chat_flags=("--seconds", "2"), memory_flags=("--documents", "4", "--measured-rows", "2", "--recall-lengths", "1024,8192", "--recall-problems", "1"), core="off", minutes=14)
 
 GPU = dict(

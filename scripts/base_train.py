@@ -27,7 +27,7 @@ parser.add_argument("--windows", default="L", help="with --plain: how far layers
 parser.add_argument("--source", default="stdlib", help="stdlib, dir:PATH, climbmix, or a mix such as dir:books:0.7,stdlib:0.3")
 parser.add_argument("--num-tokens", type=int, default=-1, help="tokens to train on (-1 = 12 per scaling parameter)")
 parser.add_argument("--num-steps", type=int, default=-1, help="optimizer steps instead of tokens")
-parser.add_argument("--lr", type=float, default=1.0, help="times the learning rates that follow from the batch")
+parser.add_argument("--lr", type=float, default=1.0, help="times the learning rates that follow from batch and horizon")
 parser.add_argument("--tag", default="", help="name of the checkpoint folder (empty = d<depth>)")
 add_flags(parser, curriculum="8:0.3,16:0.55,32:1")
 
@@ -36,10 +36,12 @@ def main():
     args = parser.parse_args()
     place = start(args)
     tokenizer = Tokenizer.load()
-    plan = schedule.plan(args.depth, tokenizer.vocab_size, args.max_seq_len, tokens=given(args.num_tokens), steps=given(args.num_steps), batch_tokens=given(args.batch_tokens))
+    plan = schedule.plan(args.depth, tokenizer.vocab_size, args.max_seq_len, tokens=given(args.num_tokens), steps=given(args.num_steps), batch_tokens=given(args.batch_tokens),
+                         world=place.dist.world)
+    rates = args.lr * schedule.short_run(plan)
     networks = build(GPTConfig.from_depth(args.depth, tokenizer.vocab_size, args.max_seq_len, tokenizer.bos, windows=args.windows), memory=not args.plain)
     train("base", args.tag or f"d{args.depth}", args, place, networks, tokenizer, plan, open_source(args.source, "train"), open_source(args.source, "val"),
-          identity=dict(source=args.source, lr=args.lr), rates=args.lr)
+          identity=dict(source=args.source, lr=rates), rates=rates)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import pytest
 from nanochat.common import UserError
 from nanochat.cost import parameter_counts
 from nanochat.gpt import GPTConfig
-from nanochat.schedule import (accumulation, fit_rows, lr_multiplier, muon_momentum, plan, warmdown_start,
+from nanochat.schedule import (accumulation, fit_rows, lr_multiplier, muon_momentum, plan, short_run, warmdown_start,
                                weight_decay_multiplier)
 
 LADDER = {  # depth: (width, scaling M, tokens B, log2 batch), nanochat's published miniseries at vocabulary 32768
@@ -59,10 +59,31 @@ def test_what_is_set_by_hand_stays():
         plan(4, 4096, steps=0)
 
 
+@pytest.mark.parametrize("tokens", [200_000, 500_000, 1_000_000, 2_000_000])
+def test_a_short_run_gets_steps_and_rates_that_let_it_learn(tokens):
+    """The batch rule alone gave 12 steps to 200,000 tokens, at a seventh of the rates: nothing was learnt."""
+    p = plan(4, 4096, 512, tokens=tokens)
+    assert 64 <= p.steps <= 256
+    assert p.lr_mult < p.lr_mult * short_run(p) <= 1.0
+
+
+def test_a_whole_run_is_not_touched_by_what_short_ones_need():
+    for depth in (4, 12, 20):
+        p = plan(depth, 32768)
+        assert short_run(p) == pytest.approx(1.0, abs=0.01) and p.steps > 500
+    hand = plan(4, 4096, 512, tokens=1_000_000, batch_tokens=4096)
+    assert short_run(hand) == pytest.approx(math.sqrt(12 * hand.scaling_params / hand.tokens))
+    assert short_run(plan(12, 32768, tokens=10**7, batch_tokens=2**19)) == 1.0, "never above the rates of the reference batch"
+
+
+def test_every_process_has_a_row_to_read():
+    assert plan(4, 4096, 2048, tokens=100_000, world=8).batch_tokens == 8 * 2048
+
+
 def test_a_two_minute_run_does_not_decay_its_weights_away():
     """With 1 / D of the tokens really seen, 4M tokens at depth 4 gave a decay of 23% per step: the weights never grew."""
     p = plan(4, 8192, 512, tokens=4_000_000)
-    assert 0.02 * p.lr_mult * 0.28 * p.weight_decay_mult < 0.05
+    assert 0.02 * p.lr_mult * short_run(p) * 0.28 * p.weight_decay_mult < 0.05
 
 
 @pytest.mark.parametrize("batch, rows, T, world", [(2**19, 32, 2048, 8), (2**14, 4, 512, 2)])
