@@ -81,7 +81,7 @@ class LensNet(nn.Module):
         sharp = likeness * self.sharpness
         sharp, count = (sharp, keys.size(1)) if seen is None else (sharp.masked_fill(~seen[:, :, None], -1e4), seen.sum(1)[:, None, None].clamp(min=1))
         spread = torch.softmax(sharp, dim=1) * count
-        ends = self.ends.clamp(max=n - 1)
+        ends = self.ends if n == TAIL else self.ends.clamp(max=n - 1)
         newest_first = torch.stack([likeness, spread]).flip(-1)
         like, spread = newest_first.cumsum(dim=-1).index_select(-1, ends) / (ends + 1) # means over the newest k, (M, E, 4)
         best = newest_first[0].cummax(dim=-1).values.index_select(-1, ends)
