@@ -43,7 +43,7 @@ class Batch:
             session.shown.note(session.shown.cache.length, [places[row]])
             session.shown.cache.advance(1)
             session._count("read", time.perf_counter() - share, read_tokens=1)
-            session.grown(entries.x[row], ids[row])
+            session.grown(entries.x[row:row + 1], ids[row])
         return logits
 
 

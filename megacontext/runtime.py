@@ -65,7 +65,7 @@ class Session:
         self.store = KVStore(gpt.device, kept * budget, kept_in_ram * budget)
         self.spans, self.scored, self.edits, self.focus = [], {}, [], Focus()
         self.keys = {}   # span in view -> what LensNet compares with the newest tokens, (D,)
-        self.newest = [] # embeddings of the tokens read last, each (n, D); none after a jump
+        self.newest = [] # embeddings of the tokens read last, each (1, n, D); none after a jump
         self.last = None # id of the newest token, (1,); None where it has to be looked up
         self.telemetry, self.told = telemetry or Telemetry(), {}
         self.stats = dict(ticks=0, edits=0, read_tokens=0, ingested_tokens=0) | {f"{stage}_ms": 0.0 for stage in STAGES}
@@ -145,7 +145,7 @@ class Session:
         self.tree.append_tokens(ids)
         logits = self._forward(entries, length)
         self._count("read", start, read_tokens=len(ids))
-        self.grown(entries.x[0], new[:, -1])
+        self.grown(entries.x, new[0] if len(ids) == 1 else new[0, -1:])
         return logits
 
     def before(self):
@@ -161,7 +161,7 @@ class Session:
         return self.gpt.head(self.shown.read(entries, range(start, start + n), see)[0, -1])
 
     def grown(self, x, last):
-        """Tokens, embedded as x (n, D), the last id of them (1,), were appended to the tree and read: a finished block makes a tick."""
+        """Tokens, embedded as x (1, n, D), the last id of them (1,), were appended to the tree and read: a finished block makes a tick."""
         self.last = last
         if self.n_diff: # where nobody asks, nothing would ever shorten the list
             self.newest.append(x)
@@ -226,15 +226,15 @@ class Session:
         levels = torch.tensor([span.level for span in spans], device=keys.device)
         places = self.shown.mapped([span.centre for span in spans] + [self.tree.length]) # as the GPT sees them, within what was trained
         distances = (places[:, -1:] - places[:, :-1]).clamp(min=1)
-        scores = self.lensnet.compare(tail[None], keys[None], levels[None], distances)[0].tolist()
+        scores = self.lensnet.compare(tail, keys[None], levels[None], distances)[0].tolist()
         return scores + [0.0] * (len(self.spans) - len(spans)) # the live block is the last
 
     def _tail(self):
-        """Embeddings (n, D) of the newest tokens, those that ask."""
+        """Embeddings (1, n, D) of the newest tokens, those that ask."""
         wanted = min(ASKING, self.tree.length)
-        tail = torch.cat(self.newest)[-wanted:] if self.newest else self.newest
-        if len(tail) < wanted:
-            tail = embed_tokens(self.gpt, self.tree, self.tree.length - wanted, self.tree.length).x[0]
+        tail = torch.cat(self.newest, dim=1)[:, -wanted:] if self.newest else None
+        if tail is None or tail.size(1) < wanted:
+            tail = embed_tokens(self.gpt, self.tree, self.tree.length - wanted, self.tree.length).x
         self.newest = [tail]
         return tail
 
@@ -247,7 +247,7 @@ class Session:
             rows = torch.as_tensor(self.tree.gists_of(gists), dtype=self.gpt.dtype, device=self.gpt.device)
             self.keys |= zip(gists, self.lensnet.keys(rows).unbind())
         for span in blocks:
-            x = tail[-BLOCK:] if span.stop == self.tree.length else embed_tokens(self.gpt, self.tree, span.start, span.stop).x[0]
+            x = tail[0, -BLOCK:] if span.stop == self.tree.length else embed_tokens(self.gpt, self.tree, span.start, span.stop).x[0]
             self.keys[span] = self.lensnet.keys(norm(x.mean(dim=0)))
 
     # ------------------------------------------------------------------------------------------------------------------

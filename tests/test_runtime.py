@@ -404,4 +404,4 @@ def test_what_a_session_keeps_for_its_questions_is_bounded(n_diff):
     memory = session(budget=192, n_diff=n_diff)
     for t in some_ids(400):
         memory.feed([t])
-        assert sum(len(x) for x in memory.newest) <= 64 + BLOCK
+        assert sum(x.size(1) for x in memory.newest) <= 64 + BLOCK
