@@ -78,7 +78,7 @@ class GistNet(nn.Module):
     def forward(self, children, level, left=None, left_seen=None):
         """
         children (N, K, D) of the level below -> gists (N, D) of `level` (1 = children are tokens), at unit RMS.
-        left (N, C, D), level 1 only: the tokens before each block; left_seen (N, C) bool: False where there is none.
+        left (N, C, D), level 1 only: the tokens before each block; left_seen (N, C) bool: False where there is none (None: all are there).
         """
         N, K, _ = children.shape
         mark = self.level_embedding[min(level, self.config.levels) - 1]
@@ -88,7 +88,8 @@ class GistNet(nn.Module):
         for i, block in enumerate(self.rounds):
             keys, mask = z, None
             if i == 0 and C: # one layer reads the left: more would need the left's own left
-                keys, mask = torch.cat([self.narrow(left) + mark, z], dim=1), torch.cat([left_seen, left_seen.new_ones(N, K + 1)], dim=1)[:, None, None]
+                keys = torch.cat([self.narrow(left) + mark, z], dim=1)
+                mask = None if left_seen is None else torch.cat([left_seen, left_seen.new_ones(N, K + 1)], dim=1)[:, None, None]
             n, m = 1 if block is self.rounds[-1] else K + 1, keys.size(1) # of the last round nobody reads more than the slot
             z = block(keys, n, (cos[:, :, -m:], sin[:, :, -m:]), mask)
         return norm(norm(children.mean(dim=1)) + self.widen(norm(z[:, -1])))

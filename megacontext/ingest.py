@@ -76,6 +76,8 @@ def token_gists(gpt, gistnet, tree, first, last):
     blocks = torch.arange(first, last, device=gpt.device)[:, None] * BLOCK
     children = x[blocks + torch.arange(BLOCK, device=gpt.device) - start]
     index = blocks + torch.arange(-C, 0, device=gpt.device) # (n, C), negative before the history began
+    if first * BLOCK >= C: # the history reaches that far back for all of them
+        return gistnet(children, 1, x[index - start])
     return gistnet(children, 1, x[(index - start).clamp(min=0)], index >= 0)
 
 

@@ -117,8 +117,9 @@ class Session:
             self._count("splice", start)
             ids = ids[skip:]
         while ids:
-            room = BLOCK - self.tree.length % BLOCK
-            logits = self._read(ids[:room])
+            length = self.tree.length
+            room = BLOCK - length % BLOCK
+            logits = self._read(ids[:room], length)
             ids = ids[room:]
         if prompt and self.n_diff and self._settle():
             logits = self._read_again()
@@ -134,22 +135,21 @@ class Session:
         self.edits = edits
         return len(edits) > 0
 
-    def _read(self, ids):
-        """Read tokens that stay within the live block; a tick when they complete it."""
-        start, length = time.perf_counter(), self.tree.length
+    def _read(self, ids, length):
+        """Read tokens that stay within the live block, behind `length` others; a tick when they complete it."""
+        start = time.perf_counter()
         new = torch.tensor([ids], device=self.gpt.device)
         entries = self.gpt.embed(new, self.before())
         self.tree.append_tokens(ids)
         logits = self._forward(entries, length)
         self._count("read", start, read_tokens=len(ids))
-        self.grown(new[:, -1])
+        self.grown(new[0] if len(ids) == 1 else new[0, -1:])
         return logits
 
     def before(self):
         """Id of the newest token, (1,), in whose light the next one is embedded; None at the very start."""
-        length = self.tree.length
-        if self.last is None and length:
-            self.last = torch.as_tensor(self.tree.tokens(length - 1, length), dtype=torch.long, device=self.gpt.device)
+        if self.last is None and self.tree.length:
+            self.last = torch.as_tensor(self.tree.tokens(self.tree.length - 1, self.tree.length), dtype=torch.long, device=self.gpt.device)
         return self.last
 
     def _forward(self, entries, start):

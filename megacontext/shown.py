@@ -114,8 +114,9 @@ class Shown:
             elif place != at:
                 moves.append([at, place, n])
             at += n
+        tensors = self.cache.k[:, 0], self.cache.v[:, 0], self.unturned
         for to, place, n in moves:
-            for tensor in (self.cache.k[:, 0], self.cache.v[:, 0], self.unturned):
+            for tensor in tensors:
                 source = tensor[:, :, place:place + n]
                 tensor[:, :, to:to + n] = source.clone() if place < to + n else source
             self.places[to:to + n] = self.places[place:place + n]
