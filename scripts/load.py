@@ -4,7 +4,7 @@ What every script that uses a trained model shares. megacontext/ is imported onl
 plain model still trains and talks.
 """
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import count
 from pathlib import Path
 from threading import Lock
@@ -74,9 +74,17 @@ def build(config, memory, gist_config=None, lens_config=None):
         return gpt, None, None
     from megacontext.gistnet import GistConfig, GistNet
     from megacontext.lensnet import LensConfig, LensNet
-    gist_config = GistConfig(**gist_config) if gist_config else GistConfig.for_gpt(config)
-    lens_config = LensConfig(**(lens_config or {}))
-    return gpt, GistNet(gist_config), LensNet(lens_config)
+    gist_config = configured(GistConfig, gist_config) if gist_config else GistConfig.for_gpt(config)
+    return gpt, GistNet(gist_config), LensNet(configured(LensConfig, lens_config or {}))
+
+
+def configured(kind, values):
+    """A network's config from what a checkpoint says of it; what another version of the code wrote is told in a line."""
+    known = {field.name for field in fields(kind)}
+    if not known.issuperset(values):
+        raise UserError(f"the checkpoint was trained by another version of this code: expected a {kind.__name__} of {', '.join(sorted(known))}, "
+                        f"found {', '.join(sorted(values))}. Train it again")
+    return kind(**values)
 
 
 def describe(gpt, gistnet, lensnet, tokenizer):

@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+from nanochat.common import UserError
 from scripts.load import load_stage, open_stream
 from tests.tiny_run import make_run
 
@@ -14,11 +15,12 @@ def test_the_budget_of_a_saved_memory(base, tmp_path, asked, opened, same):
     stream = open_stream(loaded, budget=224, tree=tmp_path / "memory")
     stream.feed(ids)
     stream.save(tmp_path / "memory")
+    spans = stream.spans
     stream.tree.close()
 
     again = open_stream(loaded, budget=asked, tree=tmp_path / "memory")
     assert (again.budget, again.length) == (opened, 1500)
-    assert (again.spans == stream.spans) == same
+    assert (again.spans == spans) == same
     again.tree.close()
 
 
@@ -34,3 +36,12 @@ def test_a_model_in_bf16_is_the_same_model(base, tmp_path):
     again = open_stream(half, tree=tmp_path / "memory")
     assert half.gpt.dtype == torch.bfloat16 and again.length == 300 and torch.isfinite(again.feed([7])).all()
     again.tree.close()
+
+
+def test_networks_of_another_version_are_told(base):
+    """LensNet once had a width: its checkpoints ended in a traceback."""
+    make_run("sft")
+    path = next(path for path in base.rglob("*.json") if '"lensnet"' in path.read_text())
+    path.write_text(path.read_text().replace('"lensnet": {', '"lensnet": {"width": 64, ', 1))
+    with pytest.raises(UserError, match="another version.*LensConfig of hidden, found hidden, width"):
+        load_stage("sft")

@@ -81,10 +81,10 @@ def test_the_ways_of_remembering_see_what_they_may(base):
     loaded, seen, windows = load_stage("sft", "t", device="cpu"), {}, []
 
     class Watched(Session):
-        def _forward(self, start):
+        def _forward(self, entries, start):
             if self.tree.length > 900: # not the contexts that are assembled before the question
                 seen.setdefault((self.n_diff, bool(self.pins.never)), []).append(([span for span in self.spans if span.level == 0], self.tree.length))
-            return super()._forward(start)
+            return super()._forward(entries, start)
 
     class Said:
         def generate(self, stream, ids, max_tokens, temperature):
