@@ -38,7 +38,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megacontext import allocator, ingest, lensnet, runtime, telemetry, working_context
 from megacontext.span import BLOCK
-from nanochat import attention, cost, gpt, schedule
+from nanochat import attention, cost, cross_entropy, gpt, schedule
 from nanochat.dataloader import Loader
 from nanochat.decode import StaticDecode
 from nanochat.engine import LeftPadded, PlainStream
@@ -180,7 +180,7 @@ def default(function, name):
 
 
 SAID = [ # (file, words with {} where the number stands, the number)
-    ("nanochat/gpt.py", "QK-norm with a gain of {},", gpt.QK_GAIN), ("nanochat/gpt.py", "logit soft-cap {},", int(gpt.SOFTCAP)),
+    ("nanochat/gpt.py", "QK-norm with a gain of {},", gpt.QK_GAIN), ("nanochat/gpt.py", "logit soft-cap {},", int(cross_entropy.SOFTCAP)),
     ("nanochat/attention.py", "base {} as in nanochat", f"{attention.ROPE_BASE:.0e}".replace("+0", "")),
     ("nanochat/schedule.py", "Horizon: D = {} N", schedule.TOKENS_PER_PARAM), ("nanochat/schedule.py", "from 2^{} at", schedule.REF_BATCH.bit_length() - 1),
     ("scripts/base_train.py", "(-1 = {} per scaling parameter)", schedule.TOKENS_PER_PARAM), ("scripts/stage.py", "tokens a row; a multiple of {}", BLOCK),
