@@ -36,7 +36,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megacontext import allocator, ingest, lensnet, runtime, telemetry, working_context
+from megacontext import allocator, ingest, matches, runtime, telemetry, working_context
 from megacontext.span import BLOCK
 from nanochat import attention, cost, cross_entropy, gpt, schedule
 from nanochat.dataloader import Loader
@@ -185,7 +185,7 @@ SAID = [ # (file, words with {} where the number stands, the number)
     ("nanochat/schedule.py", "Horizon: D = {} N", schedule.TOKENS_PER_PARAM), ("nanochat/schedule.py", "from 2^{} at", schedule.REF_BATCH.bit_length() - 1),
     ("scripts/base_train.py", "(-1 = {} per scaling parameter)", schedule.TOKENS_PER_PARAM), ("scripts/stage.py", "tokens a row; a multiple of {}", BLOCK),
     ("README.md", "one vector for {} tokens", BLOCK), ("megacontext/README.md", "one vector for {} tokens or", BLOCK), ("megacontext/README.md", "Atomic swaps: all {} children", BLOCK),
-    ("docs/RUNTIME.md", "Every {} tokens there is one tick", BLOCK), ("docs/RUNTIME.md", "newest {} tokens x one vector", lensnet.TAIL),
+    ("docs/RUNTIME.md", "Every {} tokens there is one tick", BLOCK), ("docs/RUNTIME.md", "newest {} tokens x one bit set", matches.NEWEST),
     ("docs/RUNTIME.md", "at most {} edits:", default(runtime.Session.__init__, "n_diff")), ("docs/RUNTIME.md", "what pays for it by {} nats", int(runtime.MARGIN)),
     ("docs/RUNTIME.md", "rests for {} ticks", default(allocator.refocus, "cooldown")), ("docs/RUNTIME.md", "newest min({}, W/4) tokens", working_context.TAIL),
     ("docs/RUNTIME.md", "commits every {} tokens read", f"{runtime.COMMIT:,}"), ("docs/RUNTIME.md", "and every {} ingested", f"{ingest.NODES_AT_ONCE * BLOCK:,}"),
