@@ -63,7 +63,7 @@ class Session:
         self.tail = min(8 * BLOCK, budget // 4 // BLOCK * BLOCK) # raw whatever the scores say
         self.shown = Shown(gpt, budget, positions)
         self.store = KVStore(gpt.device, kept * budget, kept_in_ram * budget)
-        self.spans, self.scored, self.edits, self.focus = [], {}, [], Focus()
+        self.spans, self.newest_scores, self.edits, self.focus = [], {}, [], Focus() # newest_scores: span -> what LensNet said of it at the last tick
         self.keys = {}   # span in view -> what LensNet compares with the newest tokens, (D,)
         self.newest = [] # embeddings of the tokens read last, each (1, n, D); none after a jump
         self.last = None # id of the newest token, (1,); None where it has to be looked up
@@ -84,18 +84,18 @@ class Session:
     @property
     def spans(self):
         """The working context, oldest first. It follows the tokens that were read when somebody looks, not at every token."""
-        if self._known != self.tree.length:
+        if self._behind:
             self.spans = advance(self._spans, self.tree.length) # the last refocus left room for it
         return self._spans
 
     @spans.setter
     def spans(self, spans):
-        self._spans, self._known = spans, self.tree.length
+        self._spans, self._behind = spans, False
 
     @property
     def scores(self):
         """What LensNet said of each span when it was last asked, 0 of what it was not."""
-        return [self.scored.get(span, 0.0) for span in self.spans]
+        return [self.newest_scores.get(span, 0.0) for span in self.spans]
 
     # ------------------------------------------------------------------------------------------------------------------
     # Reading
@@ -162,7 +162,7 @@ class Session:
 
     def grown(self, x, last):
         """Tokens, embedded as x (1, n, D), the last id of them (1,), were appended to the tree and read: a finished block makes a tick."""
-        self.last = last
+        self.last, self._behind = last, True
         if self.n_diff: # where nobody asks, nothing would ever shorten the list
             self.newest.append(x)
         if self.tree.length % BLOCK == 0:
@@ -204,7 +204,7 @@ class Session:
         start = self._count("score", start, ticks=1)
         plan = refocus(self.spans, scores, self.budget, self.focus, n_diff=self.n_diff, margin=self.margin, tail=self.tail, pins=self.pins,
                        room=BLOCK - self.tree.length % BLOCK) # so that the live block can be finished before the next tick
-        self.scored = dict(zip(self.spans, scores))
+        self.newest_scores = dict(zip(self.spans, scores))
         self.spans, self.edits, self.focus = plan
         check(self.spans, self.tree.length, self.budget)
         start = self._count("allocate", start, edits=len(self.edits))
@@ -260,7 +260,7 @@ class Session:
         complete(self.gpt, self.gistnet, self.tree)
         self.shown.lift() # the live block as far as it went: what follows is read with it
         self.spans = assemble(self.tree.length, self.budget - BLOCK, tail=self.tail)
-        self.scored = {}
+        self.newest_scores = {}
         self._splice(now=True)
         if self.spans[-1].live:
             self._read_blocks(self.spans[-1:])
@@ -395,7 +395,7 @@ class Session:
         return cls(gpt, gistnet, lensnet, tree, state.budget, state=state, **dict(n_diff=state.n_diff, margin=state.margin, pins=state.pins) | settings)
 
     def _restore(self, state):
-        self.spans, self.scored, self.focus, self.edits = list(state.spans), dict(zip(state.spans, state.scores)), state.focus, []
+        self.spans, self.newest_scores, self.focus, self.edits = list(state.spans), dict(zip(state.spans, state.scores)), state.focus, []
         check(self.spans, self.tree.length, self.budget)
         self.shown.set_frame(state.frame)
         self.shown.add([(span, k, v) for span, (k, v) in state.kv.items()])
