@@ -62,7 +62,7 @@ class Session:
         self.tail = min(8 * BLOCK, budget // 4 // BLOCK * BLOCK) # raw whatever the scores say
         self.shown = Shown(gpt, budget, positions)
         self.store = KVStore(gpt.device, kept * budget, kept_in_ram * budget)
-        self.spans, self.scored, self.edits, self.focus = [], {}, [], Focus()
+        self.spans, self.newest_scores, self.edits, self.focus = [], {}, [], Focus() # newest_scores: span -> what LensNet said of it at the last tick
         self.matches = Matches()
         self.last = None # id of the newest token, (1,); None where it has to be looked up
         self.telemetry, self.told = telemetry or Telemetry(), {}
@@ -82,18 +82,18 @@ class Session:
     @property
     def spans(self):
         """The working context, oldest first. It follows the tokens that were read when somebody looks, not at every token."""
-        if self._known != self.tree.length:
+        if self._behind:
             self.spans = advance(self._spans, self.tree.length) # the last refocus left room for it
         return self._spans
 
     @spans.setter
     def spans(self, spans):
-        self._spans, self._known = spans, self.tree.length
+        self._spans, self._behind = spans, False
 
     @property
     def scores(self):
         """What LensNet said of each span when it was last asked, 0 of what it was not."""
-        return [self.scored.get(span, 0.0) for span in self.spans]
+        return [self.newest_scores.get(span, 0.0) for span in self.spans]
 
     # ------------------------------------------------------------------------------------------------------------------
     # Reading
@@ -160,7 +160,7 @@ class Session:
 
     def grown(self, last):
         """Tokens were appended to the tree and read, the id of the newest is last (1,): a finished block makes a tick."""
-        self.last = last
+        self.last, self._behind = last, True
         if self.tree.length % BLOCK == 0:
             self.shown.seal(self.spans[-1])
             start = time.perf_counter()
@@ -200,7 +200,7 @@ class Session:
         start = self._count("score", start, ticks=1)
         plan = refocus(self.spans, scores, self.budget, self.focus, n_diff=self.n_diff, margin=self.margin, tail=self.tail, pins=self.pins,
                        room=BLOCK - self.tree.length % BLOCK) # so that the live block can be finished before the next tick
-        self.scored = dict(zip(self.spans, scores))
+        self.newest_scores = dict(zip(self.spans, scores))
         self.spans, self.edits, self.focus = plan
         check(self.spans, self.tree.length, self.budget)
         start = self._count("allocate", start, edits=len(self.edits))
@@ -234,7 +234,7 @@ class Session:
         complete(self.gpt, self.gistnet, self.tree)
         self.shown.lift() # the live block as far as it went: what follows is read with it
         self.spans = assemble(self.tree.length, self.budget - BLOCK, tail=self.tail)
-        self.scored = {}
+        self.newest_scores = {}
         self._splice(now=True)
         if self.spans[-1].live:
             self._read_blocks(self.spans[-1:])
@@ -366,7 +366,7 @@ class Session:
         return cls(gpt, gistnet, lensnet, tree, state.budget, state=state, **dict(n_diff=state.n_diff, margin=state.margin, pins=state.pins) | settings)
 
     def _restore(self, state):
-        self.spans, self.scored, self.focus, self.edits = list(state.spans), dict(zip(state.spans, state.scores)), state.focus, []
+        self.spans, self.newest_scores, self.focus, self.edits = list(state.spans), dict(zip(state.spans, state.scores)), state.focus, []
         check(self.spans, self.tree.length, self.budget)
         self.shown.set_frame(state.frame)
         self.shown.add([(span, k, v) for span, (k, v) in state.kv.items()])

@@ -94,7 +94,7 @@ class MegaTree:
     @property
     def length(self):
         """Tokens of history."""
-        return self.columns[0, "ids"].rows
+        return self._column(0, "ids").rows
 
     def count(self, level):
         """Nodes at a level: tokens at level 0, gists above."""
