@@ -188,7 +188,7 @@ def flops_by_depth(rig, spans):
     accounts = [dict(model="this") | measure.flops(rig.gpt.config, rig.gistnet.config, rig.lensnet.config, spans, rig.budget)]
     for depth in (12, 20):
         config = GPTConfig.from_depth(depth, 32768)
-        accounts.append(dict(model=f"d{depth}") | measure.flops(config, GistConfig.for_gpt(config), LensConfig.for_gpt(config), spans, rig.budget))
+        accounts.append(dict(model=f"d{depth}") | measure.flops(config, GistConfig.for_gpt(config), LensConfig(), spans, rig.budget))
     return accounts
 
 
