@@ -68,7 +68,7 @@ def test_nanochat_looks_at_the_depth_only(tokens):
     """By hand: 12 * 4 * 256^2 + 256 * 4096 = 4.2M scaling parameters at d4, 88M at d12, and 2^19 * (4.2 / 88)^0.383 is 163,000: 2^17 is nearest."""
     args = SimpleNamespace(batch_tokens=-1, depth=4, max_seq_len=512, num_tokens=tokens)
     theirs, ours = against.batches_of(args, 4096)
-    assert theirs == 2**17 and ours == {131072: 16384, 1_000_000: 32768, 100_000_000: 262144}[tokens]
+    assert theirs == 2**17 and ours == {131072: 2048, 1_000_000: 8192, 100_000_000: 262144}[tokens]
     assert against.batches_of(SimpleNamespace(batch_tokens=8192), 4096) == (8192, 8192)
 
 

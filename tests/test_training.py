@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = ["--depth", "1", "--max-seq-len", "128", "--batch-tokens", "1024", "--num-steps", "6", "--eval-tokens", "1024", "--save-every", "3", "--log-every", "1", "--device", "cpu"]
+TINY = ["--depth", "1", "--lr", "0.05", "--max-seq-len", "128", "--batch-tokens", "1024", "--num-steps", "6", "--eval-tokens", "1024", "--save-every", "3", "--log-every", "1", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
