@@ -97,7 +97,7 @@ def short_run(plan):
     """
     What the rates of a run from nothing are multiplied by when it is cut short: with D instead of the D_opt that suits N, sqrt(D_opt / D), up to
     the rates that were tuned at the reference batch. The rules above hold for runs of many thousand steps; at 49 steps they reached 2.71 bits
-    per byte where 9 times the rate reached 2.38 (LOG.md, 2026-11-21).
+    per byte where 11 times the rates reached 2.38 (LOG.md, 2026-11-21).
     """
     return max(1.0, min(math.sqrt(TOKENS_PER_PARAM * plan.scaling_params / plan.tokens), 1 / plan.lr_mult))
 
