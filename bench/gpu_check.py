@@ -20,7 +20,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.train import parser as train_flags
 from nanochat.common import UserError, pick_device_type, run_main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,23 +35,20 @@ parser.add_argument("--only", default="", help="sections whose names have one of
 class Section:
     name: str
     limit: int            # seconds
-    command: tuple        # words after python -m; None = this code cannot do it yet
+    command: tuple        # words after python -m
     json: bool = True     # its last line is JSON
 
 
 def sections(tiny):
     """The most important first: what comes last is what a slow machine does not get to."""
-    has_fp8 = "--fp8" in train_flags._option_string_actions
     found = []
-    for precision in ("bf16", "fp8") if has_fp8 else ("bf16",):
+    for precision in ("bf16", "fp8"):
         for depth, batch, rows in ((12, 65536, 16), (20, 131072, 8)): # an eighth of the run's batch: what each of 8 GPUs has to do; rows that fit with memory too
             for memory in (False, True) if precision == "bf16" else (False,):
                 shape = ("--depth", "1", "--vocab-size", "512", "--max-seq-len", "128", "--batch-tokens", "1024", "--steps", "2", "--warm", "1", "--device", "cpu") if tiny \
                     else ("--depth", str(depth), "--batch-tokens", str(batch), "--device-batch", str(rows), "--steps", "8", "--device", "cuda", "--dtype", "bf16")
                 more = (() if memory else ("--plain",)) + (("--fp8",) if precision == "fp8" and not tiny else ())
                 found.append(Section(f"train d{depth} {precision}{' memory' if memory else ''}", 100 if depth == 20 else 75, ("bench.train", *shape, *more)))
-    if not has_fp8:
-        found += [Section(f"train d{depth} fp8", 0, None) for depth in (12, 20)]
     talk = ("--depth", "1", "--vocab-size", "512", "--prompt", "16", "--new", "4", "--repeats", "1", "--device", "cpu") if tiny else ("--depth", "12", "--repeats", "2", "--device", "cuda")
     infer = [Section(f"infer d12 {steps}", 75, ("bench.infer", *talk, "--steps", steps)) for steps in ("static", "eager")]
     flex = Section("flex", 75, ("bench.flex", *(("--tokens", "256", "--heads", "2", "--device", "cpu") if tiny else ("--tokens", "2048", "--heads", "6", "--device", "cuda"))))
@@ -76,8 +72,6 @@ def tests(tiny):
 def run_section(section, seconds, out):
     """One line of the results: {section, ok, seconds, error, result}. seconds: the most that it may take."""
     line = dict(section=section.name, ok=False, seconds=0.0, error=None, result=None)
-    if section.command is None:
-        return line | dict(ok=True, error="this code has no such flag")
     if seconds <= 0:
         return line | dict(error="not run: the time was over")
     print(f"\n{'-' * 100}\n{section.name}: python -m {' '.join(section.command)}", flush=True)
@@ -110,7 +104,7 @@ def run_all(chosen, out, minutes):
     """All sections, one after the other; returns their lines."""
     end, lines = time.monotonic() + 60 * minutes, []
     for section in chosen:
-        line = run_section(section, min(section.limit, end - time.monotonic()) if section.command else 0, out)
+        line = run_section(section, min(section.limit, end - time.monotonic()), out)
         lines.append(line)
         with open(out / "gpu_check.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

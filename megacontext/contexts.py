@@ -22,7 +22,7 @@ from megacontext.span import BLOCK
 from nanochat.attention import norm
 from nanochat.common import UserError
 
-ASKING = 2   # blocks before q that ask: 64 tokens, as many as LensNet's tail
+ASKING = 2   # blocks before q that ask: 64 tokens, as many as ask LensNet
 SPARE = 0.5  # share of the raw blocks that is for scores to give
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask
 
 HIDDEN, RAW, GIST, NODE = 0, 1, 2, 3
@@ -114,21 +115,14 @@ def block_mask(table, K, copies=None):
     line = torch.cat([entry[:T] // K, torch.full((Q + G,), none, device=device), Q + torch.arange(M * K, device=device) // K]) # (N,)
 
     keys = torch.cat([(lines == RAW).repeat_interleave(K, dim=2), lines == GIST, lines[:, :, :G * FAN:FAN] == NODE], dim=2) # (B, lines, T + Q + G)
-    per_line = pad_to(keys, n * TILE, 2).unflatten(2, (n, TILE)).sum(-1) # (B, lines, n) visible keys of each tile
-    pairs = pad_to(per_line[:, line], n * TILE, 1).unflatten(1, (n, TILE)).sum(2) # (B, n, n) visible pairs of each tile, own blocks apart
+    per_line = F.pad(keys, (0, n * TILE - keys.size(2))).unflatten(2, (n, TILE)).sum(-1) # (B, lines, n) visible keys of each tile
+    pairs = F.pad(per_line[:, line], (0, 0, 0, n * TILE - N)).unflatten(1, (n, TILE)).sum(2) # (B, n, n) visible pairs of each tile, own blocks apart
     full = pairs == TILE * TILE
     some = (pairs > 0) & ~full
     first = torch.where(line < none, entry - torch.where(entry < T, entry, entry - T - Q - G) % K, entry) # of the own block
     some[:, entry // TILE, entry // TILE] = True # an own block lies in one tile, or across two
     some[:, entry // TILE, first // TILE] = True
     return BlockMask.from_kv_blocks(*as_blocks(some), *as_blocks(full), BLOCK_SIZE=TILE, mask_mod=visibility_rule(table, K, copies), seq_lengths=(N, N))
-
-
-def pad_to(t, size, dim):
-    """Zeros behind t along dim."""
-    shape = list(t.shape)
-    shape[dim] = size - shape[dim]
-    return torch.cat([t, t.new_zeros(shape)], dim=dim)
 
 
 def as_blocks(tiles):

@@ -32,7 +32,7 @@ from megacontext.span import BLOCK
 from megacontext.state import State, load_state, save_state
 from megacontext.telemetry import Telemetry
 from megacontext.shown import Shown
-from megacontext.working_context import Pins, advance, assemble, check, cost
+from megacontext.working_context import TAIL, Pins, advance, assemble, check, cost
 from nanochat.common import UserError
 from nanochat.gpt import Entries, causal_after
 from nanochat.kv_cache import KVCache
@@ -42,6 +42,11 @@ LOOKED_AT = 1024      # tokens that a gist's value embeddings are the mean of, a
 MARGIN = 2.0         # nats a block: what an expansion must be better by than the collapse that pays for it (LOG.md, 2026-11-21)
 STAGES = ("read", "ingest", "score", "allocate", "splice")
 LEAST_BUDGET = 6 * BLOCK # a raw tail, room for the next block, and the most gists that cannot collapse: 31 a level, up to level 4
+
+
+def raw_tail(budget):
+    """Newest tokens that a session of this budget keeps raw whatever the scores say: a quarter of it, in whole blocks, and no more than training draws."""
+    return min(TAIL, budget // 4 // BLOCK * BLOCK)
 
 
 class Session:
@@ -59,7 +64,7 @@ class Session:
             raise UserError(f"a working context of {budget} entries is too small: expected at least {LEAST_BUDGET}, raise --budget")
         self.gpt, self.gistnet, self.lensnet, self.tree = gpt, gistnet, lensnet, tree
         self.budget, self.n_diff, self.margin, self.pins, self.exact = budget, n_diff, margin, pins, exact
-        self.tail = min(8 * BLOCK, budget // 4 // BLOCK * BLOCK) # raw whatever the scores say
+        self.tail = raw_tail(budget)
         self.shown = Shown(gpt, budget, positions)
         self.store = KVStore(gpt.device, kept * budget, kept_in_ram * budget)
         self.spans, self.newest_scores, self.edits, self.focus = [], {}, [], Focus() # newest_scores: span -> what LensNet said of it at the last tick

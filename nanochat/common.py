@@ -33,7 +33,7 @@ def run_main(main):
         _end(f"error: {error}\n", 2, several)
     except KeyboardInterrupt:
         _end("interrupted\n", 130, several)
-    except Exception:
+    except Exception: # whatever it is, the other processes end with it; alone it is raised as it came
         if not several:
             raise
         _end(f"{traceback.format_exc()}rank {rank} of {world} failed, and the whole job ends with it. If the error above is a lost connection, another "

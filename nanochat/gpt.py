@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nanochat.attention import Recent, attend, in_window, norm, rope_angles, rotate

@@ -116,13 +116,13 @@ class Watched(Session):
         return logits
 
     def score(self):
-        self.looked = list(self.spans), super().score()
-        return self.looked[1]
+        self.scored = list(self.spans), super().score()
+        return self.scored[1]
 
     def refocus(self):
         self.watch()
         edits = super().refocus()
-        self.ticks.append(Tick(self.length, *self.looked, edits))
+        self.ticks.append(Tick(self.length, *self.scored, edits))
         self.watch()
         return edits
 

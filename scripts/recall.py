@@ -10,7 +10,7 @@ GistNet reads the text once, for the three sessions together.
 import time
 
 from megacontext.ingest import ingest
-from megacontext.runtime import STAGES, Session
+from megacontext.runtime import STAGES, Session, raw_tail
 from megacontext.span import BLOCK
 from megacontext.telemetry import Telemetry
 from megacontext.working_context import Pins
@@ -51,8 +51,7 @@ def answers(loaded, engine, conversation, budget, most, telemetry):
     prompt, tokenizer = loaded.tokenizer.render_prompt({"messages": conversation["messages"][:-1]}), loaded.tokenizer
     say = lambda stream, ids: tokenizer.decode(list(engine.generate(stream, ids, max_tokens=most, temperature=0)))
     said, tree = {}, open_tree(loaded)
-    tail = min(8 * BLOCK, budget // 4 // BLOCK * BLOCK) # a session's raw tail
-    head = max(0, (len(prompt) - tail) // BLOCK * BLOCK)
+    head = max(0, (len(prompt) - raw_tail(budget)) // BLOCK * BLOCK)
     if head:
         ingest(loaded.gpt, loaded.gistnet, tree, prompt[:head])
     for way in SESSIONS:

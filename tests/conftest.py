@@ -39,6 +39,17 @@ def base(tmp_path, monkeypatch):
     return tmp_path / "base"
 
 
+@pytest.fixture(scope="session")
+def sample(tmp_path_factory):
+    """The folder of a committed tree of 70,001 tokens: four chunks of ids, several of gists, three levels. Not to be changed."""
+    from megacontext.tree import MegaTree
+    from tree_truth import HEADER, ingest
+    path = tmp_path_factory.mktemp("sample") / "tree"
+    with MegaTree.create(path, HEADER) as tree:
+        ingest(tree, 70_001)
+    return path
+
+
 @pytest.fixture
 def tiny_gpt():
     """(vocab_size=61, width=32, ...) -> a GPT small enough to train within a test."""

@@ -4,7 +4,6 @@ The chat page in a real browser, against a server with a made-up model. Slow, an
 With SCREENSHOTS=folder it leaves pictures there, for eyes.
 """
 
-import json
 import os
 import shutil
 import threading

@@ -1,5 +1,4 @@
 """The price of an edit has the right sign: an oracle for whom one block, and only in detail, is worth two nats."""
-from types import SimpleNamespace
 
 import numpy as np
 import pytest

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from megacontext.allocator import Edit, Focus, refocus
-from megacontext.span import BLOCK, GAIN, Span, width_of
+from megacontext.span import GAIN, Span, width_of
 from megacontext.tree import MegaTree, make_header
 from megacontext.working_context import (BrokenLaw, Pins, advance, assemble, check, collapse, cost, expand, find, groups, make_room,
                                          siblings)

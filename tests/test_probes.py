@@ -7,7 +7,7 @@ import torch
 
 from megacontext import probes
 from megacontext.evaluate import Networks, Rows
-from megacontext.layout import FAN, GIST, HIDDEN, NODE, RAW, entry_positions, visibility
+from megacontext.layout import FAN, GIST, HIDDEN, NODE, RAW
 from megacontext.span import BLOCK
 from tests.tiny import VOCAB, tiny_networks
 
