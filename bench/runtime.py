@@ -2,6 +2,7 @@
 What a session costs at a fixed visible budget W, whatever the history:
 python -m bench.runtime                                       (d4 on the CPU: some 25 minutes on 2 slow cores)
 python -m bench.runtime --quick                               (under 5 minutes there)
+python -m bench.runtime --cpu-time                            (the CPU time of its one thread: on a machine that others use too)
 python -m bench.runtime --device cuda --depth 12 --vocab-size 32768 --budget 2048
 python -m bench.runtime --stage sft                           (a trained checkpoint that reads the standard library)
 
@@ -28,9 +29,11 @@ gistnet_flops_share and lensnet_flops_share < 0.005, open_10m_seconds < 1, open_
 
 import argparse
 import json
-from contextlib import ExitStack
+import time
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -67,6 +70,7 @@ parser.add_argument("--prompts", default="", help="prompts of the ttft table (em
 parser.add_argument("--tokens", type=int, default=-1, help="tokens decoded at each length in a round (-1 = 512 with --quick, 1024 without)")
 parser.add_argument("--rounds", type=int, default=-1, help="rounds (-1 = 3 with --quick, 7 without)")
 parser.add_argument("--threads", type=int, default=1, help="of the CPU; more make every step wait for the slowest, where others use the machine too")
+parser.add_argument("--cpu-time", action="store_true", help="measure the CPU time of the one thread instead of the wall clock's, for a machine that others use too")
 parser.add_argument("--seed", type=int, default=0)
 
 
@@ -78,6 +82,8 @@ def main():
     tokens = args.tokens if args.tokens != -1 else 512 if args.quick else 1024
     check(args, lengths, prompts, rounds, tokens)
     device, _ = setup(args.device, args.seed)
+    if args.cpu_time and (device.type != "cpu" or args.threads != 1):
+        raise UserError(f"--cpu-time counts one thread, and this would run on {args.threads} of {device.type}: expected --threads 1 on a CPU. Leave it out")
     machine = hardware.describe(device)
     dtype, reason = hardware.pick_dtype(machine, args.dtype)
     rig = make_rig(args, device, dtype, max(lengths[-1] + 2 * BLOCK, *prompts))
@@ -88,10 +94,11 @@ def main():
     print(machine)
     print(f"d{config.layers}, {cost.parameter_counts(config)['total'] / 1e6:.1f}M parameters in {str(dtype).removeprefix('torch.')} ({reason}), "
           f"{args.stage or 'random'} weights, W = {args.budget}, {torch.get_num_threads()} threads")
-    with TemporaryDirectory(prefix="bench-runtime-") as folder:
+    clock = patch.object(time, "perf_counter", time.thread_time) if args.cpu_time else nullcontext() # the clock of the session's own timers too
+    with TemporaryDirectory(prefix="bench-runtime-") as folder, clock:
         told = run(rig, lengths, prompts, rounds, tokens, args, Path(folder))
     print(json.dumps(dict(bench="runtime", machine=machine.name, depth=config.layers, vocab_size=config.vocab_size, dtype=str(dtype), stage=args.stage,
-                          budget=args.budget, tokens=tokens, rounds=rounds, seed=args.seed, threads=torch.get_num_threads(), torch=torch.__version__, **told)))
+                          budget=args.budget, tokens=tokens, rounds=rounds, seed=args.seed, clock="cpu" if args.cpu_time else "wall", threads=torch.get_num_threads(), torch=torch.__version__, **told)))
 
 
 def run(rig, lengths, prompts, rounds, tokens, args, folder):

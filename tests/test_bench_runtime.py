@@ -3,6 +3,7 @@
 import json
 import sys
 import tempfile
+import time
 
 import numpy as np
 import pytest
@@ -128,11 +129,28 @@ def test_a_large_tree_is_a_tree(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags", ["--lengths 1k", "--lengths 8k,1k", "--lengths 1k,8k", "--lengths 100,1k", "--lengths 1k,x", "--lengths 1.5k,4k", "--prompts 0", "--tokens 100",
-                                   "--rounds 0", "--threads 0", "--budget 100", "--dtype int8"])
+                                   "--rounds 0", "--threads 0", "--cpu-time --threads 2", "--budget 100", "--dtype int8"])
 def test_mistakes_are_told(monkeypatch, flags):
     monkeypatch.setattr(sys, "argv", ["runtime", *flags.split()])
     with pytest.raises(UserError):
         runtime.main()
+
+
+@pytest.mark.parametrize("flag, waits", [("--cpu-time", False), ("", True)])
+def test_cpu_time_does_not_count_what_others_take(monkeypatch, capsys, flag, waits):
+    """A quarter of a second in which this process does nothing."""
+    def run(*args):
+        start = time.perf_counter()
+        time.sleep(0.25)
+        return dict(took=time.perf_counter() - start)
+
+    wall = time.perf_counter
+    monkeypatch.setattr(runtime, "run", run)
+    monkeypatch.setattr(sys, "argv", f"runtime --depth 1 --vocab-size 64 --budget 192 --lengths 256,1k --prompts 96 --device cpu {flag}".split())
+    runtime.main()
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (line["took"] >= 0.25) == waits and line["clock"] == ("wall" if waits else "cpu")
+    assert time.perf_counter is wall
 
 
 def test_sizes():
