@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from megacontext.layout import FAN, GIST, HIDDEN, NODE, RAW, Copies, entry_positions, visibility
+from nanochat.gpt import IGNORE
 
 
 @dataclass
@@ -28,13 +29,14 @@ class Labels:
     valid: torch.Tensor    # (B, P, V)  bool, False = there was no such edit
 
 
-def draw_edits(table, rng, readings, edits):
+def draw_edits(table, counts, rng, readings, edits):
     """
-    table (Q, Q) numpy, the working contexts of one row. Returns block (P,), entry (P, V) and edited lines (P, V, Q);
-    entry -1 = no edit. Readings are drawn among the blocks that have at least one entry to edit.
+    table (Q, Q) numpy, the working contexts of one row, counts (Q,) numpy, how many of a block's tokens have a target. Returns block (P,),
+    entry (P, V) and edited lines (P, V, Q); entry -1 = no edit. Readings are drawn among the blocks that have a target, without which every
+    edit is worth 0, and an entry to edit.
     """
     Q = len(table)
-    able = [q for q in range(1, Q) if (table[q, :q] != HIDDEN).any()]
+    able = [q for q in range(1, Q) if counts[q] and (table[q, :q] != HIDDEN).any()]
     block = np.zeros(readings, dtype=np.int64)
     entry = np.full((readings, edits), -1, dtype=np.int64)
     lines = np.zeros((readings, edits, Q), dtype=np.int64)
@@ -63,7 +65,8 @@ def measure(gpt, read, targets, table, K, rngs, readings, edits, see=visibility)
     """
     B, T = targets.shape
     Q, device = T // K, targets.device
-    drawn = [draw_edits(table[i].cpu().numpy(), rng, readings, edits) for i, rng in enumerate(rngs)]
+    counts = (targets != IGNORE).view(B, Q, K).sum(-1)
+    drawn = [draw_edits(*row, rng, readings, edits) for *row, rng in zip(table.cpu().numpy(), counts.cpu().numpy(), rngs)]
     block, entry, lines = (torch.from_numpy(np.stack(column)).to(device) for column in zip(*drawn))
     copies = Copies(block.repeat_interleave(edits, dim=1), lines.flatten(1, 2))
     hidden = gpt.trunk(read(copies), entry_positions(T, K, copies, device), see(table, K, copies))

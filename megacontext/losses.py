@@ -30,10 +30,14 @@ class CoTrainingOptions:
     labels_every: int = 4     # one round in so many has edits measured, on half of its rows
     lanes: int = 8            # rows a round
     tail: tuple = (0, 256)    # raw tail in tokens
-    readings: int = 4         # P, readings a labelled row
+    reading_tokens: int = 512 # tokens of a labelled row a reading, of which it has at least one: labels cost the same share of a step at any length
     edits: int = 6            # V, edits a reading
     lens_weight: float = 0.1
     curriculum: tuple = ((8, 0.3), (16, 0.55), (FAN, 1.0)) # (children a gist, up to this share of the steps)
+
+    def readings(self, T):
+        """P, the readings of a labelled row of T tokens."""
+        return max(1, T // self.reading_tokens)
 
 
 def parse_curriculum(text):
@@ -116,7 +120,7 @@ class CoTraining(nn.Module):
                 nats = nats + total
                 metrics.update({f"{name}_nats": total.detach(), f"{name}_tokens": count})
                 if labels is not None:
-                    nats = nats + o.lens_weight * labels["lens_squares"] * batch.inputs.size(1) / (o.readings * o.edits)
+                    nats = nats + o.lens_weight * labels["lens_squares"] * batch.inputs.size(1) / (o.readings(batch.inputs.size(1)) * o.edits)
                     metrics.update({key: value.detach() for key, value in labels.items()})
         return nats / batch.inputs.numel(), metrics
 
@@ -135,7 +139,7 @@ class CoTraining(nn.Module):
             return nats, None
         some = Entries(entries.x[labelled].detach(), [value[labelled].detach() for value in entries.values])
         rngs = [rng for rng, wanted in zip(rngs, labelled.tolist()) if wanted]
-        labels = measure(self.gpt, lambda copies: with_copies(some, copies, K), targets[labelled], table[labelled], K, rngs, o.readings, o.edits, self.see)
+        labels = measure(self.gpt, lambda copies: with_copies(some, copies, K), targets[labelled], table[labelled], K, rngs, o.readings(T), o.edits, self.see)
         return nats, self._lens_loss(inputs[labelled], docs[labelled], table[labelled], labels, K)
 
     def _lens_loss(self, ids, docs, table, labels, K):

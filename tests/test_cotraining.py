@@ -193,7 +193,7 @@ def test_a_block_mask_changes_nothing():
     """The objective on FlexAttention and on a dense mask: the same loss, the same labels. (Uncompiled here, and forward only: all that a CPU has.)"""
     networks, results = tiny_networks(), []
     for see in (visibility, block_mask):
-        o = CoTraining(*networks, CoTrainingOptions(tail=(0, 96), readings=2, edits=3), see)
+        o = CoTraining(*networks, CoTrainingOptions(tail=(0, 96), reading_tokens=64, edits=3), see)
         with torch.no_grad():
             loss, sums = o(batch([8, 9, 10, 11]))
         results.append([loss, *(sums[name].float() for name in ("gist_nats", "lens_squares", "label_squares", "lens_products"))])

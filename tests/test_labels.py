@@ -6,6 +6,7 @@ import torch
 
 from megacontext.labels import draw_edits, measure
 from megacontext.layout import FAN, GIST, NODE, RAW, draw_table
+from nanochat.gpt import IGNORE
 
 K, Q = 4, 70
 T, G = K * Q, Q // FAN
@@ -27,8 +28,8 @@ class Oracle:
         return hidden
 
 
-def labels_for(table, secret, seed=0, readings=30, edits=8):
-    return measure(Oracle(secret), lambda copies: None, torch.zeros(1, T, dtype=torch.long), torch.from_numpy(table)[None], K,
+def labels_for(table, secret, seed=0, readings=30, edits=8, targets=torch.zeros(1, T, dtype=torch.long)):
+    return measure(Oracle(secret), lambda copies: None, targets, torch.from_numpy(table)[None], K,
                    [np.random.default_rng(seed)], readings, edits)
 
 
@@ -59,7 +60,7 @@ def test_opening_a_node_is_priced_through_its_gists():
 def test_edits_are_legal_and_single(seed):
     rng = np.random.default_rng(seed)
     table = draw_table(np.zeros(Q, dtype=int), K, rng, tail=(0, 32))
-    block, entry, lines = draw_edits(table, rng, 4, 6)
+    block, entry, lines = draw_edits(table, np.ones(Q), rng, 4, 6)
     for p, q in enumerate(block):
         assert len({e for e in entry[p] if e >= 0}) == (entry[p] >= 0).sum(), "an edit is drawn once"
         for e, line in zip(entry[p], lines[p]):
@@ -70,3 +71,15 @@ def test_edits_are_legal_and_single(seed):
                 assert changed.tolist() == [e] and {line[e], table[q, e]} == {RAW, GIST}
             else:
                 assert changed.tolist() == list(range((e - Q) * FAN, (e - Q + 1) * FAN)) and (line[changed] == GIST).all() and (table[q, changed] == NODE).all()
+
+
+def test_readings_are_of_blocks_with_targets():
+    """In a conversation only answers count. A block without targets would say that every edit is worth nothing, and LensNet would learn to say so too."""
+    table = np.full((Q, Q), GIST)
+    table[np.triu_indices(Q)] = 0
+    targets = torch.full((1, T), IGNORE)
+    targets[0, [20 * K + 1, 50 * K]] = 0
+    labels = labels_for(table, secret=3, targets=targets)
+    assert set(labels.block[0].tolist()) == {20, 50}
+    nothing = labels_for(table, secret=3, targets=torch.full((1, T), IGNORE))
+    assert not nothing.valid.any()
