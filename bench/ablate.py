@@ -71,6 +71,7 @@ VARIANTS = {
     "no value embeddings": ((patch.object(GPTConfig, "value_layers", PropertyMock(return_value=[])),), None, {}, {}),
     "no token before": ((), frozen("previous", 0.0), {}, {}),
     "no x0": ((), frozen("x0_scale", 0.0), {}, {}),
+    "nanochat's rate for x0": ((), None, dict(x0_lr=0.5), {}),
     "no residual scales": ((), frozen("resid_scale", 1.0), {}, {}),
     "no QK gain": ((patch.object(model, "QK_GAIN", 1.0),), None, {}, {}),
     "no softcap": ((patch.object(cross_entropy, "SOFTCAP", 1e4),), None, {}, {}), # so wide that it bends nothing

@@ -20,7 +20,7 @@ from nanochat.muon import muon_dtype, muon_step, variance_dim
 # ---------------------------------------------------------------------------------------------------------------------
 # Which parameter takes which step
 
-def param_groups(gpt, extra=None, *, matrix_lr=0.02, embed_lr=0.3, value_lr=0.15, head_lr=0.008, scalar_lr=0.5,
+def param_groups(gpt, extra=None, *, matrix_lr=0.02, embed_lr=0.3, value_lr=0.15, head_lr=0.008, resid_lr=0.005, x0_lr=0.05,
                  weight_decay=0.28, extra_matrix_mult=1.0, extra_lr=0.01, lr_scale=1.0):
     """
     Sort every trainable parameter into exactly one group.
@@ -39,8 +39,8 @@ def param_groups(gpt, extra=None, *, matrix_lr=0.02, embed_lr=0.3, value_lr=0.15
         "head": adam(head_lr * tables, (0.8, 0.96), 0.01),
         "embed": adam(embed_lr * tables, (0.8, 0.995), 0.001),
         "values": adam(value_lr * tables, (0.8, 0.995), 0.01),
-        "resid": adam(scalar_lr * 0.01, (0.8, 0.95), 0.05),
-        "x0": adam(scalar_lr, (0.96, 0.95), 0.0),
+        "resid": adam(resid_lr, (0.8, 0.95), 0.05),
+        "x0": adam(x0_lr, (0.96, 0.95), 0.0),
     }
     members = [(f"gpt.{name}", p, _gpt_group(name, p)) for name, p in _trainable(gpt)]
     for module_name, module in (extra or {}).items():
