@@ -1,8 +1,9 @@
 """
 What mid-training and fine-tuning talk about.
 
-Offline conversations are written by the project itself: sums with the calculator, spelling, and questions whose answer stands far
-back in a long text of the corpus (which arguments does a function take, a passkey, one of many keys, a change of topic and back).
+Offline conversations are written by the project itself: sums with the calculator, spelling, questions whose answer stands far
+back in a long text of the corpus (which arguments does a function take, a passkey, one of many keys, a change of topic and back), and
+conversations of nothing but facts and questions about them.
 The GPU tiers add SmolTalk, MMLU and GSM8K from the data hub, or from NANOCHAT_DATA_DIR.
 """
 from itertools import islice
@@ -20,9 +21,11 @@ from tasks.needle import MultiKey, Passkey
 from tasks.smoltalk import SmolTalk
 from tasks.spellingbee import SimpleSpelling, SpellingBee
 
-SHORTEST = 320         # tokens of a long-context conversation
+SHORTEST = 400         # tokens of a long-context conversation
 SHORTEST_SHIFT = 512   # of one about two classes
 LEAST_PYTHON = 10      # files; a source of other text is not asked about code
+DENSE = (12, 6, 4)      # facts, each with a question, of a conversation without filler, as many as a row has room for: in 150 steps of 2,048 tokens
+                       # of these a d4 learns to look up, which facts in long texts had not taught it in any run (LOG.md, 2026-11-21)
 SPARE = 64             # tokens of a row left to the special tokens of a few turns
 TEXTS = 400            # documents that questions are asked about: enough not to be learnt by heart, few enough to parse in seconds
 
@@ -88,6 +91,7 @@ def long_tasks(source, split, tokenizer, seq_len, seed):
     """
     Tasks about long texts of a source, each from the shortest length on at which every conversation can be made: what cannot be made must
     show before the first step, not in the middle of the run. What is left out is told.
+    Returns (tasks, a task of nothing but facts and questions, or None where a row has no room for it).
     """
     high = seq_len - SPARE
     if high < SHORTEST:
@@ -110,7 +114,8 @@ def long_tasks(source, split, tokenizer, seq_len, seed):
             print0(f"left out    {split}: {make.name}, {lacks}")
         else:
             tasks.append(task)
-    return tasks
+    dense = (MultiKey(filler, length=length, pairs=pairs, questions=pairs, size=4000, seed=seed, split=split) for pairs in DENSE for length in range(SHORTEST, high + 1, SPARE))
+    return tasks, next((task for task in dense if not task.lacking()), None)
 
 
 def conversations(source, split, tokenizer, seq_len, hub, seed=0):
@@ -120,8 +125,8 @@ def conversations(source, split, tokenizer, seq_len, hub, seed=0):
     source   where the long texts come from;  hub   also SmolTalk, MMLU and GSM8K
     """
     short = [task(size=4000, seed=seed, split=split) for task in (Arithmetic, SimpleSpelling, SpellingBee)]
-    long = long_tasks(source, split, tokenizer, seq_len, seed)
-    parts = [(TaskMixture(short, seed=seed), 0.5), (TaskMixture(long, seed=seed), 0.5)]
+    long, facts = long_tasks(source, split, tokenizer, seq_len, seed)
+    parts = [(TaskMixture(short, seed=seed), 0.25), (TaskMixture(long, seed=seed), 0.25), *([(facts, 0.5)] if facts else [])]
     if hub:
-        parts = [(items, 0.15) for items, _ in parts] + [(TaskMixture(hub_tasks(split), seed=seed), 0.7)]
+        parts = [(items, 0.3 * weight) for items, weight in parts] + [(TaskMixture(hub_tasks(split), seed=seed), 0.7)]
     return Parts(parts)

@@ -26,7 +26,7 @@ from tasks.ruler import VariableTracking
 
 SESSIONS = ("lensnet", "recency", "gists")
 WAYS = (*SESSIONS, "window")
-TASKS = {"passkey": (Passkey, 16), "multikey": (MultiKey, 16), "variables": (VariableTracking, 32), "codeqa": (CodeQuestions, 40)} # most tokens of an answer
+TASKS = {"passkey": (Passkey, 32), "multikey": (MultiKey, 32), "variables": (VariableTracking, 32), "codeqa": (CodeQuestions, 40)} # most tokens of an answer
 
 
 class Questions:

@@ -20,7 +20,7 @@ from functools import cached_property
 
 import numpy as np
 
-from tasks.common import GeneratedTask, dialogue, digest
+from tasks.common import GeneratedTask, dialogue, digest, final_text, same_words
 
 PIECE = 1000  # characters: small enough to come close to a length, large enough that a million tokens are few pieces
 
@@ -182,16 +182,25 @@ def bucket(length):
 
 @dataclass(frozen=True)
 class Ask:
-    """A question, its answer, and where the answer stands: `at` characters into fact number `fact`."""
+    """
+    A question, its answer, and where the answer stands: `at` characters into fact number `fact`.
+    says: the sentence that the answer is given in, "" = the answer alone. One that repeats what was asked puts the same words in front of the
+    answer as stand in front of it in the text, which a small model learns to continue long before it learns to look up (LOG.md, 2026-11-21).
+    """
     question: str
     answer: str
     fact: int = 0
     at: int = 0
+    says: str = ""
+
+    @property
+    def reply(self):
+        return self.says or self.answer
 
 
 def following(questions):
     """All that is said after the first question."""
-    return "\n".join([questions[0].answer] + [text for ask in questions[1:] for text in (ask.question, ask.answer)])
+    return "\n".join([questions[0].reply] + [text for ask in questions[1:] for text in (ask.question, ask.reply)])
 
 
 class LongTask(GeneratedTask):
@@ -235,7 +244,12 @@ class LongTask(GeneratedTask):
         whose extras are those of the last question.
         """
         text, offsets = hide(self.filler, rng, facts, length, questions[0].question, following(questions), avoid)
-        spoken = dialogue(text, questions[0].answer, *[part for ask in questions[1:] for part in (ask.question, ask.answer)])
+        spoken = dialogue(text, questions[0].reply, *[part for ask in questions[1:] for part in (ask.question, ask.reply)])
         extras = [{"answer": ask.answer, "depth": round((offsets[ask.fact] + ask.at) / len(text), 4)} for ask in questions]
         out = {"messages": spoken, "bucket": bucket(length), **extras[-1]}
         return out if len(questions) == 1 else {**out, "turns": extras}
+
+    def evaluate(self, conversation, answer_text):
+        """Right is the answer, alone or in the sentence that is taught."""
+        said = final_text(answer_text)
+        return same_words(said, conversation["answer"]) or same_words(said, conversation["messages"][-1]["content"])

@@ -6,7 +6,8 @@ MultiKey  many such facts with a key each, one (or several in turn) asked: "What
           distractors: knowing that a number was said is not enough (RULER's niah_multikey and niah_multiquery)
 KeyValue  a JSON object of random identifiers and the value of one of them (Lost in the Middle, Liu et al. 2023)
 
-Digits are separated by spaces so that a copy goes digit by digit, whatever the tokenizer merges.
+Digits are separated by spaces so that a copy goes digit by digit, whatever the tokenizer merges. The answer is given in the sentence that stands
+in the text; the value alone is right too.
 """
 
 import itertools
@@ -36,7 +37,8 @@ class Passkey(LongTask):
     @staticmethod
     def say(key):
         """(what the text says, what is asked)"""
-        return f"The passkey is {key}.", Ask("What is the passkey?", key)
+        fact = f"The passkey is {key}."
+        return fact, Ask("What is the passkey?", key, says=fact)
 
 
 class MultiKey(LongTask):
@@ -73,7 +75,8 @@ class MultiKey(LongTask):
     @staticmethod
     def say(key, value, n=0):
         """(what the text says, what is asked)"""
-        return f"The key of {key} is {value}.", Ask(f"What is the key of {key}?", value, n)
+        fact = f"The key of {key} is {value}."
+        return fact, Ask(f"What is the key of {key}?", value, n, says=fact)
 
 
 class KeyValue(LongTask):

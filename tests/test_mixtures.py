@@ -56,10 +56,12 @@ def test_every_conversation_can_be_made_and_fits_its_row(tmp_path, make, seq_len
     that fit a length of 616", and a folder of functions in "none of 284 texts has a definition (base)": a kind of question was drawn
     that the texts did not have, or a length too short for what they had.
     """
-    mixture, tokenizer = long_mixture(make(tmp_path / "text"), "train", tiny_tokenizer(), seq_len), tiny_tokenizer()
+    tokenizer = tiny_tokenizer()
+    (mixture, _), (facts, share) = conversations(make(tmp_path / "text"), "train", tokenizer, seq_len, hub=False).parts[1:]
+    assert share == 0.5 and len(facts[0]["turns"]) == {512: 4, 1024: 12, 2048: 12}[seq_len]
     assert {"passkey", "multikey", "codeqa"} <= {task.name for task in mixture.tasks} # with 400 tokens, the least that anybody would train
     assert len({mixture[i]["task"] for i in range(100)}) == len(mixture.tasks)
-    for task in [mixture, *mixture.tasks]:
+    for task in [mixture, facts, *mixture.tasks]:
         for i in range(100 if task is mixture else 25):
             assert fate(tokenizer.render(task[i])[1], seq_len) == "whole"
 
@@ -92,7 +94,7 @@ def test_another_language_has_longer_questions(tmp_path, capsys):
         (folder / f"{n}.txt").write_text("".join(chr(rng.randrange(0x4E00, 0x4F00)) for _ in range(2000)) + "\n")
     tokenizer = Tokenizer.train([path.read_text() for path in folder.iterdir()], 600)
     mixture = long_mixture(f"dir:{folder}", "train", tokenizer, 1024)
-    assert [(task.name, task.low) for task in mixture.tasks] == [("passkey", 320), ("multikey", 640)]
+    assert [(task.name, task.low) for task in mixture.tasks] == [("passkey", 400), ("multikey", 800)]
     assert all(fate(tokenizer.render(mixture[i])[1], 1024) == "whole" for i in range(100))
     assert [task.name for task in long_mixture(f"dir:{folder}", "train", tokenizer, 512).tasks] == ["passkey"]
     assert "left out    train: multikey, the facts and questions of a conversation take up to" in capsys.readouterr().out
@@ -100,7 +102,7 @@ def test_another_language_has_longer_questions(tmp_path, capsys):
 
 def test_rows_and_texts_that_cannot_be_are_told(tmp_path):
     source = functions_only(tmp_path / "text")
-    with pytest.raises(UserError, match="rows of 256 tokens are too short .* at least 384"):
+    with pytest.raises(UserError, match="rows of 256 tokens are too short .* at least 464"):
         conversations(source, "train", tiny_tokenizer(), 256, hub=False)
     for path in (tmp_path / "text").iterdir():
         path.write_text("")

@@ -76,6 +76,7 @@ def test_the_answer_is_right_and_a_neighbours_answer_is_wrong(name):
     task = MAKE[name](seed=5)
     for i in range(20):
         assert task.evaluate(task[i], task[i]["answer"] + "<|assistant_end|>")
+        assert task.evaluate(task[i], task[i]["messages"][-1]["content"] + "<|assistant_end|>")
         assert not task.evaluate(task[i], task[i + 1]["answer"]) or task[i]["answer"] == task[i + 1]["answer"]
 
 
@@ -86,7 +87,7 @@ def test_multikey_can_be_answered_by_reading():
         assert len(said) == len(dict(said)) == 40
         for turn in turns(conversation):
             key = re.search(r"What is the key of (\w+)\?$", turn["messages"][-2]["content"])[1]
-            assert dict(said)[key] == turn["answer"] == turn["messages"][-1]["content"]
+            assert dict(said)[key] == turn["answer"] and turn["messages"][-1]["content"] == f"The key of {key} is {turn['answer']}."
         assert len(conversation["turns"]) == 4 and conversation["depth"] == conversation["turns"][-1]["depth"]
 
 
