@@ -92,7 +92,11 @@ class GistNet(nn.Module):
                 mask = None if left_seen is None else torch.cat([left_seen, left_seen.new_ones(N, K + 1)], dim=1)[:, None, None]
             n, m = 1 if block is self.rounds[-1] else K + 1, keys.size(1) # of the last round nobody reads more than the slot
             z = block(keys, n, (cos[:, :, -m:], sin[:, :, -m:]), mask)
-        return norm(norm(children.mean(dim=1)) + self.widen(norm(z[:, -1])))
+        return norm(self.begin(children) + self.widen(norm(z[:, -1])))
+
+    def begin(self, children):
+        """What the network corrects: children (N, K, D) -> their means (N, D), at unit RMS."""
+        return norm(children.mean(dim=1))
 
     def level_one(self, x, docs, block):
         """

@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 
 from megacontext.labels import measure
-from megacontext.layout import FAN, GIST, NODE, RAW, draw_table, entry_positions, visibility
+from megacontext.layout import FAN, GIST, NODE, RAW, Copies, draw_table, entry_positions, visibility
 from megacontext.matches import row_hits
 from nanochat.common import UserError
 from nanochat.gpt import IGNORE, Entries
@@ -30,9 +30,12 @@ class CoTrainingOptions:
     labels_every: int = 4     # one round in so many has edits measured, on half of its rows
     lanes: int = 8            # rows a round
     tail: tuple = (0, 256)    # raw tail in tokens
+    asked: float = 0.5        # share of the rows with gists of 32 tokens in which LensNet opens blocks, as in a session, besides those opened by chance
+    opens: int = 2            # how many, for every block that reads
     reading_tokens: int = 512 # tokens of a labelled row a reading, of which it has at least one: labels cost the same share of a step at any length
     edits: int = 6            # V, edits a reading
     lens_weight: float = 0.1
+    reconstruct: int = 0      # one block in so many is also read behind its own gist and nothing else (0 = none)
     curriculum: tuple = ((8, 0.3), (16, 0.55), (FAN, 1.0)) # (children a gist, up to this share of the steps)
 
     def readings(self, T):
@@ -77,6 +80,12 @@ def with_copies(entries, copies, K):
     index = (copies.block[:, :, None] * K + inside).flatten(1) # (B, M * K)
     append = lambda t: torch.cat([t, t.gather(1, index[:, :, None].expand(-1, -1, t.size(2)))], dim=1)
     return Entries(append(entries.x), [append(value) for value in entries.values])
+
+
+def own_gists(Q, K, rngs, every, device):
+    """Copies of one block in `every`, drawn for each row, that see their own gist and nothing else."""
+    block = torch.from_numpy(np.stack([np.sort(rng.choice(Q, max(1, Q // every), replace=False)) for rng in rngs])).to(device)
+    return Copies(block, torch.nn.functional.one_hot(block, Q) * GIST)
 
 
 class CoTraining(nn.Module):
@@ -133,8 +142,20 @@ class CoTraining(nn.Module):
         entries = row_entries(self.gpt, self.gistnet, inputs, docs, K)
         rngs = [np.random.default_rng([o.seed, row]) for row in rows.tolist()]
         table = torch.from_numpy(np.stack([draw_table(d, K, rng, o.tail) for d, rng in zip(docs.cpu().numpy(), rngs)])).to(inputs.device)
-        hidden = self.gpt.trunk(entries, entry_positions(T, K, device=inputs.device), self.see(table, K))
+        asked = torch.tensor([K == FAN and rng.random() < o.asked for rng in rngs])
+        if asked.any():
+            table[asked] = opened_by(self.lensnet, inputs[asked], docs[asked], table[asked], K, o.opens)
+        copies = own_gists(T // K, K, rngs, o.reconstruct, inputs.device) if o.reconstruct else None
+        positions, read = entry_positions(T, K, copies, inputs.device), entries
+        if copies is not None:
+            read = with_copies(entries, copies, K)
+            positions = torch.cat([positions[:, :-copies.block.size(1) * K], positions[:, -copies.block.size(1) * K:] + K], dim=1) # said anew behind the gist's span
+        hidden = self.gpt.trunk(read, positions, self.see(table, K, copies))
         nats = self.gpt.loss(hidden[:, :T], targets, "sum")
+        if copies is not None:
+            wanted = targets.view(B, T // K, K).gather(1, copies.block[:, :, None].expand(-1, -1, K)).clone()
+            wanted[:, :, -1] = IGNORE # the next block's first token
+            nats = nats + self.gpt.loss(hidden[:, -copies.block.size(1) * K:], wanted.flatten(1), "sum")
         if not labelled.any():
             return nats, None
         some = Entries(entries.x[labelled].detach(), [value[labelled].detach() for value in entries.values])
@@ -151,6 +172,16 @@ class CoTraining(nn.Module):
         wanted, got = centre(labels.value), centre(scores)
         return dict(lens_squares=(got - wanted).square().sum(), label_squares=wanted.square().sum(), lens_products=(got * wanted).sum(),
                     score_squares=got.square().sum(), labels=valid.sum())
+
+
+@torch.no_grad()
+def opened_by(lensnet, ids, docs, table, K, count):
+    """table (B, Q, Q) with the `count` gists that LensNet scores highest shown raw, for every block that reads."""
+    B, Q, _ = table.shape
+    block = torch.arange(Q, device=table.device).expand(B, -1)
+    scores = lens_scores(lensnet, ids, docs, table, block, K)[:, :, :Q].masked_fill(table != GIST, float("-inf"))
+    best, chosen = scores.topk(min(count, Q), dim=-1)
+    return table.scatter(2, chosen, torch.where(best.isfinite(), RAW, table.gather(2, chosen)))
 
 
 def lens_scores(lensnet, ids, docs, table, block, K):

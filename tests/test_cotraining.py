@@ -1,13 +1,16 @@
 """The co-training objective: honest targets, every network learns, and the number of processes changes nothing."""
 import copy
 import math
+from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 
-from megacontext.layout import block_mask, visibility
+from megacontext import losses
+from megacontext.layout import GIST, RAW, block_mask, draw_table, visibility
+from megacontext.losses import CoTraining, CoTrainingOptions, opened_by, parse_curriculum
 from megacontext.matches import KINDS
-from megacontext.losses import CoTraining, CoTrainingOptions, parse_curriculum
 from nanochat import checkpoint
 from nanochat.common import UserError
 from nanochat.dataloader import Batch
@@ -180,6 +183,23 @@ def test_lensnet_is_not_causal():
     assert not torch.isclose(alone, lensnet(hits, levels, distances)[0, 0])
     hits[0, :, 0, -1] = False
     assert not torch.isclose(alone, lensnet(hits, levels, distances)[0, 0])
+
+
+def test_lensnet_opens_what_it_scores_highest():
+    """For every block that reads, its two best gists become raw, and nothing else changes: not what is raw, hidden or covered by a level-2 gist."""
+    lensnet, Q = tiny_networks()[2], 40
+    ids = torch.randint(VOCAB, (2, Q * 32))
+    table = torch.from_numpy(np.stack([draw_table(np.zeros(Q, dtype=int), 32, np.random.default_rng(seed), (0, 96)) for seed in (0, 1)]))
+    wanted = torch.randint(0, Q, (2, Q, 2))
+    wanted[..., 1] = (wanted[..., 0] + 1) % Q
+    scores = torch.zeros(2, Q, Q + 1).scatter(2, wanted, torch.tensor([2.0, 1.0]).expand_as(wanted))
+    with patch.object(losses, "lens_scores", lambda *_: scores):
+        opened = opened_by(lensnet, ids, torch.zeros(2, Q, dtype=torch.long), table, 32, 2)
+    changed = opened != table
+    assert ((table == GIST) & (opened == RAW))[changed].all()
+    both = table.gather(2, wanted) == GIST
+    assert both.any() and (opened.gather(2, wanted)[both] == RAW).all()
+    assert (changed.sum(-1) == (table == GIST).sum(-1).clamp(max=2)).all(), "of gists that are wanted less, as many as are missing"
 
 
 def test_curricula():

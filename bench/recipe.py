@@ -1,0 +1,183 @@
+"""
+Which parts of co-training pay: the same small GPT, GistNet and LensNet trained with one thing changed, at the same tokens.
+
+python -m bench.recipe                                          # every variant
+python -m bench.recipe --seeds 0,1,2 --only "no curriculum,no left context"
+
+All variants of a seed start from the same weights where they have them and read the same rows in the same order; all are judged on the same
+validation rows, so differences are paired. In nats per token over the last quarter of rows that are read within an eighth of their length, but for the first:
+    bpb         bits per byte of plain reading, which the memory must not hurt
+    window      what recency with gists is better by than a sliding window with sinks
+    none        ... than the same without its gists
+    swapped     ... than the same with gists of another document
+    raw         what the choice of LensNet is better by than recency
+    decoded     nats a token of a block read behind its gist alone, less those behind nothing
+Positive is good everywhere but in bpb. The last line is one JSON object.
+"""
+import argparse
+import json
+import math
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+from unittest.mock import patch
+
+import numpy as np
+import torch
+
+from megacontext import losses, probes
+from megacontext.evaluate import Networks, Rows, swapped
+from megacontext.contexts import chosen_table, recency_table, window_table
+from megacontext.gistnet import GistConfig, GistNet
+from megacontext.layout import HIDDEN
+from megacontext.lensnet import LensConfig, LensNet
+from megacontext.losses import CoTraining, CoTrainingOptions
+from nanochat import schedule
+from nanochat.common import UserError, print0, run_main
+from nanochat.dataloader import Loader, val_loader
+from nanochat.dataset import add_data_dir, open_source, use_data_dir
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.loss_eval import bits_per_byte
+from nanochat.optim import make_optimizer
+from nanochat.report import table
+from nanochat.tokenizer import Tokenizer
+from nanochat.train import Curves
+from scripts.mega_eval import long_documents, sample_rows
+
+parser = argparse.ArgumentParser(description="Change one thing at a time in co-training", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+parser.add_argument("--source", default="stdlib", help="text to train on")
+parser.add_argument("--layers", type=int, default=4)
+parser.add_argument("--width", type=int, default=128, help="in heads of 64; GistNet has half of it")
+parser.add_argument("--max-seq-len", type=int, default=1024)
+parser.add_argument("--num-tokens", type=int, default=400_000)
+parser.add_argument("--batch-tokens", type=int, default=4096)
+parser.add_argument("--lr", type=float, default=1.0, help="times the rates that follow from batch and horizon")
+parser.add_argument("--eval-tokens", type=int, default=65536)
+parser.add_argument("--documents", type=int, default=16, help="validation rows that the memory is judged on")
+parser.add_argument("--seeds", default="0,1,2", help="comma list")
+parser.add_argument("--only", default="", help="comma list of variants (empty = all)")
+add_data_dir(parser)
+
+
+class FromEmptySlot(GistNet):
+    """A gist that is what the slot found, without the mean of its children."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        torch.nn.init.normal_(self.widen.weight, std=config.inner ** -0.5)
+
+    def begin(self, children):
+        return torch.zeros_like(children[:, 0])
+
+
+class LateGists(CoTraining):
+    """No row with gists before a fifth of the steps."""
+
+    def start_step(self, step, total):
+        super().start_step(step, total)
+        self.options = replace(self.options, plain_every=1 if step < 0.2 * total else CoTrainingOptions().plain_every)
+
+
+# name: (settings of GistConfig, settings of CoTrainingOptions, classes in place of GistNet and CoTraining, patches while it lasts)
+VARIANTS = {
+    "as it is": ({}, {}, {}, ()),
+    "no curriculum": ({}, dict(curriculum=((32, 1.0),)), {}, ()),
+    "curriculum 4, 8, 16, 32": ({}, dict(curriculum=((4, 0.15), (8, 0.3), (16, 0.5), (32, 1.0))), {}, ()),
+    "no left context": (dict(left=0), {}, {}, ()),
+    "left context of 128": (dict(left=128), {}, {}, ()),
+    "two rounds": (dict(layers=2), {}, {}, ()),
+    "from an empty slot": ({}, {}, dict(GistNet=FromEmptySlot), ()),
+    "raw tail up to 128": ({}, dict(tail=(0, 128)), {}, ()),
+    "raw tail up to 512": ({}, dict(tail=(0, 512)), {}, ()),
+    "half of the rows plain": ({}, dict(plain_every=2), {}, ()),
+    "gists after a fifth": ({}, {}, dict(CoTraining=LateGists), ()),
+    "reconstruction": ({}, dict(reconstruct=8), {}, ()),
+    "no values for gists": ({}, {}, {}, (patch.object(losses, "pool_values", lambda values, fan: torch.zeros_like(values[:, ::fan][:, :values.size(1) // fan])),)),
+}
+
+
+def train(config, items, val_items, texts, tokenizer, args, seed, variant):
+    """-> ({column: number}, seconds)"""
+    gist, options, classes, patches = VARIANTS[variant]
+    plan = schedule.plan(config.layers, config.vocab_size, config.seq_len, tokens=args.num_tokens, batch_tokens=args.batch_tokens)
+    began, rows = time.perf_counter(), args.batch_tokens // config.seq_len
+    with ExitStack() as stack:
+        for one in patches:
+            stack.enter_context(one)
+        torch.manual_seed(seed)
+        gpt = GPT(config)
+        torch.manual_seed(seed)
+        gistnet = classes.get("GistNet", GistNet)(GistConfig(**dict(width=config.width, inner=config.width // 2) | gist))
+        lensnet = LensNet(LensConfig())
+        objective = classes.get("CoTraining", CoTraining)(gpt, gistnet, lensnet, CoTrainingOptions(seed=seed, **options))
+        optimizer = make_optimizer(gpt, dict(gistnet=gistnet, lensnet=lensnet), lr_scale=plan.lr_mult * args.lr * schedule.short_run(plan), weight_decay=0.28 * plan.weight_decay_mult)
+        curves = Curves(plan.steps)
+        with Loader(items, tokenizer, rows, config.seq_len, align=32, seed=seed) as loader:
+            for step, batch in zip(range(plan.steps), loader):
+                curves.apply(optimizer, step)
+                objective.start_step(step, plan.steps)
+                objective(batch)[0].backward()
+                optimizer.step(check=True)
+                optimizer.zero_grad()
+        val = val_loader(val_items, tokenizer, rows, config.seq_len, align=32, max_rows=args.eval_tokens // config.seq_len)
+        found = dict(bpb=bits_per_byte(lambda batch: gpt(batch.inputs, batch.targets, "none"), val, tokenizer.token_bytes()))
+        found |= judge(Networks(gpt, gistnet, lensnet), sample_rows(texts, config.seq_len, args.documents, np.random.default_rng(seed)))
+    return found, time.perf_counter() - began
+
+
+@torch.no_grad()
+def judge(networks, rows):
+    """{column: number} of validation rows (B, T + 1), read within T / 8 entries."""
+    found = {}
+    for part in rows.split(4):
+        some = Rows(networks, part, (rows.size(1) - 1) // 8, np.random.default_rng(0))
+        tail, near = some.T // 4, recency_table(some.Q, some.W)
+        nats = lambda *view: some.nats(*view).mean(dim=1)
+        own = nats(near, tail)
+        views = dict(window=(window_table(some.Q, some.W), tail), none=(recency_table(some.Q, some.W, older=HIDDEN), tail), swapped=(near, tail, swapped(some.entries, some.T)))
+        for name, view in views.items():
+            found.setdefault(name, []).append(nats(*view) - own)
+        found.setdefault("raw", []).append(own - nats(some.tables(chosen_table, some.scores["lensnet"]), tail))
+        decoded = probes.reconstruction(some)[1]
+        found.setdefault("decoded", []).append(torch.tensor(decoded["nothing"]) - torch.tensor(decoded["own"]))
+    return {name: torch.cat(values).mean().item() for name, values in found.items()}
+
+
+def told(name, found, first):
+    """A row of the table: the means over seeds, and the standard errors of the difference to the first variant of the same seeds."""
+    cells = []
+    for column in first[0]:
+        values, base = (np.array([one[column] for one in runs]) for runs in (found, first))
+        error = (values - base[:len(values)]).std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 and found is not first else math.nan
+        cells.append(f"{values.mean():.4f}" + ("" if math.isnan(error) else f" +- {error:.4f}"))
+    return [name, *cells]
+
+
+def main():
+    args = parser.parse_args()
+    use_data_dir(args.data_dir)
+    names = [name.strip() for name in args.only.split(",")] if args.only else list(VARIANTS)
+    unknown = [name for name in names if name not in VARIANTS]
+    if unknown:
+        raise UserError(f"--only names no variant: {', '.join(unknown)}. There are: {', '.join(VARIANTS)}")
+    first = next(iter(VARIANTS))
+    names = [first] + [name for name in names if name != first]
+    seeds = [int(seed) for seed in args.seeds.split(",")]
+    tokenizer = Tokenizer.load()
+    heads = args.width // 64
+    config = GPTConfig(tokenizer.vocab_size, args.max_seq_len, args.layers, heads, heads, args.width, tokenizer.bos)
+    items, val_items = open_source(args.source, "train"), open_source(args.source, "val")
+    texts = long_documents(val_items, tokenizer, args.max_seq_len)
+    found = {name: [] for name in names}
+    for seed in seeds:
+        for name in names:
+            numbers, seconds = train(config, items, val_items, texts, tokenizer, args, seed, name)
+            found[name].append(numbers)
+            print0(f"seed {seed} {name:24s} " + " ".join(f"{key} {value:.4f}" for key, value in numbers.items()) + f" ({seconds:.0f} s)")
+    print0(f"\n{args.layers} layers of {args.width}, rows of {args.max_seq_len}, {args.num_tokens} tokens of {args.source}, seeds {args.seeds}; +- is the standard error of the difference to the first line\n")
+    print0(table(["variant", *found[first][0]], [told(name, runs, found[first]) for name, runs in found.items()]))
+    print0(json.dumps(dict(vars(args), variants=found)))
+
+
+if __name__ == "__main__":
+    run_main(main)
