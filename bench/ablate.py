@@ -65,6 +65,15 @@ def always_decay(params, grads, buffer, variance, lr, momentum, beta2, weight_de
     return muon.muon_step(params, grads, buffer, variance, lr, momentum, beta2, 0.0, dtype)
 
 
+NO_QK_GAIN, NO_SOFTCAP = patch.object(model, "QK_GAIN", 1.0), patch.object(cross_entropy, "SOFTCAP", 1e4) # so wide that it bends nothing
+NO_MUON_PLUS, NO_NORMUON = patch.object(muon, "snap_norm", identity), patch.object(muon, "normalize_variance", identity)
+
+
+def no_scales(gpt):
+    frozen("x0_scale", 0.0)(gpt)
+    frozen("resid_scale", 1.0)(gpt)
+
+
 # name: (patches that last for the run, what is done to the new model, settings of the optimizer, settings of the schedule)
 VARIANTS = {
     "the whole recipe": ((), None, {}, {}),
@@ -73,14 +82,15 @@ VARIANTS = {
     "no x0": ((), frozen("x0_scale", 0.0), {}, {}),
     "nanochat's rate for x0": ((), None, dict(x0_lr=0.5), {}),
     "no residual scales": ((), frozen("resid_scale", 1.0), {}, {}),
-    "no QK gain": ((patch.object(model, "QK_GAIN", 1.0),), None, {}, {}),
-    "no softcap": ((patch.object(cross_entropy, "SOFTCAP", 1e4),), None, {}, {}), # so wide that it bends nothing
+    "no QK gain": ((NO_QK_GAIN,), None, {}, {}),
+    "no softcap": ((NO_SOFTCAP,), None, {}, {}),
     "GELU": ((patch.object(model.MLP, "forward", lambda self, x: self.down(F.gelu(self.up(x)))),), None, {}, {}),
     "no MuonEq": ((patch.object(muon, "equalize_rows", identity),), None, {}, {}),
-    "no Muon+": ((patch.object(muon, "snap_norm", identity),), None, {}, {}),
-    "no NorMuon": ((patch.object(muon, "normalize_variance", identity),), None, {}, {}),
+    "no Muon+": ((NO_MUON_PLUS,), None, {}, {}),
+    "no NorMuon": ((NO_NORMUON,), None, {}, {}),
     "weight decay everywhere": ((patch.object(optim, "muon_step", always_decay),), None, {}, {}),
     "no weight decay": ((), None, dict(weight_decay=0.0), {}),
+    "lean": ((NO_QK_GAIN, NO_SOFTCAP, NO_MUON_PLUS, NO_NORMUON), no_scales, {}, {}), # without all that pays nothing by itself
     "warmdown 0.2": ((), None, {}, dict(warmdown_ratio=0.2)),
 }
 
