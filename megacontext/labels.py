@@ -1,7 +1,7 @@
 """
 What an edit is worth, measured: the loss of the next block with the edit and without it.
 
-For a block q of a row and its working context, draw some edits (open a gist, close a raw block, open a level-2 node), read the
+For a block q of a row and its working context, draw some edits (open a gist of tokens, close a raw block), read the
 block once more under each edited context, and compare. All keys and values of the row exist once, so an edit costs K more query
 tokens in one forward without gradients.
 
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megacontext.layout import FAN, GIST, HIDDEN, NODE, RAW, Copies, entry_positions, visibility
+from megacontext.layout import FAN, GIST, RAW, Copies, entry_positions, visibility
 from nanochat.gpt import IGNORE
 
 
@@ -24,7 +24,7 @@ from nanochat.gpt import IGNORE
 class Labels:
     """P readings a row with V edits each; every tensor starts with (B, P)."""
     block: torch.Tensor    # (B, P)     the block q that reads
-    entry: torch.Tensor    # (B, P, V)  the edited entry: b for a block, Q + n for level-2 node n
+    entry: torch.Tensor    # (B, P, V)  the edited block
     value: torch.Tensor    # (B, P, V)  nats over the K tokens that detail is worth
     valid: torch.Tensor    # (B, P, V)  bool, False = there was no such edit
 
@@ -36,7 +36,7 @@ def draw_edits(table, counts, rng, readings, edits):
     edit is worth 0, and an entry to edit.
     """
     Q = len(table)
-    able = [q for q in range(1, Q) if counts[q] and (table[q, :q] != HIDDEN).any()]
+    able = [q for q in range(1, Q) if counts[q] and ((table[q, :q] == RAW) | (table[q, :q] == GIST)).any()]
     block = np.zeros(readings, dtype=np.int64)
     entry = np.full((readings, edits), -1, dtype=np.int64)
     lines = np.zeros((readings, edits, Q), dtype=np.int64)
@@ -45,14 +45,10 @@ def draw_edits(table, counts, rng, readings, edits):
     for p in range(readings):
         q = block[p] = able[rng.integers(len(able))]
         lines[p] = table[q]
-        choices = [b for b in range(q) if table[q, b] in (RAW, GIST)]
-        choices += [Q + n for n in range(Q // FAN) if table[q, n * FAN] == NODE]
-        for v, e in enumerate(rng.permutation(choices)[:edits]):
-            entry[p, v] = e
-            if e >= Q:
-                lines[p, v, (e - Q) * FAN:(e - Q + 1) * FAN] = GIST
-            else:
-                lines[p, v, e] = GIST if table[q, e] == RAW else RAW
+        choices = np.flatnonzero((table[q, :q] == RAW) | (table[q, :q] == GIST))
+        for v, b in enumerate(rng.permutation(choices)[:edits]):
+            entry[p, v] = b
+            lines[p, v, b] = GIST if table[q, b] == RAW else RAW
     return block, entry, lines
 
 
@@ -76,7 +72,7 @@ def measure(gpt, read, targets, table, K, rngs, readings, edits, see=visibility)
     read_plain = (block[:, :, None] * K + torch.arange(K, device=device)).flatten(1) # (B, P * K), the tokens of the blocks as the row was read
     plain = gpt.loss(hidden[torch.arange(B, device=device)[:, None], read_plain], targets.gather(1, read_plain), "none").view(B, readings, K).sum(-1)
     coarse = table.gather(1, block[:, :, None].expand(-1, -1, Q)) # (B, P, Q) the line before the edit
-    was_raw = coarse.gather(2, entry.clamp(0, Q - 1)) == RAW
+    was_raw = coarse.gather(2, entry.clamp(min=0)) == RAW
     gain = plain[:, :, None] - edited # > 0: the edit helped
-    value = torch.where((entry < Q) & was_raw, -gain, gain) # closing a raw block that helps means its detail was worth less than nothing
+    value = torch.where(was_raw, -gain, gain) # closing a raw block that helps means its detail was worth less than nothing
     return Labels(block, entry, value, entry >= 0)

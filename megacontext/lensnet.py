@@ -7,8 +7,12 @@ what they ask for and what they offer balance.
 
 What the next tokens need is most often what followed last time, so the question is where the newest tokens have stood before, alone or behind
 the same token as now (matches.py). A match in few of the entries says more than one in many (inverse document frequency: Sparck Jones, 1972).
-For each entry, the newest 2, 8, 32 and 64 tokens give the mean and the best of these weights; a small head weighs them against distance,
-level, and the same of the entry before (what followed a match may be in the next block). All entries are seen together: it is not causal.
+For each entry, the newest 2, 8, 16, 32 and 64 tokens give the mean and the best of these weights; a small head weighs them against distance,
+whether the entry is raw, and the same of the entry before (what followed a match may be in the next block). All entries are seen together: it
+is not causal.
+
+A gist of any level is scored alike, for what it holds of the newest tokens. Opened, a gist of gists shows gists, which by themselves are worth
+next to nothing: a score that said so would never lead down to the one block that is worth much. So it learns from gists of tokens alone.
 
 Cosines of embeddings and gists in place of exact matches gave 0.52 of the oracle's gain where these give 0.57 (LOG.md, 2026-11-21), and
 learnt keys with two cross-attention layers, as in the MegaContext notes, less than cosines: few labels cannot teach a network what matches.
@@ -23,9 +27,10 @@ import torch.nn.functional as F
 
 from megacontext.matches import KINDS, NEWEST
 
-RECENT = (2, 8, 32, NEWEST)
+RECENT = (2, 8, 16, 32, NEWEST)
 MATCHES = 2 * KINDS * len(RECENT)
-PLACES = 4 + 3       # of distance, and one for each level shown
+PLACES = 4 + 2       # of distance, and whether it is shown raw or as a gist
+FARTHEST = 1024      # tokens; what is further away is just far: no row of training is long enough to say how far a million tokens are
 
 
 @dataclass(frozen=True)
@@ -40,9 +45,9 @@ class LensNet(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.register_buffer("share", torch.stack([(torch.arange(NEWEST) >= NEWEST - k) / k for k in RECENT], dim=1), persistent=False) # (NEWEST, 4)
+        self.register_buffer("share", torch.stack([(torch.arange(NEWEST) >= NEWEST - k) / k for k in RECENT], dim=1), persistent=False) # (NEWEST, 5)
         self.register_buffer("decay", -1 / torch.tensor([64.0, 256.0]), persistent=False)
-        self.register_buffer("shown", torch.eye(3), persistent=False)
+        self.register_buffer("shown", torch.eye(2), persistent=False)
         self.up = nn.Linear(2 * MATCHES + PLACES, config.hidden)
         self.score = nn.Linear(config.hidden, 1, bias=False)
         nn.init.zeros_(self.score.weight)
@@ -63,13 +68,13 @@ class LensNet(nn.Module):
         count = hits.size(1) if seen is None else seen.sum(1)[:, None, None, None]
         rarity = torch.log((count + 1) / (hits.sum(1, keepdim=True) + 0.5)).clamp(min=0) # (M, 1, KINDS, n), in nats
         weights, n = hits * rarity, hits.size(-1)
-        means = weights @ self.share[NEWEST - n:] # (M, E, KINDS, 4)
+        means = weights @ self.share[NEWEST - n:] # (M, E, KINDS, 5)
         newest_first = weights.flip(-1)
         best = torch.stack([newest_first[..., :k].amax(-1) for k in RECENT], dim=-1)
         matches = torch.cat([means, best], dim=-1).flatten(2) # (M, E, MATCHES)
-        distances = distances.float()[..., None]
+        distances = distances.float().clamp(max=FARTHEST)[..., None]
         far = torch.log(distances) - 5
-        features = [matches, _before(matches, seen), far, far.square(), torch.exp(distances * self.decay), self.shown[levels.clamp(max=2)]]
+        features = [matches, _before(matches, seen), far, far.square(), torch.exp(distances * self.decay), self.shown[levels.clamp(max=1)]]
         scores = self.score(F.gelu(self.up(torch.cat(features, dim=-1)))).squeeze(-1)
         if seen is None:
             return scores - scores.mean(dim=1, keepdim=True)

@@ -167,10 +167,20 @@ def test_the_features_by_hand():
     hits[0, :, 0, 1] = hits[0, 1, 0, 2] = True
     lensnet(hits, torch.ones(1, 3, dtype=torch.long), torch.tensor([[90.0, 70.0, 50.0]]))
     rare, common = math.log(4 / 1.5), math.log(4 / 3.5)
-    own = seen["features"][0, :, :8] # by itself: means over the newest 2, 8, 32, 64, then the best of them
-    expected = [[(first + last) / k for k in (2, 8, 32, 64)] + [max(first, last)] * 4 for first, last in ((common, 0), (common, rare), (common, 0))]
+    own = seen["features"][0, :, :10] # by itself: means over the newest 2, 8, 16, 32, 64, then the best of them
+    expected = [[(first + last) / k for k in (2, 8, 16, 32, 64)] + [max(first, last)] * 5 for first, last in ((common, 0), (common, rare), (common, 0))]
     assert torch.allclose(own, torch.tensor(expected), atol=1e-5)
-    assert torch.equal(seen["features"][0, :, 16:24], torch.cat([torch.zeros(1, 8), own[:2]])), "what the entry before has"
+    assert torch.equal(seen["features"][0, :, 20:30], torch.cat([torch.zeros(1, 10), own[:2]])), "what the entry before has"
+
+
+def test_gists_of_all_levels_are_scored_alike_and_what_is_far_is_just_far():
+    """A score of a gist of gists for what its gists are worth would be zero, and the one block below it that matters would never be found."""
+    _, _, lensnet = tiny_networks()
+    torch.nn.init.normal_(lensnet.score.weight)
+    hits = torch.rand(1, 6, KINDS, 5) < 0.3
+    near, far = torch.tensor([[5e3, 4e3, 3e3, 2e3, 50, 40]]), torch.tensor([[5e6, 4e5, 3e4, 2e3, 50, 40]])
+    scores = [lensnet(hits, torch.tensor([levels]), distances) for levels, distances in (([1] * 6, near), ([3, 3, 2, 2, 1, 1], far))]
+    assert torch.equal(*scores) and not torch.allclose(scores[0], lensnet(hits, torch.tensor([[1, 1, 1, 1, 1, 0]]), near))
 
 
 def test_lensnet_is_not_causal():

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from megacontext.labels import draw_edits, measure
-from megacontext.layout import FAN, GIST, NODE, RAW, draw_table
+from megacontext.layout import GIST, RAW, draw_table
 from nanochat.gpt import IGNORE
 
 K, Q = 4, 70
-T, G = K * Q, Q // FAN
+T = K * Q
 
 
 class Oracle:
@@ -47,15 +47,6 @@ def test_detail_that_helps_has_a_positive_label(shown):
     assert (labels.value[labels.valid & ~hit] == 0).all(), "other blocks are worth nothing"
 
 
-def test_opening_a_node_is_priced_through_its_gists():
-    table = np.full((Q, Q), GIST)
-    table[np.triu_indices(Q)] = 0
-    table[40:, :FAN] = NODE
-    labels = labels_for(table, secret=3)
-    hit = labels.entry == Q # node 0
-    assert hit.any() and torch.allclose(labels.value[hit], torch.tensor(0.1 * K)), "from a level-2 gist to the gists below it"
-
-
 @pytest.mark.parametrize("seed", range(20))
 def test_edits_are_legal_and_single(seed):
     rng = np.random.default_rng(seed)
@@ -67,10 +58,8 @@ def test_edits_are_legal_and_single(seed):
             changed = np.flatnonzero(line != table[q])
             if e < 0:
                 assert not changed.size
-            elif e < Q:
-                assert changed.tolist() == [e] and {line[e], table[q, e]} == {RAW, GIST}
             else:
-                assert changed.tolist() == list(range((e - Q) * FAN, (e - Q + 1) * FAN)) and (line[changed] == GIST).all() and (table[q, changed] == NODE).all()
+                assert changed.tolist() == [e] and {line[e], table[q, e]} == {RAW, GIST}
 
 
 def test_readings_are_of_blocks_with_targets():
