@@ -90,7 +90,10 @@ VARIANTS = {
     "no NorMuon": ((NO_NORMUON,), None, {}, {}),
     "weight decay everywhere": ((patch.object(optim, "muon_step", always_decay),), None, {}, {}),
     "no weight decay": ((), None, dict(weight_decay=0.0), {}),
-    "lean": ((NO_QK_GAIN, NO_SOFTCAP, NO_MUON_PLUS, NO_NORMUON), no_scales, {}, {}), # without all that pays nothing by itself
+    "neither x0 nor residual scales": ((), no_scales, {}, {}), # each of these pairs does what the other half could do for it
+    "neither Muon+ nor NorMuon": ((NO_MUON_PLUS, NO_NORMUON), None, {}, {}),
+    "neither QK gain nor softcap": ((NO_QK_GAIN, NO_SOFTCAP), None, {}, {}),
+    "none of these six": ((NO_QK_GAIN, NO_SOFTCAP, NO_MUON_PLUS, NO_NORMUON), no_scales, {}, {}),
     "warmdown 0.2": ((), None, {}, dict(warmdown_ratio=0.2)),
 }
 

@@ -40,6 +40,7 @@ from nanochat.kv_cache import KVCache
 COMMIT = 4096         # tokens between commits while reading: a commit waits for the disk, 13 to 100 ms. save() commits too
 LOOKED_AT = 1024      # tokens that a gist's value embeddings are the mean of, at most
 MARGIN = 2.0         # nats a block: what an expansion must be better by than the collapse that pays for it (LOG.md, 2026-11-21)
+TURNS = 4            # refocuses after a prompt for each level in view, as long as they find something to edit: a level is opened at a time, two gists a refocus
 STAGES = ("read", "ingest", "score", "allocate", "splice")
 LEAST_BUDGET = 6 * BLOCK # a raw tail, room for the next block, and the most gists that cannot collapse: 31 a level, up to level 4
 
@@ -131,9 +132,9 @@ class Session:
         return logits
 
     def _settle(self):
-        """Refocus until nothing more is wanted, or what was coarsest could be raw: a level is opened at a time. Returns whether anything was edited."""
+        """Refocus until nothing more is wanted, or what was coarsest could be raw on the way of some wrong turns. Returns whether anything was edited."""
         edits = []
-        for _ in range(max(span.level for span in self.spans)):
+        for _ in range(TURNS * max(span.level for span in self.spans)):
             if not self.refocus():
                 break
             edits += self.edits
