@@ -11,14 +11,14 @@ validation rows, so differences are paired. In nats per token over the last quar
     none        ... than the same without its gists
     swapped     ... than the same with gists of another document
     raw         what the choice of LensNet is better by than recency
-    decoded     nats a token of a block read behind its gist alone, less those behind nothing
+    decoded     what a token of a block costs behind nothing, less what it costs behind the block's gist
 Positive is good everywhere but in bpb. The last line is one JSON object.
 """
 import argparse
 import json
 import math
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -91,16 +91,16 @@ VARIANTS = {
     "raw tail up to 512": ({}, dict(tail=(0, 512)), {}, ()),
     "half of the rows plain": ({}, dict(plain_every=2), {}, ()),
     "gists after a fifth": ({}, {}, dict(CoTraining=LateGists), ()),
+    "LensNet opens nothing": ({}, dict(asked=0.0), {}, ()),
     "reconstruction": ({}, dict(reconstruct=8), {}, ()),
     "no values for gists": ({}, {}, {}, (patch.object(losses, "pool_values", lambda values, fan: torch.zeros_like(values[:, ::fan][:, :values.size(1) // fan])),)),
 }
 
 
-def train(config, items, val_items, texts, tokenizer, args, seed, variant):
-    """-> ({column: number}, seconds)"""
+@contextmanager
+def changed(variant, config, seed):
+    """The objective with new networks as the variant has them, while the block lasts."""
     gist, options, classes, patches = VARIANTS[variant]
-    plan = schedule.plan(config.layers, config.vocab_size, config.seq_len, tokens=args.num_tokens, batch_tokens=args.batch_tokens)
-    began, rows = time.perf_counter(), args.batch_tokens // config.seq_len
     with ExitStack() as stack:
         for one in patches:
             stack.enter_context(one)
@@ -108,8 +108,15 @@ def train(config, items, val_items, texts, tokenizer, args, seed, variant):
         gpt = GPT(config)
         torch.manual_seed(seed)
         gistnet = classes.get("GistNet", GistNet)(GistConfig(**dict(width=config.width, inner=config.width // 2) | gist))
-        lensnet = LensNet(LensConfig())
-        objective = classes.get("CoTraining", CoTraining)(gpt, gistnet, lensnet, CoTrainingOptions(seed=seed, **options))
+        yield classes.get("CoTraining", CoTraining)(gpt, gistnet, LensNet(LensConfig()), CoTrainingOptions(seed=seed, **options))
+
+
+def train(config, items, val_items, texts, tokenizer, args, seed, variant):
+    """-> ({column: number}, seconds)"""
+    plan = schedule.plan(config.layers, config.vocab_size, config.seq_len, tokens=args.num_tokens, batch_tokens=args.batch_tokens)
+    began, rows = time.perf_counter(), args.batch_tokens // config.seq_len
+    with changed(variant, config, seed) as objective:
+        gpt, gistnet, lensnet = objective.gpt, objective.gistnet, objective.lensnet
         optimizer = make_optimizer(gpt, dict(gistnet=gistnet, lensnet=lensnet), lr_scale=plan.lr_mult * args.lr * schedule.short_run(plan), weight_decay=0.28 * plan.weight_decay_mult)
         curves = Curves(plan.steps)
         with Loader(items, tokenizer, rows, config.seq_len, align=32, seed=seed) as loader:
