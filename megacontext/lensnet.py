@@ -6,7 +6,8 @@ over the entries at hand. > 0 wants detail (expand a gist, keep raw tokens), < 0
 what they ask for and what they offer balance.
 
 What the next tokens need is most often what followed last time, so the question is where the newest tokens have stood before, alone or behind
-the same token as now (matches.py). A match in few of the entries says more than one in many (inverse document frequency: Sparck Jones, 1972).
+the same token as now (matches.py). A match in few of the entries says more than one in many (inverse document frequency: Sparck Jones, 1972);
+that an entry of many blocks holds a token of many blocks is chance, and says less than that a block does.
 For each entry, the newest 2, 8, 16, 32 and 64 tokens give the mean and the best of these weights; a small head weighs them against distance,
 whether the entry is raw, and the same of the entry before (what followed a match may be in the next block). All entries are seen together: it
 is not causal.
@@ -19,6 +20,7 @@ learnt keys with two cross-attention layers, as in the MegaContext notes, less t
 
 M = readings, E = entries, n = newest tokens, F = features
 """
+import math
 from dataclasses import asdict, dataclass
 
 import torch
@@ -30,6 +32,8 @@ from megacontext.matches import KINDS, NEWEST
 RECENT = (2, 8, 16, 32, NEWEST)
 MATCHES = 2 * KINDS * len(RECENT)
 PLACES = 4 + 2       # of distance, and whether it is shown raw or as a gist
+WIDTHS = 4           # kinds of entries by what they stand for: 1 block (raw or level 1), 32 (level 2), 1,024, 32,768 and more
+ROW = 64             # blocks of the longest rows of training: matches in more than that are not rarer than a head has seen
 FARTHEST = 1024      # tokens; what is further away is just far: no row of training is long enough to say how far a million tokens are
 
 
@@ -47,6 +51,7 @@ class LensNet(nn.Module):
         self.config = config
         self.register_buffer("share", torch.stack([(torch.arange(NEWEST) >= NEWEST - k) / k for k in RECENT], dim=1), persistent=False) # (NEWEST, 5)
         self.register_buffer("decay", -1 / torch.tensor([64.0, 256.0]), persistent=False)
+        self.register_buffer("blocks", 32.0 ** torch.arange(WIDTHS), persistent=False)
         self.register_buffer("shown", torch.eye(2), persistent=False)
         self.up = nn.Linear(2 * MATCHES + PLACES, config.hidden)
         self.score = nn.Linear(config.hidden, 1, bias=False)
@@ -64,10 +69,14 @@ class LensNet(nn.Module):
             return self._score(hits, levels, distances, seen)
 
     def _score(self, hits, levels, distances, seen):
-        hits = hits.float() if seen is None else hits.float() * seen[:, :, None, None]
-        count = hits.size(1) if seen is None else seen.sum(1)[:, None, None, None]
-        rarity = torch.log((count + 1) / (hits.sum(1, keepdim=True) + 0.5)).clamp(min=0) # (M, 1, KINDS, n), in nats
-        weights, n = hits * rarity, hits.size(-1)
+        hits, n, width = hits.float(), hits.size(-1), levels.clamp(1, WIDTHS) - 1
+        blocks = self.blocks[width] # (M, E)
+        if seen is not None:
+            hits, blocks = hits * seen[:, :, None, None], blocks * seen
+        share = (hits.sum(1) + 0.5) / (blocks.sum(1)[:, None, None] + 1) # (M, KINDS, n), of the blocks that entries stand for
+        rarity = -torch.log(-torch.expm1(torch.log1p(-share)[:, None] * self.blocks[:, None, None])) # (M, WIDTHS, KINDS, n), in nats
+        rarity = rarity * (math.log(ROW) / blocks.sum(1).clamp(min=ROW).log())[:, None, None, None] # as large as in rows of training, whatever is in view
+        weights = hits * rarity[torch.arange(len(hits), device=hits.device)[:, None], width]
         means = weights @ self.share[NEWEST - n:] # (M, E, KINDS, 5)
         newest_first = weights.flip(-1)
         best = torch.stack([newest_first[..., :k].amax(-1) for k in RECENT], dim=-1)

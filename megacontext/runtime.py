@@ -40,7 +40,8 @@ from nanochat.kv_cache import KVCache
 COMMIT = 4096         # tokens between commits while reading: a commit waits for the disk, 13 to 100 ms. save() commits too
 LOOKED_AT = 1024      # tokens that a gist's value embeddings are the mean of, at most
 MARGIN = 2.0         # nats a block: what an expansion must be better by than the collapse that pays for it (LOG.md, 2026-11-21)
-TURNS = 4            # refocuses after a prompt for each level in view, as long as they find something to edit: a level is opened at a time, two gists a refocus
+ASKED_MARGIN = 0.25  # the same after a prompt: a question is asked once, and what it does not open nobody will
+TURNS = 10           # refocuses after a prompt for each level in view, as long as they find something to edit: a level is opened at a time, two gists a refocus
 STAGES = ("read", "ingest", "score", "allocate", "splice")
 LEAST_BUDGET = 6 * BLOCK # a raw tail, room for the next block, and the most gists that cannot collapse: 31 a level, up to level 4
 
@@ -48,6 +49,14 @@ LEAST_BUDGET = 6 * BLOCK # a raw tail, room for the next block, and the most gis
 def raw_tail(budget):
     """Newest tokens that a session of this budget keeps raw whatever the scores say: a quarter of it, in whole blocks, and no more than training draws."""
     return min(TAIL, budget // 4 // BLOCK * BLOCK)
+
+
+def coarsest(length, budget):
+    """The highest level that a history is shown at: gists of it all take no more than half of the budget, and what nobody needs to close stays in sight."""
+    level = 1
+    while length // BLOCK ** level > budget // 2:
+        level += 1
+    return level
 
 
 class Session:
@@ -135,7 +144,7 @@ class Session:
         """Refocus until nothing more is wanted, or what was coarsest could be raw on the way of some wrong turns. Returns whether anything was edited."""
         edits = []
         for _ in range(TURNS * max(span.level for span in self.spans)):
-            if not self.refocus():
+            if not self.refocus(ASKED_MARGIN):
                 break
             edits += self.edits
         self.edits = edits
@@ -199,12 +208,12 @@ class Session:
     # Refocus
 
     @torch.no_grad()
-    def refocus(self):
-        """Score the entries, edit the working context, splice. Returns the edits."""
+    def refocus(self, margin=None):
+        """Score the entries, edit the working context, splice. margin: the session's own, or this. Returns the edits."""
         start = time.perf_counter()
         scores = self.score()
         start = self._count("score", start, ticks=1)
-        plan = refocus(self.spans, scores, self.budget, self.focus, n_diff=self.n_diff, margin=self.margin, tail=self.tail, pins=self.pins,
+        plan = refocus(self.spans, scores, self.budget, self.focus, n_diff=self.n_diff, margin=self.margin if margin is None else min(margin, self.margin), tail=self.tail, pins=self.pins, top=coarsest(self.tree.length, self.budget),
                        room=BLOCK - self.tree.length % BLOCK) # so that the live block can be finished before the next tick
         self.newest_scores = dict(zip(self.spans, scores))
         self.spans, self.edits, self.focus = plan

@@ -24,8 +24,9 @@ from tasks.spellingbee import SimpleSpelling, SpellingBee
 SHORTEST = 400         # tokens of a long-context conversation
 SHORTEST_SHIFT = 512   # of one about two classes
 LEAST_PYTHON = 10      # files; a source of other text is not asked about code
-DENSE = (12, 6, 4)      # facts, each with a question, of a conversation without filler, as many as a row has room for: in 150 steps of 2,048 tokens
-                       # of these a d4 learns to look up, which facts in long texts had not taught it in any run (LOG.md, 2026-11-21)
+DENSE = (1, 2, 4, 8, 12) # facts of a conversation without filler
+ASKED = (12, 6)        # questions about them, as many as a row has room for: facts that are asked about again and again teach looking up, each of 12 asked about once
+                       # taught nothing in 230 steps (LOG.md, 2026-11-21)
 SPARE = 64             # tokens of a row left to the special tokens of a few turns
 TEXTS = 400            # documents that questions are asked about: enough not to be learnt by heart, few enough to parse in seconds
 
@@ -91,7 +92,7 @@ def long_tasks(source, split, tokenizer, seq_len, seed):
     """
     Tasks about long texts of a source, each from the shortest length on at which every conversation can be made: what cannot be made must
     show before the first step, not in the middle of the run. What is left out is told.
-    Returns (tasks, a task of nothing but facts and questions, or None where a row has no room for it).
+    Returns (tasks, tasks of nothing but facts and questions).
     """
     high = seq_len - SPARE
     if high < SHORTEST:
@@ -114,8 +115,11 @@ def long_tasks(source, split, tokenizer, seq_len, seed):
             print0(f"left out    {split}: {make.name}, {lacks}")
         else:
             tasks.append(task)
-    dense = (MultiKey(filler, length=length, pairs=pairs, questions=pairs, size=4000, seed=seed, split=split) for pairs in DENSE for length in range(SHORTEST, high + 1, SPARE))
-    return tasks, next((task for task in dense if not task.lacking()), None)
+    facts = []
+    for pairs in DENSE:
+        dense = (MultiKey(filler, length=length, pairs=pairs, questions=questions, size=4000, seed=seed, split=split) for questions in ASKED for length in range(SPARE, high + 1, SPARE // 2))
+        facts += [task for task in dense if not task.lacking()][:1]
+    return tasks, facts
 
 
 def conversations(source, split, tokenizer, seq_len, hub, seed=0):
@@ -126,7 +130,7 @@ def conversations(source, split, tokenizer, seq_len, hub, seed=0):
     """
     short = [task(size=4000, seed=seed, split=split) for task in (Arithmetic, SimpleSpelling, SpellingBee)]
     long, facts = long_tasks(source, split, tokenizer, seq_len, seed)
-    parts = [(TaskMixture(short, seed=seed), 0.25), (TaskMixture(long, seed=seed), 0.25), *([(facts, 0.5)] if facts else [])]
+    parts = [(TaskMixture(short, seed=seed), 0.25), (TaskMixture(long, seed=seed), 0.25), (TaskMixture(facts, seed=seed), 0.5)]
     if hub:
         parts = [(items, 0.3 * weight) for items, weight in parts] + [(TaskMixture(hub_tasks(split), seed=seed), 0.7)]
     return Parts(parts)

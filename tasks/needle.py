@@ -44,7 +44,7 @@ class Passkey(LongTask):
 class MultiKey(LongTask):
     """
     pairs      facts in the text
-    questions  how many of them are asked, one turn each; the one at the wanted depth is asked last
+    questions  how many are asked, one turn each, of different facts as far as there are so many; the one at the wanted depth is asked last
     words      values are words ("lotus") instead of digits
     """
 
@@ -52,8 +52,8 @@ class MultiKey(LongTask):
 
     def __init__(self, texts, pairs=8, questions=1, digits=4, words=False, **kwargs):
         super().__init__(texts, **kwargs)
-        if not 1 <= questions <= pairs <= len(NAMES) * (len(NAMES) - 1):
-            raise ValueError(f"expected 1 <= questions <= pairs, got {questions} questions on {pairs} pairs")
+        if not 1 <= pairs <= len(NAMES) * (len(NAMES) - 1) or questions < 1:
+            raise ValueError(f"expected at least one pair and one question, and names for all pairs, got {questions} questions on {pairs} pairs")
         self.pairs, self.questions, self.digits, self.words = pairs, questions, digits, words
 
     def lacking(self):
@@ -70,7 +70,8 @@ class MultiKey(LongTask):
         values = [rng.choice(VALUES) if self.words else digits(rng, self.digits) for _ in keys]
         depths = [rng.random() for _ in keys[1:]] + [depth]
         said = [self.say(key, value, n) for n, (key, value) in enumerate(zip(keys, values))]
-        return self.recall(rng, length, [(depth, fact) for depth, (fact, _) in zip(depths, said)], [ask for _, ask in said[-self.questions:]])
+        again = rng.choices(said, k=max(0, self.questions - self.pairs))
+        return self.recall(rng, length, [(depth, fact) for depth, (fact, _) in zip(depths, said)], [ask for _, ask in again + said[-self.questions:]])
 
     @staticmethod
     def say(key, value, n=0):

@@ -173,14 +173,29 @@ def test_the_features_by_hand():
     assert torch.equal(seen["features"][0, :, 20:30], torch.cat([torch.zeros(1, 10), own[:2]])), "what the entry before has"
 
 
-def test_gists_of_all_levels_are_scored_alike_and_what_is_far_is_just_far():
-    """A score of a gist of gists for what its gists are worth would be zero, and the one block below it that matters would never be found."""
+def test_what_is_far_is_just_far():
     _, _, lensnet = tiny_networks()
     torch.nn.init.normal_(lensnet.score.weight)
     hits = torch.rand(1, 6, KINDS, 5) < 0.3
     near, far = torch.tensor([[5e3, 4e3, 3e3, 2e3, 50, 40]]), torch.tensor([[5e6, 4e5, 3e4, 2e3, 50, 40]])
-    scores = [lensnet(hits, torch.tensor([levels]), distances) for levels, distances in (([1] * 6, near), ([3, 3, 2, 2, 1, 1], far))]
-    assert torch.equal(*scores) and not torch.allclose(scores[0], lensnet(hits, torch.tensor([[1, 1, 1, 1, 1, 0]]), near))
+    assert torch.equal(lensnet(hits, torch.tensor([[1] * 6]), near), lensnet(hits, torch.tensor([[1] * 6]), far)) # as no row of training says how far is far
+    assert torch.equal(lensnet(hits, torch.tensor([[4] * 6]), near), lensnet(hits, torch.tensor([[7] * 6]), near))
+    assert not torch.allclose(lensnet(hits, torch.tensor([[1] * 6]), near), lensnet(hits, torch.tensor([[1, 1, 1, 1, 1, 0]]), near))
+
+
+def test_a_match_is_rarer_in_a_block_than_in_a_thousand_tokens():
+    """
+    Two gists of 32 blocks, three blocks: 67 blocks in all. A word that one gist and one block hold stands in 2.5 of 68 of them, so a block holds it
+    by chance with probability 2.5 / 68, and 32 blocks with probability 1 - (1 - 2.5 / 68) ** 32.
+    """
+    _, _, lensnet = tiny_networks()
+    seen = {}
+    lensnet.up.register_forward_pre_hook(lambda module, args: seen.update(features=args[0]))
+    hits = no_hits(1, 6, 1)
+    hits[0, [0, 3], 0, 0] = True
+    lensnet(hits, torch.tensor([[2, 2, 1, 1, 0, 1]]), torch.full((1, 6), 50.0), torch.tensor([[True] * 5 + [False]]))
+    expected = torch.tensor([-math.log(1 - (1 - 2.5 / 68) ** 32), 0, 0, -math.log(2.5 / 68), 0, 0])
+    assert torch.allclose(seen["features"][0, :, 5], expected, atol=1e-5), "the best of the newest two"
 
 
 def test_lensnet_is_not_causal():

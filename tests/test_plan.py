@@ -106,7 +106,7 @@ def test_what_nvidia_smi_says(tmp_path, monkeypatch, base, output, code, visible
 def test_the_readme_tells_what_a_tier_costs(recipe):
     shards = plan.downloads(recipe, plan.stages(recipe, Wishes()))
     hours, disk, tokens = tiers.hours(recipe, True, shards), tiers.disk(recipe, shards), tiers.base_plan(recipe).tokens / 1e6
-    time = f"{60 * hours:.0f} minutes" if hours < 1 else f"{hours:.0f} hours"
+    time = f"{60 * hours:.0f} minutes" if hours < 2 else f"{hours:.0f} hours"
     row = f"| `{recipe.tier}` | {recipe.card or '2 cores'} | d{recipe.depth} | {tokens:,.1f}M | {time} | {disk:.{0 if disk > 2 else 1}f} GB |"
     assert row in (ROOT / "README.md").read_text().splitlines()
 

@@ -91,6 +91,15 @@ def test_multikey_can_be_answered_by_reading():
         assert len(conversation["turns"]) == 4 and conversation["depth"] == conversation["turns"][-1]["depth"]
 
 
+def test_more_questions_than_facts_ask_again():
+    """Every fact is asked about, some more than once, and every answer is the fact's."""
+    for conversation in MultiKey(TEXTS, length=3000, pairs=3, questions=10, size=20):
+        said = dict(re.findall(r"^The key of (\w+) is ([\d ]+)\.$", conversation["messages"][0]["content"], re.M))
+        asked = [re.search(r"What is the key of (\w+)\?$", turn["messages"][-2]["content"])[1] for turn in turns(conversation)]
+        assert len(asked) == 10 and set(asked) == set(said)
+        assert [turn["answer"] for turn in turns(conversation)] == [said[key] for key in asked]
+
+
 def test_keyvalue_is_a_json_object():
     import json
     for conversation in KeyValue(length=3000, size=10):
