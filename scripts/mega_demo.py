@@ -119,9 +119,9 @@ class Watched(Session):
         self.scored = list(self.spans), super().score()
         return self.scored[1]
 
-    def refocus(self):
+    def refocus(self, margin=None):
         self.watch()
-        edits = super().refocus()
+        edits = super().refocus(margin)
         self.ticks.append(Tick(self.length, *self.scored, edits))
         self.watch()
         return edits

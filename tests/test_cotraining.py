@@ -185,17 +185,19 @@ def test_what_is_far_is_just_far():
 
 def test_a_match_is_rarer_in_a_block_than_in_a_thousand_tokens():
     """
-    Two gists of 32 blocks, three blocks: 67 blocks in all. A word that one gist and one block hold stands in 2.5 of 68 of them, so a block holds it
-    by chance with probability 2.5 / 68, and 32 blocks with probability 1 - (1 - 2.5 / 68) ** 32.
+    A gist of 32 blocks, three blocks: 35 blocks in all. A word that the gist and one block hold stands in 2.5 of 36 of them, so a block holds it
+    by chance with probability 2.5 / 36, and 32 blocks with probability 1 - (1 - 2.5 / 36) ** 32. With ten gists more there are 355 blocks, and
+    rarities are scaled to what 64 blocks have.
     """
     _, _, lensnet = tiny_networks()
     seen = {}
     lensnet.up.register_forward_pre_hook(lambda module, args: seen.update(features=args[0]))
-    hits = no_hits(1, 6, 1)
-    hits[0, [0, 3], 0, 0] = True
-    lensnet(hits, torch.tensor([[2, 2, 1, 1, 0, 1]]), torch.full((1, 6), 50.0), torch.tensor([[True] * 5 + [False]]))
-    expected = torch.tensor([-math.log(1 - (1 - 2.5 / 68) ** 32), 0, 0, -math.log(2.5 / 68), 0, 0])
-    assert torch.allclose(seen["features"][0, :, 5], expected, atol=1e-5), "the best of the newest two"
+    for more, scale in ((0, 1), (10, math.log(64) / math.log(355))):
+        hits, n = no_hits(1, 5 + more, 1), 36 + 32 * more
+        hits[0, [0, 3], 0, 0] = True
+        lensnet(hits, torch.tensor([[2, 1, 1, 0, 1] + [2] * more]), torch.full((1, 5 + more), 50.0), torch.tensor([[True] * 4 + [False] + [True] * more]))
+        expected = scale * torch.tensor([-math.log(1 - (1 - 2.5 / n) ** 32), 0, 0, -math.log(2.5 / n), 0] + [0] * more)
+        assert torch.allclose(seen["features"][0, :, 5], expected, atol=1e-5), "the best of the newest two"
 
 
 def test_lensnet_is_not_causal():

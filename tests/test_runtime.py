@@ -9,7 +9,7 @@ from megacontext.losses import lens_scores, row_entries
 from megacontext.matches import Matches
 from megacontext.positions import POLICIES
 from megacontext.batch import Batch
-from megacontext.runtime import Session
+from megacontext.runtime import Session, coarsest
 from megacontext.shown import Shown
 from megacontext.span import BLOCK, Span
 from megacontext.tree import MegaTree, make_header
@@ -302,8 +302,8 @@ def test_one_token_is_mapped_as_many_are(policy):
 def test_the_session_scores_as_lensnet_was_trained(monkeypatch):
     """The same context, once as a session scores it and once as a row of the training layout does: raw blocks, gists and a gist of gists."""
     monkeypatch.setattr(Matches, "hits", lambda self, tree, spans: truth(tree.tokens(0, tree.length).tolist(), spans)) # where a set may say yes too often
-    networks, Q = tiny_networks(seq_len=8192), 72
-    memory, ids = session(networks, budget=256), some_ids(Q * BLOCK)
+    networks, Q = tiny_networks(seq_len=8192), 104 # more than half of the budget, so that there are gists of gists
+    memory, ids = session(networks, budget=192), some_ids(Q * BLOCK)
     for t in ids:
         memory.feed([t])
     assert {span.level for span in memory.spans} == {0, 1, 2}
@@ -407,3 +407,9 @@ def test_what_a_session_keeps_for_its_questions_is_bounded():
     for t in some_ids(1500):
         memory.feed([t])
         assert sum(len(sets.rows) for sets in memory.matches.sets) <= 2 * 192
+
+
+def test_the_highest_level_is_the_lowest_that_has_room():
+    """A budget of 2,048: gists of 32,768 tokens are half of it, so nothing of such a history is hidden in level 2; 32 times as much is held at level 2."""
+    for length, level in ((0, 1), (32 * 1024, 1), (32 * 1024 + 32, 2), (2**20, 2), (2**20 + 1024, 3), (2**25, 3)):
+        assert coarsest(length, 2048) == level
