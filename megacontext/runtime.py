@@ -39,7 +39,7 @@ from nanochat.kv_cache import KVCache
 
 COMMIT = 4096         # tokens between commits while reading: a commit waits for the disk, 13 to 100 ms. save() commits too
 LOOKED_AT = 1024      # tokens that a gist's value embeddings are the mean of, at most
-MARGIN = 2.0         # nats a block: what an expansion must be better by than the collapse that pays for it (LOG.md, 2026-11-21)
+MARGIN = 4.0         # nats a block: what an expansion must be better by than the collapse that pays for it (LOG.md, 2026-11-21)
 ASKED_MARGIN = 0.25  # the same after a prompt: a question is asked once, and what it does not open nobody will
 TURNS = 10           # refocuses after a prompt for each level in view, as long as they find something to edit: a level is opened at a time, two gists a refocus
 STAGES = ("read", "ingest", "score", "allocate", "splice")

@@ -92,7 +92,7 @@ def test_flops_by_hand():
     account = measure.flops(config, GistConfig.for_gpt(config), LensConfig(), spans=10, budget=192)
     base = 2 * 221_196 + 4 * 128 * 192
     assert account["base_mflops"] == pytest.approx(base / 1e6)
-    lens = 2 * 10 * (2 * 64 * 4 + (2 * 16 + 7) * 32 + 32) / 32 # ten spans, 64 tokens ask in two ways, four means; a head of 39 -> 32 -> 1; every 32 tokens
+    lens = 2 * 10 * (2 * 64 * 5 + (2 * 20 + 6) * 32 + 32) / 32 # ten spans, 64 tokens ask in two ways, five means; a head of 46 -> 32 -> 1; every 32 tokens
     assert account["lensnet_flops_share"] == pytest.approx(lens / base)
 
 
