@@ -31,18 +31,39 @@ from nanochat.report import table
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import Curves
 
+
+def add_flags(parser, seq_len, eval_tokens):
+    """The flags of a bench that trains the same small model once for each variant and seed."""
+    parser.add_argument("--source", default="stdlib", help="text to train on")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--width", type=int, default=128, help="in heads of 64")
+    parser.add_argument("--max-seq-len", type=int, default=seq_len)
+    parser.add_argument("--num-tokens", type=int, default=400_000)
+    parser.add_argument("--batch-tokens", type=int, default=4096)
+    parser.add_argument("--lr", type=float, default=1.0, help="times the rates that follow from batch and horizon")
+    parser.add_argument("--eval-tokens", type=int, default=eval_tokens)
+    parser.add_argument("--seeds", default="0,1,2", help="comma list")
+    parser.add_argument("--only", default="", help="comma list of variants (empty = all)")
+    add_data_dir(parser)
+
+
+def settle(args, variants):
+    """What the flags ask for: (names of variants, the first of `variants` in front, seeds, tokenizer, GPTConfig, training text, validation text)."""
+    use_data_dir(args.data_dir)
+    names = [name.strip() for name in args.only.split(",")] if args.only else list(variants)
+    unknown = [name for name in names if name not in variants]
+    if unknown:
+        raise UserError(f"--only names no variant: {', '.join(unknown)}. There are: {', '.join(variants)}")
+    if args.width % 64 or args.batch_tokens % args.max_seq_len:
+        raise UserError(f"--width {args.width} must be a multiple of 64, and --batch-tokens {args.batch_tokens} of --max-seq-len {args.max_seq_len}")
+    first, tokenizer, heads = next(iter(variants)), Tokenizer.load(), args.width // 64
+    config = GPTConfig(tokenizer.vocab_size, args.max_seq_len, args.layers, heads, heads, args.width, tokenizer.bos)
+    names = [first] + [name for name in names if name != first]
+    return names, [int(seed) for seed in args.seeds.split(",")], tokenizer, config, open_source(args.source, "train"), open_source(args.source, "val")
+
+
 parser = argparse.ArgumentParser(description="Take one trick at a time out of the recipe", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-parser.add_argument("--source", default="stdlib", help="text to train on")
-parser.add_argument("--layers", type=int, default=4)
-parser.add_argument("--width", type=int, default=128, help="in heads of 64")
-parser.add_argument("--max-seq-len", type=int, default=512)
-parser.add_argument("--num-tokens", type=int, default=400_000)
-parser.add_argument("--batch-tokens", type=int, default=4096)
-parser.add_argument("--lr", type=float, default=1.0, help="times the rates that follow from batch and horizon")
-parser.add_argument("--eval-tokens", type=int, default=131072)
-parser.add_argument("--seeds", default="0,1,2", help="comma list")
-parser.add_argument("--only", default="", help="comma list of variants (empty = all)")
-add_data_dir(parser)
+add_flags(parser, seq_len=512, eval_tokens=131072)
 
 
 def frozen(name, value):
@@ -145,19 +166,7 @@ def rows_of(found):
 
 def main():
     args = parser.parse_args()
-    use_data_dir(args.data_dir)
-    names = [name.strip() for name in args.only.split(",")] if args.only else list(VARIANTS)
-    unknown = [name for name in names if name not in VARIANTS]
-    if unknown:
-        raise UserError(f"--only names no variant: {', '.join(unknown)}. There are: {', '.join(VARIANTS)}")
-    if args.width % 64 or args.batch_tokens % args.max_seq_len:
-        raise UserError(f"--width {args.width} must be a multiple of 64, and --batch-tokens {args.batch_tokens} of --max-seq-len {args.max_seq_len}")
-    names = ["the whole recipe"] + [name for name in names if name != "the whole recipe"]
-    seeds = [int(seed) for seed in args.seeds.split(",")]
-    tokenizer = Tokenizer.load()
-    heads = args.width // 64
-    config = GPTConfig(tokenizer.vocab_size, args.max_seq_len, args.layers, heads, heads, args.width, tokenizer.bos)
-    items, val_items = open_source(args.source, "train"), open_source(args.source, "val")
+    names, seeds, tokenizer, config, items, val_items = settle(args, VARIANTS)
     found = {name: [] for name in names}
     for seed in seeds:
         for name in names:

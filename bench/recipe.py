@@ -25,6 +25,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
+from bench.ablate import add_flags, settle
 from megacontext import losses, probes
 from megacontext.evaluate import Networks, Rows, swapped
 from megacontext.contexts import chosen_table, recency_table, window_table
@@ -33,30 +34,18 @@ from megacontext.layout import HIDDEN
 from megacontext.lensnet import LensConfig, LensNet
 from megacontext.losses import CoTraining, CoTrainingOptions
 from nanochat import schedule
-from nanochat.common import UserError, print0, run_main
+from nanochat.common import print0, run_main
 from nanochat.dataloader import Loader, val_loader
-from nanochat.dataset import add_data_dir, open_source, use_data_dir
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import bits_per_byte
 from nanochat.optim import make_optimizer
 from nanochat.report import table
-from nanochat.tokenizer import Tokenizer
 from nanochat.train import Curves
 from scripts.mega_eval import long_documents, sample_rows
 
 parser = argparse.ArgumentParser(description="Change one thing at a time in co-training", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-parser.add_argument("--source", default="stdlib", help="text to train on")
-parser.add_argument("--layers", type=int, default=4)
-parser.add_argument("--width", type=int, default=128, help="in heads of 64; GistNet has half of it")
-parser.add_argument("--max-seq-len", type=int, default=1024)
-parser.add_argument("--num-tokens", type=int, default=400_000)
-parser.add_argument("--batch-tokens", type=int, default=4096)
-parser.add_argument("--lr", type=float, default=1.0, help="times the rates that follow from batch and horizon")
-parser.add_argument("--eval-tokens", type=int, default=65536)
+add_flags(parser, seq_len=1024, eval_tokens=65536)
 parser.add_argument("--documents", type=int, default=16, help="validation rows that the memory is judged on")
-parser.add_argument("--seeds", default="0,1,2", help="comma list")
-parser.add_argument("--only", default="", help="comma list of variants (empty = all)")
-add_data_dir(parser)
 
 
 class FromEmptySlot(GistNet):
@@ -162,18 +151,8 @@ def told(name, found, first):
 
 def main():
     args = parser.parse_args()
-    use_data_dir(args.data_dir)
-    names = [name.strip() for name in args.only.split(",")] if args.only else list(VARIANTS)
-    unknown = [name for name in names if name not in VARIANTS]
-    if unknown:
-        raise UserError(f"--only names no variant: {', '.join(unknown)}. There are: {', '.join(VARIANTS)}")
-    first = next(iter(VARIANTS))
-    names = [first] + [name for name in names if name != first]
-    seeds = [int(seed) for seed in args.seeds.split(",")]
-    tokenizer = Tokenizer.load()
-    heads = args.width // 64
-    config = GPTConfig(tokenizer.vocab_size, args.max_seq_len, args.layers, heads, heads, args.width, tokenizer.bos)
-    items, val_items = open_source(args.source, "train"), open_source(args.source, "val")
+    names, seeds, tokenizer, config, items, val_items = settle(args, VARIANTS)
+    first = names[0]
     texts = long_documents(val_items, tokenizer, args.max_seq_len)
     found = {name: [] for name in names}
     for seed in seeds:
