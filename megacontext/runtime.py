@@ -52,9 +52,12 @@ def raw_tail(budget):
 
 
 def coarsest(length, budget):
-    """The highest level that a history is shown at: gists of it all take no more than half of the budget, and what nobody needs to close stays in sight."""
+    """
+    The highest level that a history is shown at: the lowest whose gists of it all, with up to 31 left over on each level below, take no more than
+    half of the budget. So what nobody needs to close stays in sight, and there is always room for the raw tail.
+    """
     level = 1
-    while length // BLOCK ** level > budget // 2:
+    while length // BLOCK ** level > max(0, budget // 2 - (BLOCK - 1) * (level - 1)):
         level += 1
     return level
 
@@ -141,7 +144,7 @@ class Session:
         return logits
 
     def _settle(self):
-        """Refocus until nothing more is wanted, or what was coarsest could be raw on the way of some wrong turns. Returns whether anything was edited."""
+        """Refocus until nothing more is wanted, TURNS times for each level at most. Returns whether anything was edited."""
         edits = []
         for _ in range(TURNS * max(span.level for span in self.spans)):
             if not self.refocus(ASKED_MARGIN):

@@ -1,19 +1,21 @@
 """The session against slow twins: the plain GPT, the training layout, the exact re-reading; and histories far beyond the budget."""
+import random
+
 import numpy as np
 import pytest
 import torch
 
-from megacontext.allocator import Focus
+from megacontext.allocator import Focus, refocus
 from megacontext.layout import GIST, HIDDEN, NODE, RAW, entry_positions, visibility
 from megacontext.losses import lens_scores, row_entries
 from megacontext.matches import Matches
 from megacontext.positions import POLICIES
 from megacontext.batch import Batch
-from megacontext.runtime import Session, coarsest
+from megacontext.runtime import LEAST_BUDGET, Session, coarsest, raw_tail
 from megacontext.shown import Shown
 from megacontext.span import BLOCK, Span
 from megacontext.tree import MegaTree, make_header
-from megacontext.working_context import Pins, check, cost
+from megacontext.working_context import Pins, advance, assemble, check, cost
 from nanochat.common import UserError
 from nanochat.engine import PlainStream
 from tests.test_matches import truth
@@ -410,6 +412,22 @@ def test_what_a_session_keeps_for_its_questions_is_bounded():
 
 
 def test_the_highest_level_is_the_lowest_that_has_room():
-    """A budget of 2,048: gists of 32,768 tokens are half of it, so nothing of such a history is hidden in level 2; 32 times as much is held at level 2."""
-    for length, level in ((0, 1), (32 * 1024, 1), (32 * 1024 + 32, 2), (2**20, 2), (2**20 + 1024, 3), (2**25, 3)):
+    """A budget of 2,048: 1,024 gists of 32 tokens are half of it, so nothing of such a history is hidden in level 2; 993 of level 2 leave room for 31 of level 1."""
+    for length, level in ((0, 1), (32 * 1024, 1), (32 * 1025, 2), (1024 * 993, 2), (1024 * 994, 3), (2**25 - 2**21, 3)):
         assert coarsest(length, 2048) == level
+
+
+@pytest.mark.parametrize("budget", [LEAST_BUDGET, 256, 512])
+def test_the_highest_level_always_leaves_room(budget):
+    """Scores at random, at the longest histories of every level: with what cannot close left over on each, a refocus that may go no higher still fits."""
+    rng, tail = random.Random(budget), raw_tail(budget)
+    most = [BLOCK ** level * count for level in range(1, 5) for count in (1, 2, 3, budget // 4, budget // 2 - 31 * (level - 1)) if count > 0]
+    for length in most:
+        length = max(BLOCK, length - 20 * BLOCK)
+        spans, focus = assemble(length, budget - BLOCK, tail=tail), Focus()
+        for _ in range(40):
+            scores = [rng.gauss(0, 9) for _ in spans]
+            spans, _, focus = refocus(spans, scores, budget, focus, tail=tail, top=coarsest(length, budget))
+            check(spans, length, budget - BLOCK)
+            length += BLOCK
+            spans = advance(spans, length)
