@@ -81,7 +81,6 @@ VARIANTS = {
     "half of the rows plain": ({}, dict(plain_every=2), {}, ()),
     "gists after a fifth": ({}, {}, dict(CoTraining=LateGists), ()),
     "LensNet opens nothing": ({}, dict(asked=0.0), {}, ()),
-    "reconstruction": ({}, dict(reconstruct=8), {}, ()),
     "no values for gists": ({}, {}, {}, (patch.object(losses, "pool_values", lambda values, fan: torch.zeros_like(values[:, ::fan][:, :values.size(1) // fan])),)),
 }
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 
 from megacontext.labels import measure
-from megacontext.layout import FAN, GIST, NODE, RAW, Copies, draw_table, entry_positions, visibility
+from megacontext.layout import FAN, GIST, NODE, RAW, draw_table, entry_positions, visibility
 from megacontext.matches import row_hits
 from nanochat.common import UserError
 from nanochat.gpt import IGNORE, Entries
@@ -35,7 +35,6 @@ class CoTrainingOptions:
     reading_tokens: int = 512 # tokens of a labelled row a reading, of which it has at least one: labels cost the same share of a step at any length
     edits: int = 6            # V, edits a reading
     lens_weight: float = 0.1
-    reconstruct: int = 0      # one block in so many is also read behind its own gist and nothing else (0 = none)
     curriculum: tuple = ((8, 0.3), (16, 0.55), (FAN, 1.0)) # (children a gist, up to this share of the steps)
 
     def readings(self, T):
@@ -80,12 +79,6 @@ def with_copies(entries, copies, K):
     index = (copies.block[:, :, None] * K + inside).flatten(1) # (B, M * K)
     append = lambda t: torch.cat([t, t.gather(1, index[:, :, None].expand(-1, -1, t.size(2)))], dim=1)
     return Entries(append(entries.x), [append(value) for value in entries.values])
-
-
-def own_gists(Q, K, rngs, every, device):
-    """Copies of one block in `every`, drawn for each row, that see their own gist and nothing else."""
-    block = torch.from_numpy(np.stack([np.sort(rng.choice(Q, max(1, Q // every), replace=False)) for rng in rngs])).to(device)
-    return Copies(block, torch.nn.functional.one_hot(block, Q) * GIST)
 
 
 class CoTraining(nn.Module):
@@ -145,17 +138,8 @@ class CoTraining(nn.Module):
         asked = torch.tensor([K == FAN and rng.random() < o.asked for rng in rngs])
         if asked.any():
             table[asked] = opened_by(self.lensnet, inputs[asked], docs[asked], table[asked], K, o.opens)
-        copies = own_gists(T // K, K, rngs, o.reconstruct, inputs.device) if o.reconstruct else None
-        positions, read = entry_positions(T, K, copies, inputs.device), entries
-        if copies is not None:
-            read = with_copies(entries, copies, K)
-            positions = torch.cat([positions[:, :-copies.block.size(1) * K], positions[:, -copies.block.size(1) * K:] + K], dim=1) # said anew behind the gist's span
-        hidden = self.gpt.trunk(read, positions, self.see(table, K, copies))
+        hidden = self.gpt.trunk(entries, entry_positions(T, K, device=inputs.device), self.see(table, K))
         nats = self.gpt.loss(hidden[:, :T], targets, "sum")
-        if copies is not None:
-            wanted = targets.view(B, T // K, K).gather(1, copies.block[:, :, None].expand(-1, -1, K)).clone()
-            wanted[:, :, -1] = IGNORE # the next block's first token
-            nats = nats + self.gpt.loss(hidden[:, -copies.block.size(1) * K:], wanted.flatten(1), "sum")
         if not labelled.any():
             return nats, None
         some = Entries(entries.x[labelled].detach(), [value[labelled].detach() for value in entries.values])
