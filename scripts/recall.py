@@ -1,13 +1,18 @@
 """
 Questions about what was said far back, asked of sessions and of a window.
-A question is put to four ways of remembering at the same budget, on the same tokens:
+A question is put to five ways of remembering at the same budget, on the same tokens:
     lensnet   the session as it talks: gists, and what LensNet opens
+    told      a session with nothing opened but the blocks where the answer stands, pinned: what LensNet could bring at best
     recency   a session without LensNet: the newest blocks raw, gists of the rest
     gists     a session that sees nothing raw of what came before its tail: gists only, LensNet may open gists of gists
     window    the plain model on the newest tokens, behind the very first one
-GistNet reads the text once, for the three sessions together.
+and of the first it is told how often all of the answer's tokens were raw in view when it began to speak (`found`): whether LensNet fails, or the GPT.
+GistNet reads the text once, for the sessions together.
 """
 import time
+from itertools import islice
+
+import numpy as np
 
 from megacontext.ingest import ingest
 from megacontext.runtime import STAGES, Session, raw_tail
@@ -24,8 +29,9 @@ from tasks.haystack import Filler
 from tasks.needle import MultiKey, Passkey
 from tasks.ruler import VariableTracking
 
-SESSIONS = ("lensnet", "recency", "gists")
+SESSIONS = ("lensnet", "told", "recency", "gists")
 WAYS = (*SESSIONS, "window")
+COLUMNS = (*WAYS, "found")
 TASKS = {"passkey": (Passkey, 32), "multikey": (MultiKey, 32), "variables": (VariableTracking, 32), "codeqa": (CodeQuestions, 40)} # most tokens of an answer
 
 
@@ -47,30 +53,46 @@ class Questions:
 
 
 def answers(loaded, engine, conversation, budget, most, telemetry):
-    """{way: what it says}. telemetry: {way: Telemetry} of the sessions."""
+    """{way: what it says}, and whether all tokens that answer were raw in view of the session as it talks. telemetry: {way: Telemetry} of the sessions."""
     prompt, tokenizer = loaded.tokenizer.render_prompt({"messages": conversation["messages"][:-1]}), loaded.tokenizer
-    say = lambda stream, ids: tokenizer.decode(list(engine.generate(stream, ids, max_tokens=most, temperature=0)))
-    said, tree = {}, open_tree(loaded)
+    evidence = token_ranges(tokenizer, conversation)
+    said, found, tree = {}, False, open_tree(loaded)
     head = max(0, (len(prompt) - raw_tail(budget)) // BLOCK * BLOCK)
     if head:
         ingest(loaded.gpt, loaded.gistnet, tree, prompt[:head])
+    pins = dict(gists=Pins(never=((0, head),)), told=Pins(raw=tuple((start, stop) for start, stop in evidence if stop <= head))) if head else {}
     for way in SESSIONS:
-        session = Session(loaded.gpt, loaded.gistnet, loaded.lensnet, tree, budget, n_diff=0 if way == "recency" else 4, telemetry=telemetry[way],
-                          pins=Pins(never=((0, head),)) if way == "gists" and head else Pins())
-        if way == "gists" and head:
-            session.refocus() # closes what was raw before anything is read behind it
-        said[way] = say(session, prompt[head:])
+        session = Session(loaded.gpt, loaded.gistnet, loaded.lensnet, tree, budget, n_diff=4 if way in ("lensnet", "gists") else 0, telemetry=telemetry[way], pins=pins.get(way, Pins()))
+        if way in pins:
+            session.refocus() # opens and closes what is pinned before anything is read behind it
+        answer = iter(engine.generate(session, prompt[head:], max_tokens=most, temperature=0))
+        first = list(islice(answer, 1))
+        if way == "lensnet":
+            raw = {span.index for span in session.spans if span.level == 0}
+            found = all(block in raw for start, stop in evidence for block in range(start // BLOCK, (stop - 1) // BLOCK + 1))
+        said[way] = tokenizer.decode([*first, *answer])
         telemetry[way].next_session()
         tree.truncate(head)
     newest = min(budget, loaded.gpt.config.seq_len) - most
-    said["window"] = say(PlainStream(loaded.gpt), prompt if len(prompt) <= newest else prompt[:1] + prompt[1 - newest:])
-    return said
+    window = prompt if len(prompt) <= newest else prompt[:1] + prompt[1 - newest:]
+    said["window"] = tokenizer.decode(list(engine.generate(PlainStream(loaded.gpt), window, max_tokens=most, temperature=0)))
+    return said, found
+
+
+def token_ranges(tokenizer, conversation):
+    """Where the evidence stands in the rendered conversation: [(start, stop), ...] in tokens, whole tokens where one spans an edge."""
+    text = conversation["messages"][0]["content"]
+    ids = tokenizer.encode(text)
+    ends = np.cumsum(tokenizer.token_bytes()[ids]) # of each token, in bytes
+    size = lambda stop: len(text[:stop].encode())
+    opening = tokenizer.render_prompt({"messages": [dict(role="user", content="")]}).index(tokenizer.special("<|user_end|>")) # tokens in front of the text
+    return [(opening + int(np.searchsorted(ends, size(start), "right")), opening + int(np.searchsorted(ends, size(stop), "left")) + 1) for start, stop in conversation["evidence"]]
 
 
 def recall(loaded, engine, names, source, lengths, depths, problems, seeds, budget, began):
     """
     Every task at every length and depth, `problems` questions for each of `seeds` seeds.
-    Returns ({task: {length: {depth: {way: [share right, one a seed]}}}}, {task/length: why it was not asked}, {way/length: summary of the telemetry}).
+    Returns ({task: {length: {depth: {way, or found: [share, one a seed]}}}}, {task/length: why it was not asked}, {way/length: summary of the telemetry}).
     """
     questions, data, missing, summaries = Questions(source, loaded.tokenizer), {}, {}, {}
     for length in lengths:
@@ -84,15 +106,17 @@ def recall(loaded, engine, names, source, lengths, depths, problems, seeds, budg
                 continue
             table = data.setdefault(name, {})[length] = {}
             for depth in depths:
-                shares = table[depth] = {way: [] for way in WAYS}
+                shares = table[depth] = {column: [] for column in COLUMNS}
                 for task in tasks[depth]:
-                    right = {way: 0 for way in WAYS}
+                    right = dict.fromkeys(COLUMNS, 0)
                     for i in range(len(task)):
-                        for way, text in answers(loaded, engine, task[i], budget, TASKS[name][1], telemetry).items():
+                        said, found = answers(loaded, engine, task[i], budget, TASKS[name][1], telemetry)
+                        for way, text in said.items():
                             right[way] += task.evaluate(task[i], text)
-                    for way in WAYS:
-                        shares[way].append(right[way] / len(task))
-            told = ", ".join(f"{way} {mean([share for depth in depths for share in table[depth][way]]):.2f}" for way in WAYS)
+                        right["found"] += found
+                    for column in COLUMNS:
+                        shares[column].append(right[column] / len(task))
+            told = ", ".join(f"{column} {mean([share for depth in depths for share in table[depth][column]]):.2f}" for column in COLUMNS)
             print0(f"recall {name} in {length} tokens: {told} ({time.time() - began:.0f} s)")
         summaries |= {f"{way}/{length}": told.summary() for way, told in telemetry.items() if any(length in table for table in data.values())}
     return data, missing, summaries
@@ -103,9 +127,9 @@ def mean(values):
 
 
 def recall_table(data, depths):
-    """data: {task: {length: {depth: {way: dict(mean, spread)}}}} -> Markdown, in percent."""
+    """data: {task: {length: {depth: {way, or found: dict(mean, spread)}}}} -> Markdown, in percent."""
     rows = [[f"{name}, {length} tokens, {way}", *[f"{100 * table[depth][way]['mean']:.0f}%" for depth in depths]]
-            for name, lengths in data.items() for length, table in lengths.items() for way in WAYS]
+            for name, lengths in data.items() for length, table in lengths.items() for way in COLUMNS]
     return report.table(["question, history, way", *[f"depth {depth}" for depth in depths]], rows)
 
 

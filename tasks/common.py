@@ -7,6 +7,7 @@ Out: conversations {"messages": [{"role", "content"}, ...]}, ready for the token
      "answer"  what is right: a letter for a "choice" task, the expected text (or a list of words) for the others
      "letters" the letters to choose from ("choice" only)
      "bucket", "depth"  length asked for ("4k") and place of the fact, 0 = oldest .. 1 = newest (long-context tasks)
+     "evidence"  the characters of the first message that answer the question, [[start, stop], ...] (tasks with facts in a long text)
 
 The last message is the assistant's and holds the right answer: training reads all of it, evaluation cuts it off, and
 compares. A task neither tokenizes nor talks to a model, so it needs nothing but the standard library.

@@ -183,7 +183,7 @@ def bucket(length):
 @dataclass(frozen=True)
 class Ask:
     """
-    A question, its answer, and where the answer stands: `at` characters into fact number `fact`.
+    A question, its answer, and where the answer stands: `at` characters into fact number `fact` (0 = all of it answers); it takes the facts `also` as well.
     says: the sentence that the answer is given in, "" = the answer alone. One that repeats what was asked puts the same words in front of the
     answer as stand in front of it in the text, which a small model learns to continue long before it learns to look up (LOG.md, 2026-11-21).
     """
@@ -192,10 +192,16 @@ class Ask:
     fact: int = 0
     at: int = 0
     says: str = ""
+    also: tuple = ()
 
     @property
     def reply(self):
         return self.says or self.answer
+
+    def evidence(self, facts, offsets):
+        """[[start, stop], ...]: the characters that answer it, of a text that holds each of facts [(depth, fact), ...] from its offset on."""
+        places = [(self.fact, self.at, self.at + len(self.answer) if self.at else len(facts[self.fact][1]))] + [(n, 0, len(facts[n][1])) for n in self.also]
+        return [[offsets[n] + start, offsets[n] + stop] for n, start, stop in places]
 
 
 def following(questions):
@@ -245,7 +251,7 @@ class LongTask(GeneratedTask):
         """
         text, offsets = hide(self.filler, rng, facts, length, questions[0].question, following(questions), avoid)
         spoken = dialogue(text, questions[0].reply, *[part for ask in questions[1:] for part in (ask.question, ask.reply)])
-        extras = [{"answer": ask.answer, "depth": round((offsets[ask.fact] + ask.at) / len(text), 4)} for ask in questions]
+        extras = [{"answer": ask.answer, "depth": round((offsets[ask.fact] + ask.at) / len(text), 4), "evidence": ask.evidence(facts, offsets)} for ask in questions]
         out = {"messages": spoken, "bucket": bucket(length), **extras[-1]}
         return out if len(questions) == 1 else {**out, "turns": extras}
 

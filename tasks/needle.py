@@ -109,8 +109,8 @@ class KeyValue(LongTask):
             for _ in range(max(1, len(pairs) * over // length)):
                 pairs.popitem()
             assert pairs, f"no pair fits a length of {length}"
-        place = round(text.index(f'"{key}": ') / len(text), 4)
-        return {"messages": dialogue(text, value), "answer": value, "bucket": bucket(length), "depth": place}
+        at, said = text.index(f'"{key}": '), f'"{key}": "{value}"'
+        return {"messages": dialogue(text, value), "answer": value, "bucket": bucket(length), "depth": round(at / len(text), 4), "evidence": [[at, at + len(said)]]}
 
     def pair(self, rng):
         return self.identifier(rng), self.identifier(rng)

@@ -41,10 +41,10 @@ class VariableTracking(LongTask):
             places = [first] + sorted(rng.uniform(first, 1) for _ in range(self.hops))
             lines = [f"VAR {chain[0]} = {value}"] + [f"VAR {new} = VAR {old}" for old, new in zip(chain, chain[1:])]
             facts += zip(places, lines)
-        chain = names[:self.hops + 1]
+        chain, others = names[:self.hops + 1], tuple(range(1, self.hops + 1))
         if self.value:
-            return self.recall(rng, length, facts, [Ask(f"What is VAR {chain[-1]}?", values[0])])
-        conversation = self.recall(rng, length, facts, [Ask(f"Which variables are {values[0]}?", " ".join(chain))])
+            return self.recall(rng, length, facts, [Ask(f"What is VAR {chain[-1]}?", values[0], also=others)])
+        conversation = self.recall(rng, length, facts, [Ask(f"Which variables are {values[0]}?", " ".join(chain), also=others)])
         return {**conversation, "answer": chain} # as a list: any order is right
 
 

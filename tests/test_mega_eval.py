@@ -36,13 +36,13 @@ def test_the_tables_and_the_json_tell_what_the_sessions_did(base, tmp_path, monk
     assert set(data["dnll"]) == {"1", "1 newest"} and set(data["dnll"]["1"]) == {"32", "64", "128"} and data["reconstruction"]["1"]["own"]["mean"] > 0
     assert data["diversity"]["trained"]["1"]["n"]["mean"] == 2 * 16, "rows of 16 blocks have no level-2 gist"
     assert set(data["lens"]["gain"]) == set(WAYS) and data["lens"]["regret"]["oracle"] == dict(mean=0.0, spread=0.0)
-    assert set(data["recall"]["passkey"]["700"]["0.9"]) == set(recall.WAYS) and set(data["recall"]) | {name.split("/")[0] for name in data["recall_missing"]} == {"passkey", "codeqa"}
+    assert set(data["recall"]["passkey"]["700"]["0.9"]) == set(recall.COLUMNS) and set(data["recall"]) | {name.split("/")[0] for name in data["recall_missing"]} == {"passkey", "codeqa"}
 
     for name in ("mega_context", "mega_lens", "mega_recall"):
         assert f"]({name}.png)" in section and (report.folder() / f"{name}.png").stat().st_size > 1000
 
     told = data["telemetry"]
-    assert list(told) == ["lensnet/700", "recency/700", "gists/700"]
+    assert list(told) == ["lensnet/700", "told/700", "recency/700", "gists/700"]
     for name, summary in told.items():
         assert summary["ticks"] >= 1 and 0 < summary["budget_use"] <= 1 and set(summary["ms"]) == set(recall.STAGES)
         assert sum(summary["residency"].values()) == pytest.approx(192 * summary["budget_use"])
@@ -74,8 +74,8 @@ def test_what_cannot_be_measured_is_said_before_anything_is(base, tmp_path, monk
 
 def test_the_ways_of_remembering_see_what_they_may(base):
     """
-    What is read behind: gists only has nothing raw before its tail; recency opens nothing; a window is the plain model on the newest tokens behind
-    the first. All sessions start from one tree, and leave it as they found it.
+    What is read behind: gists only has nothing raw before its tail; recency opens nothing; who is told has the answer's block raw all the time; a window is
+    the plain model on the newest tokens behind the first. All sessions start from one tree, and leave it as they found it.
     """
     make_run("sft", seq_len=512)
     loaded, seen, windows = load_stage("sft", "t", device="cpu"), {}, []
@@ -83,7 +83,7 @@ def test_the_ways_of_remembering_see_what_they_may(base):
     class Watched(Session):
         def _forward(self, entries, start):
             if self.tree.length > 900: # not the contexts that are assembled before the question
-                seen.setdefault((self.n_diff, bool(self.pins.never)), []).append(([span for span in self.spans if span.level == 0], self.tree.length))
+                seen.setdefault((self.n_diff, bool(self.pins.never), bool(self.pins.raw)), []).append(([span for span in self.spans if span.level == 0], self.tree.length))
             return super()._forward(entries, start)
 
     class Said:
@@ -95,15 +95,32 @@ def test_the_ways_of_remembering_see_what_they_may(base):
             return []
 
     text = " ".join(f"{n} apples" for n in range(400))
-    conversation = {"messages": [dict(role="user", content=text), dict(role="assistant", content="yes")]}
+    at = text.index("50 apples")
+    conversation = {"messages": [dict(role="user", content=text), dict(role="assistant", content="yes")], "evidence": [[at, at + 9]]}
     prompt = loaded.tokenizer.render_prompt({"messages": conversation["messages"][:1]})
     assert len(prompt) > 1000
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recall, "Session", Watched)
-        said = recall.answers(loaded, Said(), conversation, 192, 16, {way: Telemetry() for way in recall.SESSIONS})
-    assert set(said) == set(recall.WAYS) and set(seen) == {(4, False), (0, False), (4, True)}
+        said, found = recall.answers(loaded, Said(), conversation, 192, 16, {way: Telemetry() for way in recall.SESSIONS})
+    assert set(said) == set(recall.WAYS) and set(seen) == {(4, False, False), (0, False, True), (0, False, False), (4, True, False)}
     head = (len(prompt) - 32) // 32 * 32 # a budget of 192 has a raw tail of 32 tokens
     assert windows == [prompt[:1] + prompt[1 - (192 - 16):]]
-    for spans, length in seen[4, True]:
+    for spans, length in seen[4, True, False]:
         assert all(span.start >= head for span in spans), "gists only, yet an old block is raw"
-    assert any(span.start < head for spans, _ in seen[0, False] for span in spans), "recency keeps raw what the budget has room for"
+    assert any(span.start < head for spans, _ in seen[0, False, False] for span in spans), "recency keeps raw what the budget has room for"
+    (start, stop), = recall.token_ranges(loaded.tokenizer, conversation)
+    assert loaded.tokenizer.decode(prompt[start:stop]).strip() == "50 apples"
+    blocks = set(range(start // 32, (stop - 1) // 32 + 1))
+    assert all(blocks <= {span.index for span in spans} for spans, _ in seen[0, False, True])
+    assert not any(blocks <= {span.index for span in spans} for spans, _ in seen[0, False, False])
+
+
+@pytest.mark.parametrize("fact, wanted", [("Ünïcode 字 is here.", "Ünïcode 字 is here."), ("three words stand", "three words stand")])
+def test_evidence_is_found_among_tokens(base, fact, wanted):
+    """Characters of the text become tokens of the rendered conversation, whatever bytes and merges lie between."""
+    make_run("sft", seq_len=512)
+    tokenizer = load_stage("sft", "t", device="cpu").tokenizer
+    text = "Ä line before.\n" * 7 + fact + "\nAnd ß after."
+    conversation = {"messages": [dict(role="user", content=text)], "evidence": [[text.index(fact), text.index(fact) + len(fact)]]}
+    (start, stop), = recall.token_ranges(tokenizer, conversation)
+    assert tokenizer.decode(tokenizer.render_prompt(conversation)[start:stop]).strip() == wanted

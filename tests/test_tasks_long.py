@@ -62,6 +62,7 @@ def test_the_fact_is_found_where_it_is_said_to_be(name, depth):
         for turn in turns(conversation):
             at = turn["depth"] * len(text)
             assert turn["answer"] in text[max(0, int(at) - 2):int(at) + 80]
+            assert turn["answer"] in text[slice(*turn["evidence"][0])]
 
 
 @pytest.mark.parametrize("name", MAKE)
@@ -232,6 +233,7 @@ def test_variables_can_be_answered_by_following_the_assignments():
             else:
                 asked = re.search(r"Which variables are ([\d ]+)\?$", text)[1]
                 assert sorted(conversation["answer"]) == sorted(name for name in value if value[name] == asked)
+                assert [text[start:stop].split()[1] for start, stop in conversation["evidence"]] == conversation["answer"]
                 assert task.evaluate(conversation, ", ".join(reversed(conversation["answer"])))
                 assert not task.evaluate(conversation, " ".join(conversation["answer"][:-1]))
 
