@@ -21,7 +21,7 @@ parser.add_argument("--hub", action="store_true", help="add SmolTalk, MMLU and G
 parser.add_argument("--documents", type=float, default=0.5, help="share of the tokens that are plain documents")
 parser.add_argument("--num-steps", type=int, default=-1, help="steps (-1 = a tenth of the base run's)")
 parser.add_argument("--lr", type=float, default=0.5, help="times the base run's learning rates")
-add_flags(parser, curriculum="32:1")
+add_flags(parser, curriculum="32:1", plain_every=2)
 
 
 def main():

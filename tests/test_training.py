@@ -205,6 +205,21 @@ def test_short_windows_by_flag(place):
     assert done.returncode == 2 and "--plain" in done.stderr and "Traceback" not in done.stderr and done.stderr.count("\n") == 1
 
 
+def test_the_share_of_plain_rows_is_a_flag_of_every_stage(place):
+    """A share that leaves no row to the gists is refused before anything is built."""
+    plain = {}
+    for every in ("2", "4"):
+        run(place, "scripts.base_train", *TINY, "--source", f"dir:{place[1]}", "--tag", f"every{every}", "--plain-every", every)
+        lines = [json.loads(line) for line in (place[0] / "base_checkpoints" / f"every{every}" / "log.jsonl").read_text().splitlines()]
+        steps = [line for line in lines if "loss" in line] # a step is a round of eight rows
+        plain[every] = [n for n, line in enumerate(steps) if "loss_plain" in line]
+        assert all("loss_gist" in line for n, line in enumerate(steps) if n not in plain[every])
+    assert plain == {"2": [0, 2, 4], "4": [0, 4]}
+    env = dict(os.environ, NANOCHAT_BASE_DIR=str(place[0]), OMP_NUM_THREADS="1")
+    done = subprocess.run([sys.executable, "-m", "scripts.base_train", *TINY, "--plain-every", "1"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and "--plain-every 1: expected at least 2" in done.stderr and "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "scripts").glob("*.py")))
 def test_a_script_that_opens_text_takes_a_data_folder(name):
     flags = getattr(getattr(importlib.import_module(f"scripts.{name}"), "parser", None), "_option_string_actions", {})
