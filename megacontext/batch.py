@@ -30,9 +30,7 @@ class Batch:
         places = [session.length for session in self.sessions]
         going = [row for row, token in enumerate(tokens) if token is not None]
         ids = torch.tensor([[token or 0] for token in tokens], device=device)
-        first = torch.tensor([[place == 0] for place in places], device=device)
-        before = torch.cat([session.before() if place else ids[0] for session, place in zip(self.sessions, places)])
-        entries = self.gpt.embed(ids, before, first)
+        entries = self.gpt.embed(ids, torch.cat([session.before() for session in self.sessions]))
         positions = torch.cat([session.shown.mapped_token(place) for session, place in zip(self.sessions, places)])
         rows = Rows(self.cache, torch.tensor([session.shown.cache.length for session in self.sessions], device=device))
         logits = self.gpt.head(self.gpt.trunk(entries, positions, rows.see, rows)[:, -1])
@@ -43,7 +41,7 @@ class Batch:
             session.shown.note(session.shown.cache.length, [places[row]])
             session.shown.cache.advance(1)
             session._count("read", time.perf_counter() - share, read_tokens=1)
-            session.grown(ids[row])
+            session.grown(ids[row:row + 1])
         return logits
 
 

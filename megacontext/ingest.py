@@ -61,11 +61,16 @@ def complete(gpt, gistnet, tree, blocks=None):
         level, below = level + 1, below // BLOCK
 
 
+def ids_before(gpt, tree, start):
+    """Ids (1, P) of the tokens of the tree in front of `start`, in whose light the GPT embeds the next; -1 where there is none."""
+    ids = tree.tokens(max(0, start - gpt.config.previous), start)
+    return torch.tensor([[-1] * (gpt.config.previous - len(ids)) + ids.tolist()], device=gpt.device)
+
+
 def embed_tokens(gpt, tree, start, stop):
-    """Entries (1, stop - start) of tokens of the tree, the first one in the light of the token before it."""
-    before = max(start - 1, 0)
-    ids = torch.as_tensor(tree.tokens(before, stop), dtype=torch.long, device=gpt.device)[None]
-    return gpt.embed(ids[:, 1:], ids[:, 0]) if start > 0 else gpt.embed(ids)
+    """Entries (1, stop - start) of tokens of the tree, behind those before them."""
+    ids = torch.as_tensor(tree.tokens(start, stop), dtype=torch.long, device=gpt.device)[None]
+    return gpt.embed(ids, ids_before(gpt, tree, start))
 
 
 def token_gists(gpt, gistnet, tree, first, last):

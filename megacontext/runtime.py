@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from megacontext.allocator import Focus, refocus
-from megacontext.ingest import complete, embed_tokens, ingest
+from megacontext.ingest import complete, embed_tokens, ids_before, ingest
 from megacontext.kv_store import KVStore
 from megacontext.matches import Matches
 from megacontext.positions import compressed
@@ -82,7 +82,7 @@ class Session:
         self.store = KVStore(gpt.device, kept * budget, kept_in_ram * budget)
         self.spans, self.newest_scores, self.edits, self.focus = [], {}, [], Focus() # newest_scores: span -> what LensNet said of it at the last tick
         self.matches = Matches()
-        self.last = None # id of the newest token, (1,); None where it has to be looked up
+        self.last = None # ids of the newest tokens, (1, P); None where they have to be looked up
         self.telemetry, self.told = telemetry or Telemetry(), {}
         self.stats = dict(ticks=0, edits=0, read_tokens=0, ingested_tokens=0) | {f"{stage}_ms": 0.0 for stage in STAGES}
         if state is not None:
@@ -161,13 +161,13 @@ class Session:
         self.tree.append_tokens(ids)
         logits = self._forward(entries, length)
         self._count("read", start, read_tokens=len(ids))
-        self.grown(new[0] if len(ids) == 1 else new[0, -1:])
+        self.grown(new)
         return logits
 
     def before(self):
-        """Id of the newest token, (1,), in whose light the next one is embedded; None at the very start."""
-        if self.last is None and self.tree.length:
-            self.last = torch.as_tensor(self.tree.tokens(self.tree.length - 1, self.tree.length), dtype=torch.long, device=self.gpt.device)
+        """Ids of the newest tokens, (1, P), in whose light the next one is embedded; -1 where there are not so many."""
+        if self.last is None:
+            self.last = ids_before(self.gpt, self.tree, self.tree.length)
         return self.last
 
     def _forward(self, entries, start):
@@ -176,9 +176,9 @@ class Session:
         see = "all" if n == 1 else causal_after(have, n, self.gpt.device)
         return self.gpt.head(self.shown.read(entries, range(start, start + n), see)[0, -1])
 
-    def grown(self, last):
-        """Tokens were appended to the tree and read, the id of the newest is last (1,): a finished block makes a tick."""
-        self.last, self._behind = last, True
+    def grown(self, ids):
+        """Tokens ids (1, n) were appended to the tree and read: a finished block makes a tick."""
+        self.last, self._behind = torch.cat([self.before(), ids], dim=1)[:, -self.gpt.config.previous:], True
         if self.tree.length % BLOCK == 0:
             self.shown.seal(self.spans[-1])
             start = time.perf_counter()

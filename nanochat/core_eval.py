@@ -228,7 +228,7 @@ def crop(sequences, room):
 class Row:
     """Entries of one example, and of each of its sequences the columns that predict its scored tokens, and those tokens."""
     ids: list
-    before: list     # the id before each in its own sequence; of the first one, itself
+    parent: list     # the column of the token before each in its own sequence; -1 = there is none
     positions: list
     branch: list     # 0 = shared beginning, 1.. = ending
     scored: list     # [(columns, targets)], one pair a sequence
@@ -240,12 +240,12 @@ def make_row(sequences, gold):
     inputs = [ids[:-1] for ids, _ in sequences]
     shared = common(inputs)
     first = inputs[0]
-    row = Row(first[:shared], first[:1] + first[:shared - 1], list(range(shared)), [0] * shared, [], gold)
+    row = Row(first[:shared], list(range(-1, shared - 1)), list(range(shared)), [0] * shared, [], gold)
     assert shared, "sequences share at least their bos"
     for n, ((ids, start), mine) in enumerate(zip(sequences, inputs), 1):
         shift = len(row.ids) - shared
         row.ids += mine[shared:]
-        row.before += mine[shared - 1:-1]
+        row.parent += [t + shift - 1 if t > shared else shared - 1 for t in range(shared, len(mine))]
         row.positions += range(shared, len(mine))
         row.branch += [n] * (len(mine) - shared)
         row.scored.append(([t if t < shared else t + shift for t in range(start - 1, len(mine))], ids[start:]))
@@ -256,14 +256,17 @@ def read_rows(gpt, rows, vocab_size):
     """Rows in one forward -> for each row [(mean nats, every token was the likeliest)], one pair a sequence."""
     B, N, device = len(rows), max(len(row.ids) for row in rows), gpt.device
     fill = lambda name, pad: torch.tensor([getattr(row, name) + [pad] * (N - len(row.ids)) for row in rows], device=device) # (B, N)
-    ids, before, positions, branch = fill("ids", 0), fill("before", 0), fill("positions", 0), fill("branch", -1)
+    ids, parent, positions, branch = fill("ids", 0), fill("parent", -1), fill("positions", 0), fill("branch", -1)
     if all(len(row.scored) == 1 for row in rows):
         see = "causal" # padding comes last, where nobody looks back from
     else:
         own = (branch[:, None, :] == branch[:, :, None]) | (branch[:, None, :] == 0)
         see = (own & torch.ones(N, N, dtype=torch.bool, device=device).tril())[:, None]
-    alone = (torch.arange(N, device=device) == 0).expand(B, N)
-    entries = gpt.embed(ids.reshape(-1, 1), before.reshape(-1), alone.reshape(-1, 1)) # each beside its own predecessor
+    before, column, of = [], parent, lambda values, column: values.gather(1, column.clamp(min=0)).masked_fill(column < 0, -1)
+    for _ in range(gpt.config.previous): # each token behind those of its own sequence
+        before.insert(0, of(ids, column))
+        column = of(parent, column)
+    entries = gpt.embed(ids.reshape(-1, 1), torch.stack(before, dim=-1).flatten(0, 1))
     entries.x, entries.values = entries.x.view(B, N, -1), [value.view(B, N, -1) for value in entries.values]
     hidden = gpt.trunk(entries, positions, see)
 

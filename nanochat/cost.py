@@ -1,7 +1,7 @@
 """
 What a model costs, by arithmetic on its shape: parameters, FLOPs per token, bytes of KV cache, bytes read per new token.
 
-In:  anything with vocab_size, seq_len, layers, heads, kv_heads, width, short_layers, short_window (GPTConfig). Out: numbers.
+In:  anything with vocab_size, seq_len, layers, heads, kv_heads, width, short_layers, short_window, previous (GPTConfig). Out: numbers.
 The idea: count by the role that a parameter plays, never by the class of its module. A layer swapped for an fp8 one
 costs the same FLOPs; a count by class lost 11 of 12 of them there (and MFU with it).
 
@@ -21,7 +21,7 @@ def parameter_counts(config):
     counts = {
         "embed": V * D,
         "value_tables": value_layers * V * kv,
-        "matrices": config.width ** 2 + L * (attention + mlp) + value_layers * GATE_INPUTS * config.kv_heads,
+        "matrices": config.previous * D * D + L * (attention + mlp) + value_layers * GATE_INPUTS * config.kv_heads,
         "head": V * D,
         "scalars": 2 * L,                              # resid_scale, x0_scale
     }

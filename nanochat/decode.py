@@ -24,7 +24,7 @@ class StaticDecode:
         self.gpt, self.cache = gpt, cache
         self.pad = torch.zeros(B, dtype=torch.long, device=device) if pad is None else pad
         self.ids = torch.zeros(B, 1, dtype=torch.long, device=device)
-        self.before = torch.zeros(B, dtype=torch.long, device=device)
+        self.before = torch.zeros(B, cache.previous, dtype=torch.long, device=device)
         self.at = torch.zeros(1, dtype=torch.long, device=device) # where the new entry goes
         self.place = torch.arange(cache.capacity, device=device)
         self.graph = self.logits = None

@@ -179,26 +179,25 @@ class LeftPadded:
         self.gpt = gpt
         self.width = max(len(prompt) for prompt in prompts)
         self.pad = torch.tensor([self.width - len(prompt) for prompt in prompts], device=gpt.device) # (B,)
-        self.ids = torch.tensor([[0] * (self.width - len(prompt)) + list(prompt) for prompt in prompts], device=gpt.device)
+        self.ids = torch.tensor([[-1] * (self.width - len(prompt)) + list(prompt) for prompt in prompts], device=gpt.device)
         self.ragged = len({len(prompt) for prompt in prompts}) > 1
         self.cache = KVCache(gpt.config, len(prompts), self.width + room, gpt.device, gpt.dtype)
 
     def read(self):
         """All prompts in one forward -> logits (B, V)."""
         place = torch.arange(self.width, device=self.gpt.device)
-        first = place[None, :] == self.pad[:, None] # nothing comes before it, certainly not the padding
         seen = (place[None, :] >= self.pad[:, None])[:, None, None, :] & (place[:, None] >= place[None, :])
         seen = seen | torch.eye(self.width, dtype=torch.bool, device=self.gpt.device) # padding sees itself: no empty softmax
-        return self._forward(self.ids, place, first, seen if self.ragged else "causal")
+        return self._forward(self.ids, place, seen if self.ragged else "causal")
 
     def step(self, tokens):
         """One token for each row -> logits (B, V)."""
         place = torch.arange(self.cache.length + 1, device=self.gpt.device)
         seen = (place[None, :] >= self.pad[:, None])[:, None, None, :]
-        return self._forward(torch.tensor(tokens, device=self.gpt.device)[:, None], place[-1:], None, seen if self.ragged else "all")
+        return self._forward(torch.tensor(tokens, device=self.gpt.device)[:, None], place[-1:], seen if self.ragged else "all")
 
-    def _forward(self, ids, place, first, see):
-        entries = self.gpt.embed(ids, self.cache.remember(ids), first)
+    def _forward(self, ids, place, see):
+        entries = self.gpt.embed(ids, self.cache.remember(ids))
         positions = place[None, :] - self.pad[:, None] # (B, N); the padding stands below zero
         return self.gpt.head(self.gpt.trunk(entries, positions, see, self.cache)[:, -1])
 

@@ -160,7 +160,7 @@ def cpu_has_bf16():
 # and value embedding only.
 SAVED_BYTES = {torch.float32: 82, torch.bfloat16: 54, torch.float16: 54}
 CHECKPOINTED_BYTES = 6
-ENDS_BYTES = 24     # per token and unit of width: embedding, and the last norm
+ENDS_BYTES = 32     # per token and unit of width: embedding with the three before it, and the last norm
 LOGIT_BYTES = 12    # per token and vocabulary entry of a piece of the loss: in training 8, in evaluation 12
 RESERVE = 0.10      # share of the memory left to the allocator's gaps, the CUDA context and kernels' workspaces
 CPU_TOKENS = 8192   # on a CPU more tokens at a time bring no speed, only memory

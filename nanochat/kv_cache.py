@@ -4,9 +4,10 @@ The keys and values of what has been read, so that a new token costs one token.
 Preallocated for `capacity` entries. Keys are stored as they are read, turned to their positions. Every row of the batch holds
 the same number of entries.
 
-L = layers, B = batch, H = kv heads, d = head width
+L = layers, P = tokens before that an embedding knows, B = batch, H = kv heads, d = head width
 """
 import torch
+import torch.nn.functional as F
 
 
 class KVCache:
@@ -15,6 +16,7 @@ class KVCache:
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.ids = torch.zeros(batch, capacity, dtype=torch.long, device=device) # of the tokens read through GPT.extend
+        self.previous = config.previous
         self.length = 0
 
     @property
@@ -30,10 +32,11 @@ class KVCache:
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
     def remember(self, ids):
-        """Note the ids (B, n) about to be appended; returns the id before the first, (B,), or None at the very start."""
+        """Note the ids (B, n) about to be appended, -1 for padding; returns those before the first, (B, P), -1 where there is none."""
         self._room(self.length + ids.size(1))
         self.ids[:, self.length:self.length + ids.size(1)] = ids
-        return self.ids[:, self.length - 1] if self.length else None
+        known = self.ids[:, max(0, self.length - self.previous):self.length]
+        return F.pad(known, (self.previous - known.size(1), 0), value=-1)
 
     def _room(self, end):
         if end > self.capacity:

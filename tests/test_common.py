@@ -160,11 +160,11 @@ def test_costs_do_not_depend_on_the_class_of_a_layer():
 
 
 def test_costs_by_hand():
-    """d12 at vocabulary 32768: the published 286.3M parameters and the 0.59M of gpt.previous, 36864 bytes of cache per token; and a FLOP count on paper."""
+    """d12 at vocabulary 32768: the published 286.3M parameters and the 1.77M of gpt.previous, 36864 bytes of cache per token; and a FLOP count on paper."""
     config = GPTConfig.from_depth(12, 32768)
-    assert cost.parameter_counts(config)["total"] / 1e6 == pytest.approx(286.3 + 0.59, abs=0.05)
+    assert cost.parameter_counts(config)["total"] / 1e6 == pytest.approx(286.3 + 1.77, abs=0.05)
     assert cost.kv_bytes(config) == 36864
-    tiny = SimpleNamespace(vocab_size=10, seq_len=8, layers=1, heads=2, kv_heads=1, width=4, short_layers=(), short_window=0)
+    tiny = SimpleNamespace(vocab_size=10, seq_len=8, layers=1, heads=2, kv_heads=1, width=4, short_layers=(), short_window=0, previous=1)
     # q 16, out 16, k 8, v 8, mlp 128, gate 12, previous 16, head 40 = 244 multiply-adds; attention 2 x 8 entries x 4 wide = 64 more
     assert cost.forward_flops(tiny, visible=8) == 2 * (244 + 64)
     assert cost.train_flops(tiny) == 6 * (244 + 64)

@@ -84,7 +84,7 @@ def test_rows_in_a_batch_equal_each_text_alone(task, seq_len):
 def test_the_shared_beginning_is_read_once_and_the_last_token_never():
     row = make_row([([9, 1, 2, 3, 4], 3), ([9, 1, 2, 5, 6, 7], 3)], gold=1)
     assert row.ids == [9, 1, 2, 3, 5, 6]
-    assert row.before == [9, 9, 1, 2, 2, 5] # 5 follows 2, though 3 stands beside it
+    assert row.parent == [-1, 0, 1, 2, 2, 4] # 5 follows 2, though 3 stands beside it
     assert row.positions == [0, 1, 2, 3, 3, 4]
     assert row.branch == [0, 0, 0, 1, 2, 2]
     assert row.scored == [([2, 3], [3, 4]), ([2, 4, 5], [5, 6, 7])]
@@ -163,12 +163,12 @@ class Bigram:
     """Speaks as a GPT does, and always follows one letter with the next of its text."""
 
     def __init__(self, text, seq_len=512):
-        self.config, self.device = type("Config", (), dict(seq_len=seq_len)), "cpu"
+        self.config, self.device = type("Config", (), dict(seq_len=seq_len, previous=1)), "cpu"
         self.table = torch.zeros(tokenizer.vocab_size, tokenizer.vocab_size)
         for a, b in zip(text.encode(), text.encode()[1:]):
             self.table[a, b] = 9.0
 
-    def embed(self, ids, before=None, alone=None):
+    def embed(self, ids, before=None):
         return Entries(F.one_hot(ids, tokenizer.vocab_size).float(), [])
 
     def trunk(self, entries, positions, see):
