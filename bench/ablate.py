@@ -13,6 +13,7 @@ import json
 import math
 import time
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from unittest.mock import PropertyMock, patch
 
 import numpy as np
@@ -76,6 +77,13 @@ def frozen(name, value):
     return apply
 
 
+def one_before(gpt):
+    """An embedding that knows one token before it."""
+    gpt.config = replace(gpt.config, previous=1)
+    gpt.previous = torch.nn.Linear(gpt.config.width, gpt.config.width, bias=False)
+    torch.nn.init.zeros_(gpt.previous.weight)
+
+
 def identity(update, *_):
     return update
 
@@ -99,7 +107,8 @@ def no_scales(gpt):
 VARIANTS = {
     "the whole recipe": ((), None, {}, {}),
     "no value embeddings": ((patch.object(GPTConfig, "value_layers", PropertyMock(return_value=[])),), None, {}, {}),
-    "no token before": ((), frozen("previous", 0.0), {}, {}),
+    "no tokens before": ((), frozen("previous", 0.0), {}, {}),
+    "one token before": ((), one_before, {}, {}),
     "no x0": ((), frozen("x0_scale", 0.0), {}, {}),
     "nanochat's rate for x0": ((), None, dict(x0_lr=0.5), {}),
     "no residual scales": ((), frozen("resid_scale", 1.0), {}, {}),

@@ -33,8 +33,8 @@ def score_flops(config, entries, newest=NEWEST):
 
 
 def embed_flops(config):
-    """One token embedded, in a GPT of this config: its look at the token before it."""
-    return 2 * config.width ** 2
+    """One token embedded, in a GPT of this config: its look at the tokens before it."""
+    return 2 * config.previous * config.width ** 2
 
 
 def embed_again_flops(config, gist_config):
@@ -48,7 +48,7 @@ def embed_again_flops(config, gist_config):
 def lane_flops(config):
     """What one token of history costs the GPT in gists read once each for their keys and values: all but the head, seeing one entry."""
     counts = parameter_counts(config)
-    once = 2 * (counts["matrices"] - config.width ** 2) + 4 * config.layers * config.width # a gist has no token before it
+    once = 2 * counts["matrices"] - embed_flops(config) + 4 * config.layers * config.width # a gist has no tokens before it
     return once / (BLOCK - 1) # 1/K + 1/K^2 + ...
 
 

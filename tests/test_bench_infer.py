@@ -25,9 +25,9 @@ def test_the_last_line_is_json_and_adds_up(monkeypatch, capsys, steps):
         assert row["tokens_s"] == pytest.approx(1000 * row["batch"] / row["tpot_ms"])
         assert 0 < row["mbu"] < 1 and 0 < row["mfu"] < 1 and row["ttft_ms"] > 0
         assert line.split()[0] == str(row["batch"])
-    # by hand: 1 layer of 12 * 128^2 + 12 for the gate, 128^2 for the token before, head 512 * 128: 278,540 matmul parameters;
+    # by hand: 1 layer of 12 * 128^2 + 12 for the gate, 3 * 128^2 for the tokens before, head 512 * 128: 311,308 matmul parameters;
     # and 4 * 128 for each of the 8 + 4/2 entries that the middle token sees
-    flops = 2 * 278_540 + 4 * 128 * 10
+    flops = 2 * 311_308 + 4 * 128 * 10
     assert told["rows"][0]["mfu"] == pytest.approx(flops / (told["rows"][0]["tpot_ms"] / 1000) / 1e13)
 
 

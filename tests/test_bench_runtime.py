@@ -87,10 +87,10 @@ def test_nothing_is_left_behind(told, scratch):
 
 
 def test_flops_by_hand():
-    """d1 with 64 tokens: 1 layer of 12 x 128^2 + 12, 128^2 for the token before, head 64 x 128: 221,196 numbers; and 4 x 128 for an entry seen."""
+    """d1 with 64 tokens: 1 layer of 12 x 128^2 + 12, 3 x 128^2 for the tokens before, head 64 x 128: 253,964 numbers; and 4 x 128 for an entry seen."""
     config = GPTConfig.from_depth(1, 64)
     account = measure.flops(config, GistConfig.for_gpt(config), LensConfig(), spans=10, budget=192)
-    base = 2 * 221_196 + 4 * 128 * 192
+    base = 2 * 253_964 + 4 * 128 * 192
     assert account["base_mflops"] == pytest.approx(base / 1e6)
     lens = 2 * 10 * (2 * 64 * 5 + (2 * 20 + 6) * 32 + 32) / 32 # ten spans, 64 tokens ask in two ways, five means; a head of 46 -> 32 -> 1; every 32 tokens
     assert account["lensnet_flops_share"] == pytest.approx(lens / base)
