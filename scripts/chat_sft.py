@@ -22,7 +22,7 @@ parser.add_argument("--source", default="stdlib", help="long documents that ques
 parser.add_argument("--hub", action="store_true", help="add SmolTalk, MMLU and GSM8K from the data hub")
 parser.add_argument("--conversations", default="", help="a JSONL file of your own conversations, half of the mixture")
 parser.add_argument("--num-steps", type=int, default=100)
-parser.add_argument("--lr", type=float, default=0.3, help="times the base run's learning rates")
+parser.add_argument("--lr", type=float, default=0.5, help="times the base run's learning rates")
 add_flags(parser, curriculum="32:1", plain_every=2)
 
 

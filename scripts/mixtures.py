@@ -100,7 +100,7 @@ def long_tasks(source, split, tokenizer, seq_len, seed):
     measure = lambda text: len(tokenizer.encode(text))
     texts = texts_of(source, split)
     filler, python = Filler(texts, measure), [text for text in texts if read_source(text)[0]] # files that define something with an answer
-    wanted = [(Passkey, filler, SHORTEST, dict(size=500)), (MultiKey, filler, SHORTEST, dict(size=1500, questions=4))]
+    wanted = [(Passkey, filler, SHORTEST, dict(size=500)), (MultiKey, filler, SHORTEST, dict(size=1500, questions=6))]
     if len(python) >= LEAST_PYTHON:
         code = Sources(python, measure)
         wanted += [(CodeQuestions, code, SHORTEST, dict(size=1500, questions=3)), (TopicShift, code, SHORTEST_SHIFT, dict(size=500))]
@@ -130,7 +130,7 @@ def conversations(source, split, tokenizer, seq_len, hub, seed=0):
     """
     short = [task(size=4000, seed=seed, split=split) for task in (Arithmetic, SimpleSpelling, SpellingBee)]
     long, facts = long_tasks(source, split, tokenizer, seq_len, seed)
-    parts = [(TaskMixture(short, seed=seed), 0.25), (TaskMixture(long, seed=seed), 0.25), (TaskMixture(facts, seed=seed), 0.5)]
+    parts = [(TaskMixture(short, seed=seed), 0.2), (TaskMixture(long, seed=seed), 0.2), (TaskMixture(facts, seed=seed), 0.6)]
     if hub:
         parts = [(items, 0.3 * weight) for items, weight in parts] + [(TaskMixture(hub_tasks(split), seed=seed), 0.7)]
     return Parts(parts)

@@ -18,7 +18,7 @@ B6   without a limit generation overran the cache                              t
 B7   a script read a line of the log that was no longer printed                test_no_shell_script_reads_what_we_print (here)
                                                                                test_common.py::test_the_log_says_the_same_to_the_file_and_the_terminal
                                                                                test_training.py::test_two_processes_and_a_resumed_one_give_the_losses_of_one
-B8   the first token of a document heard of the one before it                  test_gpt.py::test_a_document_does_not_see_the_one_before_it_in_its_embeddings
+B8   the first token of a document heard of the one before it                  test_gpt.py::test_an_embedding_knows_the_tokens_before_it_of_its_own_document
 B9   a run resumed only on as many processes, and lost the loader's buffer     test_distributed.py::test_any_number_of_processes_makes_the_same_run_and_resumes_any_other
                                                                                test_dataloader.py::test_killed_and_resumed_with_other_ranks_the_rows_go_on
                                                                                test_training.py::test_four_processes_and_a_run_that_goes_on_with_another_number_give_the_losses_of_one
