@@ -16,7 +16,6 @@ from nanochat.common import UserError
 HEAD_WIDTH = 128      # wider heads use matrix units better than 64, at no loss (nanochat LOG)
 TOKENS_PER_PARAM = 12 # D / N of a compute-optimal run on this recipe; value tables are not in N
 REF_DEPTH, REF_BATCH = 12, 2**19
-PREVIOUS = 3          # tokens before it that an embedding knows, as GPTConfig has it
 LEAST_STEPS = 64      # of a run cut short by hand: fewer learn less than a smaller batch does (LOG.md, 2026-11-21)
 
 
@@ -48,10 +47,10 @@ def width_of(depth):
 
 
 def scaling_params(depth, vocab_size):
-    """N, the parameters that loss scales with: block matrices and lm_head, no lookup tables (nanochat LOG, Jan 27 2026)."""
+    """N, the parameters that loss scales with: block matrices and lm_head, no lookup tables (nanochat LOG, Jan 27 2026), nor what the tokens before add to an embedding: horizons are nanochat's."""
     D = width_of(depth)
     gates = (depth + 1) // 2 * 12 * (D // HEAD_WIDTH)  # value gates, on alternate layers
-    return (depth * 12 + PREVIOUS) * D * D + gates + D * vocab_size  # PREVIOUS: what the tokens before add to an embedding
+    return depth * 12 * D * D + gates + D * vocab_size
 
 
 def plan(depth, vocab_size, seq_len=2048, *, tokens=None, steps=None, batch_tokens=None, world=1):

@@ -180,7 +180,7 @@ def shards(recipe):
 def shape(recipe):
     """What nanochat/cost.py takes."""
     plan = base_plan(recipe)
-    return SimpleNamespace(vocab_size=recipe.vocab_size, seq_len=recipe.seq_len, layers=recipe.depth, heads=plan.heads, kv_heads=plan.heads, width=plan.width, short_layers=(), short_window=0, previous=schedule.PREVIOUS)
+    return SimpleNamespace(vocab_size=recipe.vocab_size, seq_len=recipe.seq_len, layers=recipe.depth, heads=plan.heads, kv_heads=plan.heads, width=plan.width, short_layers=(), short_window=0, previous=cost.PREVIOUS)
 
 
 def hours(recipe, memory, shards):

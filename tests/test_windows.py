@@ -168,7 +168,7 @@ def test_longer_rows_keep_the_window(base):
 
 def test_checkpoints_from_before_windows(base):
     """They have no such field: they load as long throughout, and a run that is resumed from one is the same run."""
-    old = dict(vocab_size=64, seq_len=128, layers=4, heads=2, kv_heads=2, width=32, bos=-1)
+    old = dict(vocab_size=64, seq_len=128, layers=4, heads=2, kv_heads=2, width=32, bos=-1, previous=3)
     config = GPTConfig(**old)
     assert config.windows == "L" and config.short_layers == [] and config.to_dict() == old
     checkpoint.check_match(dict(gpt=old), gpt=GPTConfig(**old, windows="L").to_dict())
