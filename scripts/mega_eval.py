@@ -23,16 +23,13 @@ import torch
 
 from megacontext import probes
 from megacontext.evaluate import METHODS, WAYS, Networks, Rows, by_budget, lens_quality, opened, oracle, pooled, trailing
-from megacontext.runtime import LEAST_BUDGET
 from megacontext.span import BLOCK
 from nanochat import plots, report
 from nanochat.common import UserError, pick_device_type, print0, run_main
 from nanochat.dataset import add_data_dir, open_source, use_data_dir
-from nanochat.engine import Engine
 from nanochat.run import Log
 from scripts.load import load_stage
-from scripts.recall import TASKS, recall, recall_table, telemetry_numbers, telemetry_table
-from scripts.recall import WAYS as MEMORIES
+from scripts.recall import add_recall_flags, numbers, picture, recall_tables, settle_recall, spread, telemetry_numbers
 
 parser = argparse.ArgumentParser(description="Measure what the memory is worth", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 parser.add_argument("--stage", default="sft", help="base, mid or sft")
@@ -45,11 +42,7 @@ parser.add_argument("--budget", type=int, default=-1, help="visible entries (-1 
 parser.add_argument("--documents", type=int, default=12, help="rows for each seed")
 parser.add_argument("--measured-rows", type=int, default=4, help="rows of each seed with every edit measured: oracle, LensNet, dNLL, one gist")
 parser.add_argument("--seeds", type=int, default=3, help="samples of rows and questions; the spread is over them")
-parser.add_argument("--recall-tasks", default=",".join(TASKS), help="comma list")
-parser.add_argument("--recall-lengths", default="1024,8192", help="tokens of history, comma list; empty = no recall table")
-parser.add_argument("--recall-depths", default="0,0.5,0.9", help="of the fact that is asked about, comma list, 0 = oldest")
-parser.add_argument("--recall-problems", type=int, default=2, help="questions for each task, length, depth and seed")
-parser.add_argument("--recall-budget", type=int, default=-1, help="visible entries (-1 = a quarter of the row, or the least that a session takes)")
+add_recall_flags(parser)
 parser.add_argument("--run", default="", help="name of a wandb run (empty = no wandb)")
 parser.add_argument("--device", default="")
 add_data_dir(parser)
@@ -60,29 +53,17 @@ TRAILING = 512 # tokens at the end of a context that the loss is taken over, or 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings
 
-def numbers(text, kind=int):
-    try:
-        return [kind(item) for item in text.split(",") if item.strip()]
-    except ValueError:
-        raise UserError(f"expected numbers with commas between them, got {text!r}") from None
-
-
 def settle(args, seq_len):
     """Fill in what was left to the checkpoint; UserError for what cannot be measured."""
     least = 4 * BLOCK
     T = args.seq_len = args.seq_len if args.seq_len > 0 else seq_len
     args.lengths = sorted({*(numbers(args.lengths) or [T // 4, T // 2, T]), T})
     args.budget = args.budget if args.budget > 0 else T // 8
-    args.recall_budget = args.recall_budget if args.recall_budget > 0 else max(LEAST_BUDGET, T // 4)
-    args.recall_lengths, args.recall_depths = numbers(args.recall_lengths), numbers(args.recall_depths, float)
-    args.recall_tasks = [name for name in args.recall_tasks.split(",") if name]
     if T < 16 * BLOCK or any(length % least or not least <= length <= T for length in args.lengths):
         raise UserError(f"expected --seq-len of at least {16 * BLOCK} and --lengths that are multiples of {least} up to it, got {T} and {args.lengths}")
-    if args.seeds < 2 or not 2 <= args.measured_rows <= args.documents or args.recall_problems < 1:
-        raise UserError(f"expected --seeds of at least 2, --measured-rows from 2 to --documents and --recall-problems of at least 1, "
-                        f"got {args.seeds}, {args.measured_rows} of {args.documents} and {args.recall_problems}")
-    if set(args.recall_tasks) - set(TASKS) or not all(0 <= depth <= 1 for depth in args.recall_depths):
-        raise UserError(f"expected --recall-tasks among {', '.join(TASKS)} and depths from 0 to 1, got {', '.join(args.recall_tasks)} and {args.recall_depths}")
+    if args.seeds < 2 or not 2 <= args.measured_rows <= args.documents:
+        raise UserError(f"expected --seeds of at least 2 and --measured-rows from 2 to --documents, got {args.seeds} and {args.measured_rows} of {args.documents}")
+    settle_recall(args, T)
 
 
 def long_documents(source, tokenizer, T, most=100):
@@ -188,11 +169,6 @@ def measure_budgets(networks, rows, args, rng, bytes_of):
 # ---------------------------------------------------------------------------------------------------------------------
 # All seeds
 
-def spread(values):
-    """mean and standard deviation over seeds."""
-    return dict(mean=float(np.mean(values)), spread=float(np.std(values, ddof=1)) if len(values) > 1 else None)
-
-
 def over_seeds(samples):
     """One nest of dicts a seed -> the same nest with spread() of the numbers at its leaves, of the seeds that have them."""
     found = {}
@@ -254,10 +230,6 @@ def main():
 # ---------------------------------------------------------------------------------------------------------------------
 # Tables and pictures
 
-def picture(name, text):
-    return f"![{text}]({name})"
-
-
 def trailing_tables(data, args):
     T, by, gap = args.seq_len, data["trailing"], data["gap_closed"]
     rows = [[name, told(row["loss"]), told(row["better_than_window"]), told(gap[name], 2) if gap and name in gap else None] for name, row in by[T].items()]
@@ -307,25 +279,6 @@ def lens_tables(data, points):
         "Two gists opened: gain in nats over the next block, each opened alone; regret against the oracle's (0 = as good, 1 = no gain); correlation of the scores with the gains. " + noise,
         report.table(["choice", "gain", "regret", "correlation"], rows), picture("mega_lens.png", "LensNet's score against measured utility") if points else "",
     ]
-
-
-def recall_tables(loaded, data, args, began):
-    found, missing, data["telemetry"] = recall(loaded, Engine(loaded.tokenizer), args.recall_tasks, args.source, args.recall_lengths, args.recall_depths, args.recall_problems,
-                                               args.seeds, args.recall_budget, began)
-    data["recall"] = {name: {length: {depth: {way: spread(shares) for way, shares in ways.items()} for depth, ways in depths.items()} for length, depths in lengths.items()}
-                      for name, lengths in found.items()}
-    data |= dict(recall_missing=missing, recall_budget=args.recall_budget)
-    asked = args.recall_problems * args.seeds
-    tables = [f"Recall with {args.recall_budget} entries in view: share of {asked} questions answered, by length of the history and depth (0 = oldest).", recall_table(data["recall"], args.recall_depths)]
-    if missing:
-        tables.append("\n".join(f"- not asked: {name}, {reason}" for name, reason in missing.items()))
-    if data["recall"]:
-        panels = {name: {way: {length: {depth: table[depth][way]["mean"] for depth in args.recall_depths} for length, table in lengths.items()} for way in MEMORIES}
-                  for name, lengths in data["recall"].items()}
-        plots.heat_maps(report.folder() / "mega_recall.png", panels, "tokens of history", "depth")
-        tables += [picture("mega_recall.png", "recall by depth and length"), "Telemetry of these sessions, means over their ticks; milliseconds since the tick before, median and 99th percentile.",
-                   telemetry_table(data["telemetry"])]
-    return tables
 
 
 if __name__ == "__main__":

@@ -15,13 +15,13 @@ from itertools import islice
 import numpy as np
 
 from megacontext.ingest import ingest
-from megacontext.runtime import STAGES, Session, raw_tail
+from megacontext.runtime import LEAST_BUDGET, STAGES, Session, raw_tail
 from megacontext.span import BLOCK
 from megacontext.telemetry import Telemetry
 from megacontext.working_context import Pins
-from nanochat import report
+from nanochat import plots, report
 from nanochat.common import UserError, print0
-from nanochat.engine import PlainStream
+from nanochat.engine import Engine, PlainStream
 from scripts.load import open_tree
 from scripts.mixtures import texts_of
 from tasks.codeqa import CodeQuestions, Sources
@@ -34,6 +34,36 @@ WAYS = (*SESSIONS, "window")
 COLUMNS = (*WAYS, "found")
 TASKS = {"passkey": (Passkey, 32), "multikey": (MultiKey, 32), "variables": (VariableTracking, 32), "codeqa": (CodeQuestions, 40)} # most tokens of an answer
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
+
+def add_recall_flags(parser):
+    parser.add_argument("--recall-tasks", default=",".join(TASKS), help="comma list")
+    parser.add_argument("--recall-lengths", default="1024,8192", help="tokens of history, comma list; empty = no recall table")
+    parser.add_argument("--recall-depths", default="0,0.5,0.9", help="of the fact that is asked about, comma list, 0 = oldest")
+    parser.add_argument("--recall-problems", type=int, default=2, help="questions for each task, length, depth and seed")
+    parser.add_argument("--recall-budget", type=int, default=-1, help="visible entries (-1 = a quarter of the row, or the least that a session takes)")
+
+
+def numbers(text, kind=int):
+    try:
+        return [kind(item) for item in text.split(",") if item.strip()]
+    except ValueError:
+        raise UserError(f"expected numbers with commas between them, got {text!r}") from None
+
+
+def settle_recall(args, T):
+    """Fill in what was left to a model with rows of T tokens; UserError for what cannot be asked."""
+    args.recall_budget = args.recall_budget if args.recall_budget > 0 else max(LEAST_BUDGET, T // 4)
+    args.recall_lengths, args.recall_depths = numbers(args.recall_lengths), numbers(args.recall_depths, float)
+    args.recall_tasks = [name for name in args.recall_tasks.split(",") if name]
+    if args.recall_problems < 1 or set(args.recall_tasks) - set(TASKS) or not all(0 <= depth <= 1 for depth in args.recall_depths):
+        raise UserError(f"expected --recall-problems of at least 1, --recall-tasks among {', '.join(TASKS)} and depths from 0 to 1, got {args.recall_problems}, {', '.join(args.recall_tasks)} and {args.recall_depths}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Asking
 
 class Questions:
     """Tasks by name over the texts of a source, which are read and parsed when a task first needs them."""
@@ -153,3 +183,34 @@ def telemetry_table(summaries):
         ms = [f"{told['ms'][stage]['p50']:.2f}, {told['ms'][stage]['p99']:.2f}" for stage in STAGES]
         rows.append([f"{length} tokens, {way}", f"{told['ticks']}", f"{told['swap_rate']:.4f}", f"{100 * told['budget_use']:.0f}%", by_level(entries), by_level(opened), *ms])
     return report.table(["history", "ticks", "edits a span", "budget in use", "entries by level", "opened by level", *[f"{stage} ms" for stage in STAGES]], rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables and pictures
+
+def picture(name, text):
+    return f"![{text}]({name})"
+
+
+def spread(values):
+    """mean and standard deviation over seeds."""
+    return dict(mean=float(np.mean(values)), spread=float(np.std(values, ddof=1)) if len(values) > 1 else None)
+
+
+def recall_tables(loaded, data, args, began):
+    found, missing, data["telemetry"] = recall(loaded, Engine(loaded.tokenizer), args.recall_tasks, args.source, args.recall_lengths, args.recall_depths, args.recall_problems,
+                                               args.seeds, args.recall_budget, began)
+    data["recall"] = {name: {length: {depth: {way: spread(shares) for way, shares in ways.items()} for depth, ways in depths.items()} for length, depths in lengths.items()}
+                      for name, lengths in found.items()}
+    data |= dict(recall_missing=missing, recall_budget=args.recall_budget)
+    asked = args.recall_problems * args.seeds
+    tables = [f"Recall with {args.recall_budget} entries in view: share of {asked} questions answered, by length of the history and depth (0 = oldest).", recall_table(data["recall"], args.recall_depths)]
+    if missing:
+        tables.append("\n".join(f"- not asked: {name}, {reason}" for name, reason in missing.items()))
+    if data["recall"]:
+        panels = {name: {way: {length: {depth: table[depth][way]["mean"] for depth in args.recall_depths} for length, table in lengths.items()} for way in WAYS}
+                  for name, lengths in data["recall"].items()}
+        plots.heat_maps(report.folder() / "mega_recall.png", panels, "tokens of history", "depth")
+        tables += [picture("mega_recall.png", "recall by depth and length"), "Telemetry of these sessions, means over their ticks; milliseconds since the tick before, median and 99th percentile.",
+                   telemetry_table(data["telemetry"])]
+    return tables

@@ -12,7 +12,7 @@ from megacontext.runtime import Session
 from megacontext.telemetry import Telemetry
 from nanochat import report
 from nanochat.common import UserError
-from scripts import recall
+from scripts import recall, recall_eval
 from scripts.load import load_stage
 from tests.tiny_run import make_run, make_text
 
@@ -124,3 +124,18 @@ def test_evidence_is_found_among_tokens(base, fact, wanted):
     conversation = {"messages": [dict(role="user", content=text)], "evidence": [[text.index(fact), text.index(fact) + len(fact)]]}
     (start, stop), = recall.token_ranges(tokenizer, conversation)
     assert tokenizer.decode(tokenizer.render_prompt(conversation)[start:stop]).strip() == wanted
+
+
+def test_recall_is_a_command_of_its_own(base, tmp_path, monkeypatch, capsys):
+    """The same tables without the rest, its JSON last; a model without a memory has none."""
+    make_run("sft", seq_len=512)
+    source = make_text(tmp_path / "text", files=40)
+    flags = ["--source", source, "--device", "cpu", "--seeds", "1", "--recall-tasks", "passkey", "--recall-lengths", "700", "--recall-depths", "0.5", "--recall-problems", "1"]
+    monkeypatch.setattr(sys, "argv", ["recall_eval", *flags])
+    recall_eval.main()
+    out = capsys.readouterr().out
+    data = json.loads(out.splitlines()[-1])
+    assert set(data["recall"]["passkey"]["700"]["0.5"]) == set(recall.COLUMNS) and data["recall_budget"] == 192 and "passkey, 700 tokens, found" in out
+    make_run("sft", seq_len=512, memory=False)
+    with pytest.raises(UserError, match="trained without memory"):
+        recall_eval.main()
