@@ -24,7 +24,7 @@ from tasks.spellingbee import SimpleSpelling, SpellingBee
 SHORTEST = 400         # tokens of a long-context conversation
 SHORTEST_SHIFT = 512   # of one about two classes
 LEAST_PYTHON = 10      # files; a source of other text is not asked about code
-DENSE = (1, 2, 4, 8, 12) # facts of a conversation without filler
+DENSE = (2, 4, 8, 12, 16) # facts of a conversation without filler
 ASKED = (12, 6)        # questions about them, as many as a row has room for: facts that are asked about again and again teach looking up, each of 12 asked about once
                        # taught nothing in 230 steps (LOG.md, 2026-11-21)
 SPARE = 64             # tokens of a row left to the special tokens of a few turns
