@@ -100,7 +100,8 @@ def long_tasks(source, split, tokenizer, seq_len, seed):
     measure = lambda text: len(tokenizer.encode(text))
     texts = texts_of(source, split)
     filler, python = Filler(texts, measure), [text for text in texts if read_source(text)[0]] # files that define something with an answer
-    wanted = [(Passkey, filler, SHORTEST, dict(size=500)), (MultiKey, filler, SHORTEST, dict(size=1500, questions=6))]
+    asked = 4 if MultiKey(filler, length=high, questions=6).lacking() else 6 # about each text
+    wanted = [(Passkey, filler, SHORTEST, dict(size=500)), (MultiKey, filler, SHORTEST, dict(size=1500, questions=asked))]
     if len(python) >= LEAST_PYTHON:
         code = Sources(python, measure)
         wanted += [(CodeQuestions, code, SHORTEST, dict(size=1500, questions=3)), (TopicShift, code, SHORTEST_SHIFT, dict(size=500))]
