@@ -44,15 +44,15 @@ class Recipe:
     processes: int = 1
     lr: float = -1          # times the rates that batch and horizon ask for (-1 = 1)
     tokens_per_param: int = schedule.TOKENS_PER_PARAM
-    minutes: float = None   # of the whole run, measured; None = worked out from the card
+    minutes: float = None   # of the whole run, the sum of measured stages; None = worked out from the card
     card: str = ""          # the time is for this card
     peak: float = None      # its bf16 FLOPs/s
 
 
 CPU = Recipe(
-    tier="cpu", device="cpu", depth=4, vocab_size=4096, seq_len=1024, long_len=2048, tokens=1_474_560, batch_tokens=4096, mid_steps=150, sft_steps=160,
+    tier="cpu", device="cpu", depth=4, vocab_size=4096, seq_len=1024, long_len=2048, tokens=1_474_560, batch_tokens=4096, mid_steps=150, sft_steps=340,
     source="stdlib", long_source="stdlib", memory_source="stdlib", tokenizer_chars=20_000_000, lr=2, save_every=50, eval_tokens=65536,
-    chat_flags=("--seconds", "2"), memory_flags=("--documents", "4", "--measured-rows", "2", "--recall-lengths", "1024,8192,65536", "--recall-problems", "1"), core="off", minutes=76)
+    chat_flags=("--seconds", "2"), memory_flags=("--documents", "4", "--measured-rows", "2", "--recall-lengths", "1024,8192,65536", "--recall-problems", "1"), core="off", minutes=95)
 
 GPU = dict(
     device="cuda", vocab_size=32768, seq_len=2048, tokens=-1, batch_tokens=-1, mid_steps=-1, sft_steps=-1,
