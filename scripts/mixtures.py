@@ -6,7 +6,7 @@ back in a long text of the corpus (which arguments does a function take, a passk
 conversations of nothing but facts and questions about them.
 The GPU tiers add SmolTalk, MMLU and GSM8K from the data hub, or from NANOCHAT_DATA_DIR.
 """
-from itertools import islice
+from itertools import islice, product
 
 from nanochat.common import UserError, print0
 from nanochat.dataset import SPLITS, open_source, parse_spec
@@ -24,7 +24,9 @@ from tasks.spellingbee import SimpleSpelling, SpellingBee
 SHORTEST = 400         # tokens of a long-context conversation
 SHORTEST_SHIFT = 512   # of one about two classes
 LEAST_PYTHON = 10      # files; a source of other text is not asked about code
-DENSE = (2, 4, 8, 12, 16) # facts of a conversation without filler
+FACTS = (2, 4, 8, 12, 16) # facts of a conversation that is about nothing else, without filler and among it: what is looked up over some hundred tokens only is not
+                          # found over a thousand (LOG.md, 2026-11-22)
+FAR = (800, 1200)         # tokens that a conversation with filler has at least
 ASKED = (12, 6)        # questions about them, as many as a row has room for: facts that are asked about again and again teach looking up, each of 12 asked about once
                        # taught nothing in 230 steps (LOG.md, 2026-11-21)
 SPARE = 64             # tokens of a row left to the special tokens of a few turns
@@ -100,7 +102,7 @@ def long_tasks(source, split, tokenizer, seq_len, seed):
     measure = lambda text: len(tokenizer.encode(text))
     texts = texts_of(source, split)
     filler, python = Filler(texts, measure), [text for text in texts if read_source(text)[0]] # files that define something with an answer
-    asked = 4 if MultiKey(filler, length=high, questions=6).lacking() else 6 # about each text
+    asked = 4 if MultiKey(filler, length=SHORTEST if high < 2 * SHORTEST else 2 * SHORTEST, questions=6).lacking() else 6 # about each text
     wanted = [(Passkey, filler, SHORTEST, dict(size=500)), (MultiKey, filler, SHORTEST, dict(size=1500, questions=asked))]
     if len(python) >= LEAST_PYTHON:
         code = Sources(python, measure)
@@ -117,9 +119,10 @@ def long_tasks(source, split, tokenizer, seq_len, seed):
         else:
             tasks.append(task)
     facts = []
-    for pairs in DENSE:
-        dense = (MultiKey(filler, length=length, pairs=pairs, questions=questions, size=4000, seed=seed, split=split) for questions in ASKED for length in range(SPARE, high + 1, SPARE // 2))
-        facts += [task for task in dense if not task.lacking()][:1]
+    near, far = range(SPARE, high + 1, SPARE // 2), [(low, high) for low in FAR if low <= high]
+    for pairs, lengths in product(FACTS, (near, far)):
+        several = (MultiKey(filler, length=length, pairs=pairs, questions=questions, size=4000, seed=seed, split=split) for questions in ASKED for length in lengths)
+        facts += [task for task in several if not task.lacking()][:1]
     return tasks, facts
 
 
