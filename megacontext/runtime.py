@@ -212,11 +212,12 @@ class Session:
 
     @torch.no_grad()
     def refocus(self, margin=None):
-        """Score the entries, edit the working context, splice. margin: the session's own, or this. Returns the edits."""
+        """Score the entries, edit the working context, splice. margin: this, unless the session's own is smaller (None = the session's own). Returns the edits."""
         start = time.perf_counter()
         scores = self.score()
         start = self._count("score", start, ticks=1)
-        plan = refocus(self.spans, scores, self.budget, self.focus, n_diff=self.n_diff, margin=self.margin if margin is None else min(margin, self.margin), tail=self.tail, pins=self.pins, top=coarsest(self.tree.length, self.budget),
+        margin = self.margin if margin is None else min(margin, self.margin)
+        plan = refocus(self.spans, scores, self.budget, self.focus, n_diff=self.n_diff, margin=margin, tail=self.tail, pins=self.pins, top=coarsest(self.tree.length, self.budget),
                        room=BLOCK - self.tree.length % BLOCK) # so that the live block can be finished before the next tick
         self.newest_scores = dict(zip(self.spans, scores))
         self.spans, self.edits, self.focus = plan

@@ -9,7 +9,7 @@ L = layers, D = width, V = vocabulary, T = sequence length
 """
 
 GATE_INPUTS = 12  # channels that the gate of a value embedding reads
-PREVIOUS = 3      # tokens before it that an embedding knows, in plans that are made without a GPTConfig
+PREVIOUS = 3      # tokens before it that an embedding knows
 
 
 def parameter_counts(config):

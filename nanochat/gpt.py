@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nanochat.attention import Recent, attend, in_window, norm, rope_angles, rotate
 from nanochat.common import UserError
+from nanochat.cost import PREVIOUS
 from nanochat.cross_entropy import IGNORE, TotalNats, nats_and_slope_, piece_tokens, softcap, token_nats
 
 QK_GAIN = 1.2         # sharper attention than unit-norm q and k allow
@@ -36,7 +37,7 @@ class GPTConfig:
     bos: int = -1         # id that starts a document: it has no token before it (-1 = there is no such id)
     windows: str = "L"    # how far layers look back, repeated over them: L = to the start, S = short_window. The last is always L
     short_window: int = 0 # tokens, the own one included (0 = a quarter of seq_len in whole 128s: nanochat's 512 of 2048)
-    previous: int = 3     # tokens before it that an embedding knows: with three, looking up is learnt in half of the steps it takes with one (LOG.md, 2026-11-21)
+    previous: int = PREVIOUS # tokens before it that an embedding knows: with three, looking up is learnt in half of the steps it takes with one (LOG.md, 2026-11-21)
 
     def __post_init__(self):
         if not self.windows or set(self.windows) - {"S", "L"}:

@@ -109,7 +109,7 @@ def load_stage(stage, tag=None, step=None, device="cpu", dtype=None, seq_len=Non
     tag = tag or newest_tag(stage)
     saved = checkpoint.load(checkpoint_dir(stage, tag), step, device="cpu", optimizer=False)
     networks = saved.meta["networks"]
-    config = GPTConfig(**(networks["gpt"] | ({"seq_len": seq_len} if seq_len else {})))
+    config = GPTConfig(**({"previous": 1} | networks["gpt"] | ({"seq_len": seq_len} if seq_len else {}))) # where nothing is said, an embedding knew one token before it
     gpt, gistnet, lensnet = build(config, networks["gistnet"] is not None, networks["gistnet"], networks["lensnet"])
     tokenizer = Tokenizer.load()
     checkpoint.check_match(networks, tokenizer=tokenizer.fingerprint)

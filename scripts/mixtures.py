@@ -3,7 +3,7 @@ What mid-training and fine-tuning talk about.
 
 Offline conversations are written by the project itself: sums with the calculator, spelling, questions whose answer stands far
 back in a long text of the corpus (which arguments does a function take, a passkey, one of many keys, a change of topic and back), and
-conversations of nothing but facts and questions about them.
+conversations of nothing but facts and questions about them, with filler and without.
 The GPU tiers add SmolTalk, MMLU and GSM8K from the data hub, or from NANOCHAT_DATA_DIR.
 """
 from itertools import islice, product
@@ -25,8 +25,8 @@ SHORTEST = 400         # tokens of a long-context conversation
 SHORTEST_SHIFT = 512   # of one about two classes
 LEAST_PYTHON = 10      # files; a source of other text is not asked about code
 FACTS = (2, 4, 8, 12, 16) # facts of a conversation that is about nothing else, without filler and among it: what is looked up over some hundred tokens only is not
-                          # found over a thousand (LOG.md, 2026-11-22)
-FAR = (800, 1200)         # tokens that a conversation with filler has at least
+                       # found over a thousand (LOG.md, 2026-11-22)
+FAR = (800, 1200)      # tokens that such a conversation with filler has at least: the first that all of its facts and questions fit
 ASKED = (12, 6)        # questions about them, as many as a row has room for: facts that are asked about again and again teach looking up, each of 12 asked about once
                        # taught nothing in 230 steps (LOG.md, 2026-11-21)
 SPARE = 64             # tokens of a row left to the special tokens of a few turns
@@ -94,7 +94,7 @@ def long_tasks(source, split, tokenizer, seq_len, seed):
     """
     Tasks about long texts of a source, each from the shortest length on at which every conversation can be made: what cannot be made must
     show before the first step, not in the middle of the run. What is left out is told.
-    Returns (tasks, tasks of nothing but facts and questions).
+    Returns (tasks, tasks about nothing but facts).
     """
     high = seq_len - SPARE
     if high < SHORTEST:
@@ -102,8 +102,7 @@ def long_tasks(source, split, tokenizer, seq_len, seed):
     measure = lambda text: len(tokenizer.encode(text))
     texts = texts_of(source, split)
     filler, python = Filler(texts, measure), [text for text in texts if read_source(text)[0]] # files that define something with an answer
-    asked = 4 if MultiKey(filler, length=SHORTEST if high < 2 * SHORTEST else 2 * SHORTEST, questions=6).lacking() else 6 # about each text
-    wanted = [(Passkey, filler, SHORTEST, dict(size=500)), (MultiKey, filler, SHORTEST, dict(size=1500, questions=asked))]
+    wanted = [(Passkey, filler, SHORTEST, dict(size=500)), (MultiKey, filler, SHORTEST, dict(size=1500, questions=4))]
     if len(python) >= LEAST_PYTHON:
         code = Sources(python, measure)
         wanted += [(CodeQuestions, code, SHORTEST, dict(size=1500, questions=3)), (TopicShift, code, SHORTEST_SHIFT, dict(size=500))]

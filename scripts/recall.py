@@ -39,6 +39,7 @@ TASKS = {"passkey": (Passkey, 32), "multikey": (MultiKey, 32), "variables": (Var
 # Settings
 
 def add_recall_flags(parser):
+    """The flags of what asks these questions."""
     parser.add_argument("--recall-tasks", default=",".join(TASKS), help="comma list")
     parser.add_argument("--recall-lengths", default="1024,8192", help="tokens of history, comma list; empty = no recall table")
     parser.add_argument("--recall-depths", default="0,0.5,0.9", help="of the fact that is asked about, comma list, 0 = oldest")
@@ -47,6 +48,7 @@ def add_recall_flags(parser):
 
 
 def numbers(text, kind=int):
+    """ "1,2" -> [1, 2]; UserError for anything else."""
     try:
         return [kind(item) for item in text.split(",") if item.strip()]
     except ValueError:
@@ -58,8 +60,9 @@ def settle_recall(args, T):
     args.recall_budget = args.recall_budget if args.recall_budget > 0 else max(LEAST_BUDGET, T // 4)
     args.recall_lengths, args.recall_depths = numbers(args.recall_lengths), numbers(args.recall_depths, float)
     args.recall_tasks = [name for name in args.recall_tasks.split(",") if name]
-    if args.recall_problems < 1 or set(args.recall_tasks) - set(TASKS) or not all(0 <= depth <= 1 for depth in args.recall_depths):
-        raise UserError(f"expected --recall-problems of at least 1, --recall-tasks among {', '.join(TASKS)} and depths from 0 to 1, got {args.recall_problems}, {', '.join(args.recall_tasks)} and {args.recall_depths}")
+    if min(args.seeds, args.recall_problems) < 1 or set(args.recall_tasks) - set(TASKS) or not args.recall_depths or not all(0 <= depth <= 1 for depth in args.recall_depths):
+        raise UserError(f"expected --seeds and --recall-problems of at least 1, --recall-tasks among {', '.join(TASKS)} and depths from 0 to 1, "
+                        f"got {args.seeds}, {args.recall_problems}, {', '.join(args.recall_tasks)} and {args.recall_depths}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -90,7 +93,7 @@ def answers(loaded, engine, conversation, budget, most, telemetry):
     head = max(0, (len(prompt) - raw_tail(budget)) // BLOCK * BLOCK)
     if head:
         ingest(loaded.gpt, loaded.gistnet, tree, prompt[:head])
-    pins = dict(gists=Pins(never=((0, head),)), told=Pins(raw=tuple((start, stop) for start, stop in evidence if stop <= head))) if head else {}
+    pins = dict(gists=Pins(never=((0, head),)), told=Pins(raw=tuple((start, min(stop, head)) for start, stop in evidence if start < head))) if head else {}
     for way in SESSIONS:
         session = Session(loaded.gpt, loaded.gistnet, loaded.lensnet, tree, budget, n_diff=4 if way in ("lensnet", "gists") else 0, telemetry=telemetry[way], pins=pins.get(way, Pins()))
         if way in pins:

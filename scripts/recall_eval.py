@@ -32,6 +32,8 @@ def main():
     if loaded.gistnet is None:
         raise UserError(f"{args.checkpoint} was trained without memory: there is nothing to ask")
     settle_recall(args, loaded.gpt.config.seq_len)
+    if not args.recall_lengths or not args.recall_tasks:
+        raise UserError("nothing to ask: expected --recall-lengths and --recall-tasks of at least one")
     data = dict(vars(args), step=loaded.meta["step"])
     for table in recall_tables(loaded, data, args, began):
         print0(table + "\n")

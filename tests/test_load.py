@@ -2,9 +2,11 @@
 import pytest
 import torch
 
-from nanochat.common import UserError
-from scripts.load import load_stage, open_stream
-from tests.tiny_run import make_run
+from nanochat import checkpoint
+from nanochat.common import UserError, checkpoint_dir
+from nanochat.gpt import GPT, GPTConfig
+from scripts.load import describe, load_stage, open_stream
+from tests.tiny_run import make_run, tiny_tokenizer
 
 
 @pytest.mark.parametrize("asked, opened, same", [(None, 224, True), (224, 224, True), (320, 320, False)])
@@ -45,3 +47,16 @@ def test_networks_of_another_version_are_told(base):
     path.write_text(path.read_text().replace('"lensnet": {', '"lensnet": {"width": 64, ', 1))
     with pytest.raises(UserError, match="another version.*LensConfig of hidden, found hidden, width"):
         load_stage("sft")
+
+
+def test_a_checkpoint_from_when_embeddings_knew_one_token_before(base):
+    """It does not say how many they knew, and is the same model still."""
+    make_run("sft") # saves the tokenizer
+    tokenizer = tiny_tokenizer()
+    gpt = GPT(GPTConfig(tokenizer.vocab_size, 512, layers=2, heads=2, kv_heads=2, width=32, bos=tokenizer.bos, previous=1)).eval()
+    torch.nn.init.normal_(gpt.previous.weight)
+    about = describe(gpt, None, None, tokenizer)
+    del about["gpt"]["previous"]
+    checkpoint.save(checkpoint_dir("sft", "old"), 1, dict(gpt=gpt), None, dict(networks=about, batch_tokens=1024, lr=1.0))
+    ids = torch.arange(5, 40)[None]
+    assert torch.equal(load_stage("sft", "old", device="cpu").gpt(ids), gpt(ids))

@@ -206,7 +206,9 @@ def test_short_windows_by_flag(place):
 
 
 def test_the_share_of_plain_rows_is_a_flag_of_every_stage(place):
-    """A share that leaves no row to the gists is refused before anything is built."""
+    """Every second round is plain where looking up is learnt; a share that leaves no row to the gists is refused before anything is built."""
+    stages = (importlib.import_module(f"scripts.{name}").parser for name in ("base_train", "mid_train", "chat_sft"))
+    assert [parser.get_default("plain_every") for parser in stages] == [4, 2, 2]
     plain = {}
     for every in ("2", "4"):
         run(place, "scripts.base_train", *TINY, "--source", f"dir:{place[1]}", "--tag", f"every{every}", "--plain-every", every)
