@@ -9,6 +9,7 @@ The idea: no global state. A function that needs to know its rank is handed a `D
 
 import os
 import random
+import signal
 import sys
 import traceback
 from dataclasses import dataclass
@@ -19,14 +20,20 @@ class UserError(Exception):
     """A mistake of the user's, told in one line: what was expected, what came, what to do. Everything else is ours."""
 
 
+KILLED = "another process was killed: most often memory ran out"
+
+
 def run_main(main):
     """
     Run a script's main() and turn its end into an exit code: 0 done, 2 the user's mistake, 130 interrupted.
     Nothing else is caught: our own mistakes keep their traceback. Where several processes run, the first that fails says why, once for all of
-    them; the others fail for the same reason, or because it is gone. One that was killed cannot speak: then the first that misses it does.
+    them; the others fail for the same reason, or because it is gone. One that was killed cannot speak: then the first that misses it does, or that
+    torchrun tells to stop because of it.
     """
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     several = world > 1
+    if several: # torchrun ends the others this way when one is gone, often before they could miss it themselves
+        signal.signal(signal.SIGTERM, lambda *_: _end(f"rank {rank} of {world} was told to stop, and the whole job ends. If nobody asked for that, {KILLED}\n", 143, several))
     try:
         main()
     except UserError as error:
@@ -36,11 +43,13 @@ def run_main(main):
     except Exception: # whatever it is, the other processes end with it; alone it is raised as it came
         if not several:
             raise
-        _end(f"{traceback.format_exc()}rank {rank} of {world} failed, and the whole job ends with it. If the error above is a lost connection, another "
-             f"process was killed: most often memory ran out\n", 1, several)
+        _end(f"{traceback.format_exc()}rank {rank} of {world} failed, and the whole job ends with it. If the error above is a lost connection, {KILLED}\n",
+             1, several)
 
 
 def _end(message, code, several):
+    if several:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN) # who has begun to speak is not told to stop
     if not several or _first_to_fail():
         sys.stderr.write(message)
         sys.stderr.flush()
