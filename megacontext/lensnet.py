@@ -66,16 +66,23 @@ class LensNet(nn.Module):
         Returns scores (M, E) in nats over the next block; entries not seen get 0. Computed in fp32 wherever it is called: it is tiny.
         """
         with torch.autocast(levels.device.type, enabled=False):
-            return self._score(hits, levels, distances, seen)
+            hits, blocks = hits.float(), self.blocks[levels.clamp(1, WIDTHS) - 1] # (M, E, KINDS, n), (M, E)
+            if seen is not None:
+                hits, blocks = hits * seen[:, :, None, None], blocks * seen
+            scores = self.worth(hits, levels, distances, hits.sum(1), blocks.sum(1), seen)
+        if seen is None:
+            return scores - scores.mean(dim=1, keepdim=True)
+        return (scores - (scores * seen).sum(1, keepdim=True) / seen.sum(1, keepdim=True).clamp(min=1)) * seen
 
-    def _score(self, hits, levels, distances, seen):
-        hits, n, width = hits.float(), hits.size(-1), levels.clamp(1, WIDTHS) - 1
-        blocks = self.blocks[width] # (M, E)
-        if seen is not None:
-            hits, blocks = hits * seen[:, :, None, None], blocks * seen
-        share = (hits.sum(1) + 0.5) / (blocks.sum(1)[:, None, None] + 1) # (M, KINDS, n), of the blocks that entries stand for
+    def worth(self, hits, levels, distances, held, blocks, seen=None):
+        """
+        Scores (M, E) that are not centred yet, of some of the entries: held (M, KINDS, n) of all entries hold each of the newest tokens, and all
+        stand for blocks (M,). hits are floats.
+        """
+        n, width = hits.size(-1), levels.clamp(1, WIDTHS) - 1
+        share = (held + 0.5) / (blocks[:, None, None] + 1) # (M, KINDS, n), of the blocks that entries stand for
         rarity = -torch.log(-torch.expm1(torch.log1p(-share)[:, None] * self.blocks[:, None, None])) # (M, WIDTHS, KINDS, n), in nats
-        rarity = rarity * (math.log(ROW) / blocks.sum(1).clamp(min=ROW).log())[:, None, None, None] # as large as in rows of training, whatever is in view
+        rarity = rarity * (math.log(ROW) / blocks.clamp(min=ROW).log())[:, None, None, None] # as large as in rows of training, whatever is in view
         weights = hits * rarity[torch.arange(len(hits), device=hits.device)[:, None], width]
         means = weights @ self.share[NEWEST - n:] # (M, E, KINDS, 5)
         newest_first = weights.flip(-1)
@@ -84,10 +91,7 @@ class LensNet(nn.Module):
         distances = distances.float().clamp(max=FARTHEST)[..., None]
         far = torch.log(distances) - 5
         features = [matches, _before(matches, seen), far, far.square(), torch.exp(distances * self.decay), self.shown[levels.clamp(max=1)]]
-        scores = self.score(F.gelu(self.up(torch.cat(features, dim=-1)))).squeeze(-1)
-        if seen is None:
-            return scores - scores.mean(dim=1, keepdim=True)
-        return (scores - (scores * seen).sum(1, keepdim=True) / seen.sum(1, keepdim=True).clamp(min=1)) * seen
+        return self.score(F.gelu(self.up(torch.cat(features, dim=-1)))).squeeze(-1)
 
 
 def _before(matches, seen):

@@ -1,18 +1,25 @@
 """
 Where the newest tokens have stood before: for every entry of a working context and every newest token, whether the entry's tokens hold that
-token, and whether they hold it behind the same token as now (a pair). What the next tokens need is most often what followed last time.
+token, and whether they hold it behind the same token as now (a pair). What the next tokens need is most often what followed last time, and that
+may stand in the next block: so an entry also holds what the LEAD tokens before it hold.
 
-Training asks the rows themselves. A session asks a bit set for each entry: the hashes of its tokens and pairs (Bloom, 1970, with one hash function),
-made from the ids in the tree when the entry comes into view, so that a refocus touches newest tokens x entries, whatever the entries cover.
+Training asks the rows themselves. At a tick, a session asks a bit set for each entry: the hashes of its tokens and pairs (Bloom, 1970, with one hash
+function), made from the ids in the tree when the entry comes into view, so that a refocus touches newest tokens x entries, whatever the entries cover.
 A bit set may say yes where the truth is no: in one case in 500 for a block, in one of 20 for a gist of 1,024 tokens of ordinary text.
+After a prompt it looks through the ids of the whole history instead, a nanosecond or so for each token.
 
 M = readings, E = entries, n = newest tokens, T = tokens of a row, K = block, Q = T / K
 """
 import numpy as np
 import torch
+import torch.nn.functional as F
+
+from megacontext.span import BLOCK
 
 NEWEST = 64            # newest tokens that ask: a question of a few lines
+LEAD = 8               # tokens before an entry that count as its own: a fact across two blocks is found by either (LOG.md, 2026-11-22)
 KINDS = 2              # a token by itself, and behind the one before it
+LOOKED_AT = 1 << 12    # blocks whose ids are looked through at a time
 BITS = (1 << 15, 1 << 20) # of an entry's set: up to level 2, and above (a gist of level 3 stands for 32,768 tokens)
 MIX = (30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB) # splitmix64 (Steele et al., 2014): shifts and factors that spread 64 bits evenly
 
@@ -26,19 +33,51 @@ def row_hits(ids, docs, block, K):
     block, bool (B, P, Q, KINDS, n). What stands before the row, or belongs to another document, is held by nobody.
     """
     (B, T), P, device = ids.shape, block.size(1), ids.device
+    lead = min(LEAD, K)
     before = torch.cat([torch.full_like(ids[:, :1], -1), ids[:, :-1]], dim=1)
     index = block[:, :, None] * K + torch.arange(-NEWEST, 0, device=device) # (B, P, n)
     at = index.clamp(min=0).flatten(1)
     there = (index >= 0) & (docs.gather(1, at // K).view_as(index) == docs.gather(1, block)[:, :, None])
     newest, newest_before = (t.gather(1, at).view_as(index)[:, :, None, None] for t in (ids, before)) # (B, P, 1, 1, n)
-    held, held_before = (t.view(B, 1, T // K, K, 1) for t in (ids, before))
-    same = held == newest # (B, P, Q, K, n)
+    led = torch.cat([torch.zeros_like(docs[:, :1], dtype=torch.bool), docs[:, 1:] == docs[:, :-1]], dim=1) # (B, Q), whether the block goes on from the one before it
+    windows = lambda t: F.pad(t, (lead, 0), value=-2).unfold(1, lead + K, K) # (B, Q, lead + K), a block and its lead
+    held = windows(ids).masked_fill(~led[:, :, None] & (torch.arange(lead + K, device=device) < lead), -2)[:, None, :, :, None] # -2 is no token
+    held_before = windows(before)[:, None, :, :, None]
+    same = held == newest # (B, P, Q, lead + K, n)
     hits = torch.stack([same.any(3), (same & (held_before == newest_before)).any(3)], dim=3)
     return hits & there[:, :, None, None]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # In a session
+
+def block_hits(tree):
+    """
+    What each finished block of the tree holds of its NEWEST tokens, found by looking: uint64 numpy (blocks, KINDS), bit i for the i-th of them, oldest
+    first; bits() takes them apart. Exact; takes time in proportion to the history.
+    """
+    newest, newest_before = _with_before(tree, max(0, tree.length - NEWEST), tree.length)
+    bit = np.uint64(1) << np.arange(len(newest), dtype=np.uint64)
+    size = int(max(newest.max(), newest_before.max())) + 3
+    tables = np.zeros((2, size), np.uint64) # a token -> the newest tokens that are it, that stand behind it; -1 and what is none of them has its place at the ends
+    np.bitwise_or.at(tables[0], newest + 1, bit)
+    np.bitwise_or.at(tables[1], newest_before + 1, bit)
+    words = np.empty((tree.length // BLOCK, KINDS), np.uint64)
+    for first in range(0, len(words), LOOKED_AT):
+        last = min(len(words), first + LOOKED_AT)
+        start = max(0, first * BLOCK - LEAD)
+        alone, behind = (table[np.minimum(held + 1, size - 1)] for table, held in zip(tables, _with_before(tree, start, last * BLOCK)))
+        lead = np.zeros(LEAD - (first * BLOCK - start), np.uint64)
+        for kind, found in enumerate((alone, alone & behind)):
+            windows = np.lib.stride_tricks.sliding_window_view(np.concatenate([lead, found]), LEAD + BLOCK)[::BLOCK]
+            words[first:last, kind] = np.bitwise_or.reduce(windows, axis=1)
+    return words
+
+
+def bits(words, n):
+    """uint64 (blocks, KINDS) -> bool (blocks, KINDS, n)."""
+    return np.unpackbits(words.astype("<u8")[..., None].view(np.uint8), axis=-1, count=n, bitorder="little").view(bool)
+
 
 def hashed(ids, before):
     """Ids (n,) and the ids before them, -1 and up -> (KINDS, n) uint64, evenly spread."""
@@ -92,9 +131,9 @@ class _Sets:
         used = set(self.place.values())
         free = (row for row in range(len(self.rows)) if row not in used)
         for span, row in zip(new, free):
-            bits = (hashed(*_with_before(tree, span.start, span.stop)) % self.bits).astype(np.int64).ravel()
+            held = _with_before(tree, max(0, span.start - LEAD), span.stop)
             flags = np.zeros(int(self.bits), bool)
-            flags[bits] = True
+            flags[(hashed(*held) % self.bits).astype(np.int64).ravel()] = True
             self.rows[row] = np.packbits(flags, bitorder="little")
             self.place[span] = row
 

@@ -28,6 +28,7 @@ from megacontext.ingest import complete, embed_tokens, ids_before, ingest
 from megacontext.kv_store import KVStore
 from megacontext.matches import Matches
 from megacontext.positions import compressed
+from megacontext.search import best_of, block_scores
 from megacontext.span import BLOCK
 from megacontext.state import State, load_state, save_state
 from megacontext.telemetry import Telemetry
@@ -144,10 +145,16 @@ class Session:
         return logits
 
     def _settle(self):
-        """Refocus until nothing more is wanted, TURNS times for each level at most. Returns whether anything was edited."""
-        edits = []
+        """
+        Search the whole history for what the prompt asks, and refocus until nothing more is wanted, TURNS times for each level at most. Returns whether
+        anything was edited.
+        """
+        start, edits = time.perf_counter(), []
+        raw = [span.index for span in self.spans if span.level == 0 and not span.live]
+        found = block_scores(self.lensnet, self.tree, raw, self._distances, self.gpt.device) if self.tree.length >= BLOCK else []
+        self._count("score", start)
         for _ in range(TURNS * max(span.level for span in self.spans)):
-            if not self.refocus(ASKED_MARGIN):
+            if not self.refocus(ASKED_MARGIN, found):
                 break
             edits += self.edits
         self.edits = edits
@@ -211,10 +218,13 @@ class Session:
     # Refocus
 
     @torch.no_grad()
-    def refocus(self, margin=None):
-        """Score the entries, edit the working context, splice. margin: this, unless the session's own is smaller (None = the session's own). Returns the edits."""
+    def refocus(self, margin=None, found=None):
+        """
+        Score the entries, edit the working context, splice. Returns the edits.
+        margin  this, unless the session's own is smaller (None = the session's own);  found: scores of all finished blocks, if the history was searched
+        """
         start = time.perf_counter()
-        scores = self.score()
+        scores = self.score() if found is None else self._with_live(best_of(found, self._finished()))
         start = self._count("score", start, ticks=1)
         margin = self.margin if margin is None else min(margin, self.margin)
         plan = refocus(self.spans, scores, self.budget, self.focus, n_diff=self.n_diff, margin=margin, tail=self.tail, pins=self.pins, top=coarsest(self.tree.length, self.budget),
@@ -232,16 +242,26 @@ class Session:
 
     def score(self):
         """LensNet's score of each span: a list of floats, 0 for the live block."""
-        spans = [span for span in self.spans if not span.live]
+        spans = self._finished()
         if not spans or not self.n_diff:
             return [0.0] * len(self.spans)
         device = self.gpt.device
         hits = torch.from_numpy(self.matches.hits(self.tree, spans)).to(device)
         levels = torch.tensor([span.level for span in spans], device=device)
-        places = self.shown.mapped([span.centre for span in spans] + [self.tree.length]) # as the GPT sees them, within what was trained
-        distances = (places[:, -1:] - places[:, :-1]).clamp(min=1)
-        scores = self.lensnet(hits[None], levels[None], distances)[0].tolist()
-        return scores + [0.0] * (len(self.spans) - len(spans)) # the live block is the last
+        distances = self._distances(np.array([span.centre for span in spans]))
+        return self._with_live(self.lensnet(hits[None], levels[None], distances[None])[0].tolist())
+
+    def _finished(self):
+        return [span for span in self.spans if not span.live]
+
+    def _with_live(self, scores):
+        """Scores of the finished spans, and 0 for the live block, which is the last."""
+        return scores + [0.0] * (len(self.spans) - len(scores))
+
+    def _distances(self, centres):
+        """Tokens between places on the timeline, numpy (n,), and now, as the GPT sees them, within what was trained: (n,)."""
+        places = self.shown.mapped(np.append(centres, self.tree.length))[0]
+        return (places[-1:] - places[:-1]).clamp(min=1)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Keys and values

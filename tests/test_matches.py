@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megacontext import matches
-from megacontext.matches import KINDS, NEWEST, Matches, row_hits
+from megacontext.matches import KINDS, LEAD, NEWEST, Matches, bits, block_hits, row_hits
 from megacontext.span import BLOCK, Span
 from megacontext.tree import MegaTree, make_header
 
@@ -20,7 +20,8 @@ def slow_hits(ids, docs, q, K):
         if at < 0 or docs[at // K] != docs[q]:
             continue
         for b in range(Q):
-            for place in range(b * K, (b + 1) * K):
+            lead = min(LEAD, K) if b and docs[b - 1] == docs[b] else 0
+            for place in range(b * K - lead, (b + 1) * K):
                 if ids[place] == ids[at]:
                     hits[b, 0, i] = True
                     hits[b, 1, i] |= (ids[place - 1] if place else -1) == (ids[at - 1] if at else -1)
@@ -50,7 +51,8 @@ def truth(ids, spans):
     ids = list(ids)
     pairs = list(zip([-1] + ids, ids))
     asked = pairs[-NEWEST:]
-    return np.array([[[token in set(ids[s.start:s.stop]) for _, token in asked], [pair in set(pairs[s.start:s.stop]) for pair in asked]] for s in spans])
+    first = [max(0, s.start - LEAD) for s in spans]
+    return np.array([[[token in set(ids[a:s.stop]) for _, token in asked], [pair in set(pairs[a:s.stop]) for pair in asked]] for a, s in zip(first, spans)])
 
 
 @pytest.mark.parametrize("length", [BLOCK, 50, 40 * BLOCK + 7])
@@ -65,6 +67,28 @@ def test_a_set_never_denies_what_is_there_and_seldom_claims_what_is_not(length):
     wrong = (hits & ~true)[~coarse]
     assert wrong.sum() <= 2 + 0.01 * wrong.size
     assert not coarse.any() or (hits & ~true)[coarse].mean() < 0.1
+
+
+@pytest.mark.parametrize("length", [BLOCK, 50, 40 * BLOCK + 7])
+def test_the_whole_history_is_searched_as_rows_are(length, monkeypatch):
+    """Exact, whatever number of blocks is looked at at a time; a match just before a block counts for it."""
+    rng = np.random.default_rng(length)
+    ids = rng.zipf(1.2, length) % 30_000
+    true = truth(ids, [Span(0, b) for b in range(length // BLOCK)])
+    for at_once in (1, 7, 1000):
+        monkeypatch.setattr(matches, "LOOKED_AT", at_once)
+        words = block_hits(tree_of(ids))
+        assert words.dtype == np.uint64 and np.array_equal(bits(words, min(length, NEWEST)), true)
+    assert true[:, 0].any() and not true[:, 0].all() if length > 50 else True
+
+
+def test_a_block_holds_the_last_tokens_before_it():
+    """A fact across two blocks: the block of its value has no word of the question, but for these."""
+    ids = np.arange(100, 100 + 8 * BLOCK)
+    ids[-1], far = ids[2 * BLOCK - LEAD], ids[2 * BLOCK - LEAD - 1]
+    assert bits(block_hits(tree_of(ids)), NEWEST)[:3, 0, -1].tolist() == [False, True, True]
+    ids[-1] = far
+    assert bits(block_hits(tree_of(ids)), NEWEST)[:3, 0, -1].tolist() == [False, True, False]
 
 
 def test_a_gist_of_level_3_still_tells_what_it_holds():

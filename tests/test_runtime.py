@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from megacontext import runtime
 from megacontext.allocator import Focus, refocus
 from megacontext.layout import GIST, HIDDEN, NODE, RAW, entry_positions, visibility
 from megacontext.losses import lens_scores, row_entries
@@ -391,13 +392,13 @@ def test_a_store_that_is_too_small_costs_forwards_and_nothing_else():
         assert memory.shown.loose == (memory.spans[-1].live if memory.spans else 0) and memory.store.entries[0] <= 0.2 * 192
 
 
-def test_a_prompt_opens_what_it_asks_for_however_deep_it_lies():
+def test_a_prompt_opens_what_it_asks_for_however_deep_it_lies(monkeypatch):
     """A level is opened at a time, and a short question once brought one refocus: what lay under a gist of level 2 came too late for the answer."""
     memory = session(tiny_networks(seq_len=8192), budget=320, n_diff=8)
     memory.feed(some_ids(9000))
     wanted = next(span.start for span in memory.spans if span.level == 2) // BLOCK + 5
     memory.focus = Focus()
-    memory.score = lambda: [9.0 if span.start <= wanted * BLOCK < span.stop else -1.0 for span in memory.spans]
+    monkeypatch.setattr(runtime, "block_scores", lambda lensnet, tree, *_: np.where(np.arange(tree.length // BLOCK) == wanted, 9.0, -1.0))
     memory.feed(some_ids(10, seed=1))
     assert Span(0, wanted) in memory.spans and memory.shown.cache.length == cost(memory.spans)
     check(memory.spans, memory.length, 320)
