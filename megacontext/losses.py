@@ -26,7 +26,7 @@ from nanochat.gpt import IGNORE, Entries
 @dataclass(frozen=True)
 class CoTrainingOptions:
     seed: int = 0
-    plain_every: int = 4      # one round of rows in so many is read plainly
+    plain_every: int = 4      # one round of rows in so many is read plainly (0 = none)
     labels_every: int = 4     # one round in so many has edits measured, on half of its rows
     lanes: int = 8            # rows a round
     tail: tuple = (0, 256)    # raw tail in tokens
@@ -111,7 +111,7 @@ class CoTraining(nn.Module):
         """
         o, K = self.options, self.block
         rounds = batch.rows.cpu().numpy() // o.lanes
-        plain = torch.from_numpy(rounds % o.plain_every == 0)
+        plain = torch.from_numpy(rounds % o.plain_every == 0) if o.plain_every else torch.zeros(len(rounds), dtype=torch.bool)
         labelled = torch.from_numpy((rounds % o.labels_every == 1) & (batch.rows.cpu().numpy() % 2 == 0))
         nats, metrics = 0.0, {}
         for name, chosen, reader in (("plain", plain, self._read_plain), ("gist", ~plain, self._read_gists)):

@@ -3,13 +3,17 @@ Mid-training: the base model learns what a conversation looks like and what its 
 training; part of them are long documents, part are conversations about long texts, and every token has a loss.
 
 python -m scripts.mid_train --num-steps 100 --max-seq-len 2048
+
+With --freeze-base the GPT stays as it is and only GistNet and LensNet learn: a memory for a model that was trained without one.
+
+python -m scripts.mid_train --base-tag plain --tag frozen --freeze-base --documents 1 --num-steps 100 --max-seq-len 1024
 """
 import argparse
 
 from nanochat import checkpoint, schedule
-from nanochat.common import checkpoint_dir, run_main
+from nanochat.common import UserError, checkpoint_dir, run_main
 from nanochat.dataset import open_source
-from scripts.load import load_stage
+from scripts.load import build, load_stage
 from scripts.mixtures import Everything, Parts, conversations
 from scripts.stage import add_flags, given, start, train
 
@@ -19,6 +23,7 @@ parser.add_argument("--tag", default="", help="tag of the result (empty = the sa
 parser.add_argument("--source", default="stdlib", help="long documents, also those that questions are asked about")
 parser.add_argument("--hub", action="store_true", help="add SmolTalk, MMLU and GSM8K from the data hub")
 parser.add_argument("--documents", type=float, default=0.5, help="share of the tokens that are plain documents")
+parser.add_argument("--freeze-base", action="store_true", help="train GistNet and LensNet only; the base may be one without them (base_train --plain), with windows of L")
 parser.add_argument("--num-steps", type=int, default=-1, help="steps (-1 = a tenth of the base run's)")
 parser.add_argument("--lr", type=float, default=0.5, help="times the base run's learning rates")
 add_flags(parser, curriculum="32:1", plain_every=2)
@@ -26,6 +31,8 @@ add_flags(parser, curriculum="32:1", plain_every=2)
 
 def main():
     args = parser.parse_args()
+    if not 0 <= args.documents <= 1:
+        raise UserError(f"--documents {args.documents}: expected a share from 0 to 1, of the tokens")
     place = start(args)
     base = load_stage("base", args.base_tag or None, seq_len=args.max_seq_len)
     steps = given(args.num_steps) or max(1, base.meta["steps"] // 10)
@@ -35,9 +42,15 @@ def main():
         talk = conversations(args.source, split, base.tokenizer, args.max_seq_len, args.hub, args.seed)
         return Parts([(open_source(args.source, split), args.documents), *((Everything(task, base.tokenizer), share * (1 - args.documents)) for task, share in talk.parts)])
 
-    momenta = checkpoint.load(checkpoint_dir("base", base.tag), base.meta["step"]).optimizer
-    train("mid", args.tag or base.tag, args, place, (base.gpt, base.gistnet, base.lensnet), base.tokenizer, plan, mix("train"), mix("val"),
-          identity=dict(source=args.source, base=base.tag, lr=base.meta["lr"]), rates=args.lr * base.meta["lr"], warmdown=1.0, final=0.1, first_optimizer=momenta)
+    networks = (base.gpt, base.gistnet, base.lensnet)
+    if args.freeze_base:
+        base.gpt.requires_grad_(False)
+        args.plain_every = 0 # a row without gists would teach nobody
+        if base.gistnet is None:
+            networks = (base.gpt, *build(base.gpt.config, memory=True)[1:])
+    momenta = None if args.freeze_base else checkpoint.load(checkpoint_dir("base", base.tag), base.meta["step"]).optimizer
+    train("mid", args.tag or base.tag, args, place, networks, base.tokenizer, plan, mix("train"), mix("val"),
+          identity=dict(source=args.source, base=base.tag, lr=base.meta["lr"], frozen=args.freeze_base), rates=args.lr * base.meta["lr"], warmdown=1.0, final=0.1, first_optimizer=momenta)
 
 
 if __name__ == "__main__":

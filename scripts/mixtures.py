@@ -48,11 +48,11 @@ class Everything:
 
 
 class Parts:
-    """Several sources as one, (items, weight) each; weights are shares of the tokens. A source that is a mix itself is taken apart."""
+    """Several sources as one, (items, weight) each; weights are shares of the tokens, and what has none is left out. A source that is a mix itself is taken apart."""
 
     def __init__(self, parts):
         self.parts = []
-        for items, weight in parts:
+        for items, weight in filter(lambda part: part[1], parts):
             inner = getattr(items, "parts", None) or [(items, 1.0)]
             whole = sum(share for _, share in inner)
             self.parts += [(item, weight * share / whole) for item, share in inner]

@@ -222,6 +222,21 @@ def test_the_share_of_plain_rows_is_a_flag_of_every_stage(place):
     assert done.returncode == 2 and "--plain-every 1: expected at least 2" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_frozen_base_is_left_as_it_is_while_its_memory_learns(place):
+    """Of a base that was trained without a memory; what the two networks learn is told as ever."""
+    from nanochat import checkpoint
+    base_train(place, "bare", "--plain", "--max-seq-len", "512")
+    run(place, "scripts.mid_train", "--base-tag", "bare", "--tag", "frozen", "--freeze-base", "--source", f"dir:{place[1]}", "--documents", "1", "--num-steps", "5", "--max-seq-len", "512",
+        "--batch-tokens", "4096", "--device-batch", "8", "--eval-tokens", "1024", "--save-every", "1", "--log-every", "1", "--device", "cpu")
+    base = checkpoint.load(place[0] / "base_checkpoints" / "bare").tensors
+    first, last = (checkpoint.load(place[0] / "mid_checkpoints" / "frozen", step).tensors for step in (4, 5))
+    same = lambda one, other, name: {key for key in one[name] if not one[name][key].equal(other[name][key])} == set()
+    assert base.keys() == {"gpt"} and same(base, last, "gpt") and not same(first, last, "gistnet")
+    assert last["lensnet"]["score.weight"].any() # it starts at zero
+    lines = [json.loads(line) for line in (place[0] / "mid_checkpoints" / "frozen" / "log.jsonl").read_text().splitlines()]
+    assert all("loss_gist" in line and "loss_plain" not in line for line in lines if "loss" in line) and any("lens_loss" in line for line in lines)
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "scripts").glob("*.py")))
 def test_a_script_that_opens_text_takes_a_data_folder(name):
     flags = getattr(getattr(importlib.import_module(f"scripts.{name}"), "parser", None), "_option_string_actions", {})
