@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from megacontext.contexts import ASKING, SPARE, best, bm25_scores, chosen_table, cost, embedding_scores, recency_table, retrieved_table, window_table
-from megacontext.layout import FAN, GIST, HIDDEN, RAW, entry_positions, visibility
+from megacontext.layout import FAN, GIST, HIDDEN, RAW, entry_positions, stretches
 from megacontext.losses import lens_scores, pool_values, row_entries
 from megacontext.reread import Reading, visible
 from megacontext.span import BLOCK
@@ -68,7 +68,7 @@ class Rows:
     def nats(self, table, tail, entries=None, W=None):
         """Nats (B, tail) of the last tokens of the rows, read through a table within W entries (None = the rows' own budget)."""
         assert (cost(table) <= (W or self.W)).all(), f"a context costs {cost(table).max()} entries, the budget is {W or self.W}"
-        hidden = self.gpt.trunk(entries or self.entries, entry_positions(self.T, BLOCK, device=self.device), visibility(self.batch(table), BLOCK))
+        hidden = self.gpt.trunk(entries or self.entries, entry_positions(self.T, BLOCK, device=self.device), stretches(self.batch(table), BLOCK))
         return self.gpt.loss(hidden[:, self.T - tail:self.T], self.targets[:, -tail:], "none")
 
     @torch.no_grad()

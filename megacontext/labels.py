@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megacontext.layout import FAN, GIST, RAW, Copies, entry_positions, visibility
+from megacontext.layout import FAN, GIST, RAW, Copies, entry_positions, stretches
 from nanochat.gpt import IGNORE
 
 
@@ -53,11 +53,11 @@ def draw_edits(table, counts, rng, readings, edits):
 
 
 @torch.no_grad()
-def measure(gpt, read, targets, table, K, rngs, readings, edits, see=visibility):
+def measure(gpt, read, targets, table, K, rngs, readings, edits, see=stretches):
     """
     read       a function: copies -> Entries of the row's tokens, gists and copies (losses.row_entries)
     targets (B, T), table (B, Q, Q) as the row was read, rngs one numpy generator a row
-    see        layout.visibility, or layout.block_mask
+    see        layout.stretches, or layout.block_mask
     """
     B, T = targets.shape
     Q, device = T // K, targets.device

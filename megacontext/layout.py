@@ -23,8 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask
 
+from nanochat.attention import Stretches
+
 HIDDEN, RAW, GIST, NODE = 0, 1, 2, 3
 FAN = 32 # children of a level-2 gist
+STRETCH = 256 # tokens that look at their past together where a mask says what they see
 TILE = 128 # FlexAttention's: it skips tiles of so many by so many that nobody sees
 
 
@@ -55,25 +58,49 @@ def visibility(table, K, copies=None):
     B, Q, _ = table.shape
     device, T, G = table.device, Q * K, Q // FAN
     M = 0 if copies is None else copies.block.size(1)
-    see = torch.zeros(B, T + Q + G + M * K, T + Q + G + M * K, dtype=torch.bool, device=device)
-    inside = torch.ones(K, K, dtype=torch.bool, device=device).tril()
-
-    def read(rows, lines):
-        """Entries `rows` (a slice) read the past through lines (B, n, Q), K entries a line."""
-        wide = lines.repeat_interleave(K, dim=1) # (B, n*K, Q)
-        see[:, rows, :T] = (wide == RAW).repeat_interleave(K, dim=2)
-        see[:, rows, T:T + Q] = wide == GIST
-        see[:, rows, T + Q:T + Q + G] = wide[:, :, :G * FAN:FAN] == NODE
-
-    read(slice(0, T), table)
-    see[:, :T, :T] |= torch.block_diag(*[inside] * Q)
-    lane = torch.arange(T, T + Q + G, device=device)
+    start = T + Q + G # of the copies
+    see = torch.zeros(B, start + M * K, start + M * K, dtype=torch.bool, device=device)
+    see[:, :T, :start] = past(table, K)
+    see[:, :T, :T] |= own_blocks(Q, K, device)
+    lane = torch.arange(T, start, device=device)
     see[:, lane, lane] = True
     if M:
-        start = T + Q + G
-        read(slice(start, start + M * K), copies.table)
-        see[:, start:, start:] = torch.block_diag(*[inside] * M)
+        see[:, start:, :start] = past(copies.table, K)
+        see[:, start:, start:] = own_blocks(M, K, device)
     return see[:, None]
+
+
+def past(lines, K, raw=None):
+    """Which of the tokens and gists do readings see through lines (B, n, Q), K tokens a line: (B, n * K, T + Q + G). raw: of the first so many blocks' tokens only."""
+    wide, G = lines.repeat_interleave(K, dim=1), lines.size(2) // FAN # (B, n*K, Q)
+    return torch.cat([(wide[..., :raw] == RAW).repeat_interleave(K, dim=2), wide == GIST, wide[..., :G * FAN:FAN] == NODE], dim=2)
+
+
+def own_blocks(n, K, device):
+    """Tokens of n blocks, each of which sees those of its own up to itself: bool (n * K, n * K)."""
+    place = torch.arange(n * K, device=device)
+    return (place[:, None] // K == place // K) & (place <= place[:, None])
+
+
+def stretches(table, K, copies=None):
+    """
+    The same rule as Stretches: nobody looks at tokens that come later, so STRETCH tokens at a time need the columns up to their own, as causal attention does,
+    and gists, which see themselves only, need none.
+    """
+    Q, device = table.size(1), table.device
+    T, step = Q * K, STRETCH // K
+    start, pieces = T + Q + Q // FAN, []
+    for a in range(0, Q, step):
+        b = min(Q, a + step)
+        see = past(table[:, a:b], K, b)
+        see[:, :, a * K:b * K] |= own_blocks(b - a, K, device)
+        pieces.append((slice(a * K, b * K), (slice(0, b * K), slice(T, start)), see[:, None]))
+    pieces.append((slice(T, start), (), None))
+    if copies is not None:
+        M = copies.block.size(1)
+        see = torch.cat([past(copies.table, K), own_blocks(M, K, device).expand(len(table), -1, -1)], dim=2)
+        pieces.append((slice(start, start + M * K), (slice(0, start + M * K),), see[:, None]))
+    return Stretches(pieces)
 
 
 def visibility_rule(table, K, copies=None):

@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 
 from megacontext.labels import measure
-from megacontext.layout import FAN, GIST, NODE, RAW, draw_table, entry_positions, visibility
+from megacontext.layout import FAN, GIST, NODE, RAW, draw_table, entry_positions, stretches
 from megacontext.matches import row_hits
 from nanochat.common import UserError
 from nanochat.gpt import IGNORE, Entries
@@ -85,8 +85,8 @@ class CoTraining(nn.Module):
     """objective(batch) -> (loss, sums), as nanochat.train.fit wants it."""
     SUMS = ("plain_nats", "plain_tokens", "gist_nats", "gist_tokens", "lens_squares", "label_squares", "lens_products", "score_squares", "labels")
 
-    def __init__(self, gpt, gistnet, lensnet, options, see=visibility):
-        """see: how a row's table becomes what the trunk takes, layout.visibility or, on CUDA, layout.block_mask."""
+    def __init__(self, gpt, gistnet, lensnet, options, see=stretches):
+        """see: how a row's table becomes what the trunk takes, layout.stretches or, on CUDA, layout.block_mask."""
         super().__init__()
         self.gpt, self.gistnet, self.lensnet, self.options, self.see = gpt, gistnet, lensnet, options, see
         self.block = FAN # children a level-1 gist; the curriculum grows it

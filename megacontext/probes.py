@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from megacontext.evaluate import swapped
-from megacontext.layout import FAN, GIST, HIDDEN, NODE, RAW, entry_positions, full_table, visibility
+from megacontext.layout import FAN, GIST, HIDDEN, NODE, RAW, entry_positions, full_table, stretches
 from megacontext.reread import Reading, visible
 from megacontext.span import BLOCK
 
@@ -102,7 +102,7 @@ def reconstruction(rows):
         readings = {"own": (rows.entries, table), "other": (swapped(rows.entries, T), table), "nothing": (rows.entries, np.full((Q, Q), HIDDEN))}
         found[level] = {}
         for name, (entries, lines) in readings.items():
-            hidden = rows.gpt.trunk(entries, positions, visibility(rows.batch(lines), BLOCK))
+            hidden = rows.gpt.trunk(entries, positions, stretches(rows.batch(lines), BLOCK))
             nats = rows.gpt.loss(hidden[:, :whole * BLOCK], rows.targets[:, :whole * BLOCK], "none")
             found[level][name] = nats.view(rows.B, whole, BLOCK)[:, :, :-1].mean(dim=(1, 2)).tolist() # the last target is the next block's first token
     return found

@@ -9,7 +9,7 @@ B = rows, T = tokens, N = entries of the row (tokens, gists, level-2 gists), V =
 """
 import torch
 
-from megacontext.layout import FAN, GIST, NODE, RAW, entry_positions, visibility
+from megacontext.layout import FAN, GIST, NODE, RAW, entry_positions, stretches
 from megacontext.span import BLOCK
 from nanochat.attention import norm, rope_angles, rotate
 from nanochat.gpt import QK_GAIN, Entries
@@ -32,7 +32,7 @@ class Reading:
         self.gpt, self.entries, self.targets = gpt, entries, targets
         self.positions = entry_positions(T, BLOCK, device=targets.device)
         self.cache = KVCache(gpt.config, B, entries.x.size(1), gpt.device, gpt.dtype)
-        gpt.trunk(entries, self.positions, visibility(table, BLOCK), self.cache)
+        gpt.trunk(entries, self.positions, stretches(table, BLOCK), self.cache)
 
     @torch.no_grad()
     def again(self, start, H, seen):

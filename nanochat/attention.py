@@ -5,6 +5,7 @@ An entry is a token or a gist; the attention does not know which. Visibility (`s
     "causal"    row i sees columns 0..i of the same entries
     "all"       every row sees every column (one new token reading a cache)
     bool mask   (B or 1, 1, Nq, Nk), True where the query may look
+    Stretches   the same rule in pieces, without the columns that a piece of the queries never sees
     BlockMask   the same rule for FlexAttention, on CUDA
     Recent      the newest of what "causal" or "all" shows, or all of "causal" on FlashAttention 3
 Positions come in as numbers, so a gist may stand anywhere, also between two tokens. Rotary angles are computed in fp32 for
@@ -22,6 +23,15 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 ROPE_BASE = 100_000
 FLEX_SHAPES = 64 # rows x entries that FlexAttention may be compiled for; past PyTorch's 8 it would run uncompiled, scores and all
 _compiled_flex = None
+
+
+@dataclass(frozen=True)
+class Stretches:
+    """
+    The queries in consecutive pieces, each (its rows, the parts of the columns that it may see, a bool mask (B or 1, 1, rows, columns) over these),
+    rows and parts as slices. No mask: each of the rows sees itself and nothing else.
+    """
+    pieces: list
 
 
 @dataclass(frozen=True)
@@ -56,13 +66,22 @@ def attend(q, k, v, see):
         return _flex(q, k, v, see, grouped)
     if isinstance(see, torch.Tensor):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=see, enable_gqa=grouped)
+    if isinstance(see, Stretches):
+        return torch.cat([_piece(q, k, v, *piece) for piece in see.pieces], dim=2)
     if isinstance(see, Recent):
         return see.flash(q, k, v, see.window) if see.flash is not None else _recent(q, k, v, see.window)
     if see == "causal":
         assert q.size(2) == k.size(2), f"causal needs as many queries as keys, got {q.size(2)} and {k.size(2)}"
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-    assert see == "all", f"see is 'causal', 'all', a bool mask, a BlockMask or Recent, got {see!r}"
+    assert see == "all", f"see is 'causal', 'all', a bool mask, Stretches, a BlockMask or Recent, got {see!r}"
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
+
+
+def _piece(q, k, v, rows, columns, mask):
+    if mask is None: # the softmax of one score is 1
+        return v[:, :, rows].repeat_interleave(q.size(1) // v.size(1), dim=1)
+    k, v = (torch.cat([t[:, :, part] for part in columns], dim=2) for t in (k, v))
+    return attend(q[:, :, rows], k, v, mask)
 
 
 def in_window(rows, columns, window):

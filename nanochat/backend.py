@@ -55,10 +55,10 @@ def pick_causal(machine, device, dtype, heads, kv_heads, head_width, find=None):
 
 def pick_masked(machine, device, dtype, heads, kv_heads, head_width, masks):
     """
-    What computes attention under a rule that is not causal: FlexAttention or SDPA with a dense mask.
+    What computes attention under a rule that is not causal: FlexAttention or SDPA with masks.
     masks   a function: device -> the same small rule as (BlockMask, bool mask), for the trial
     """
-    dense = lambda why: Kernel("SDPA with a dense mask", why)
+    dense = lambda why: Kernel("SDPA with masks", why)
     if machine.device != "cuda":
         return dense("no CUDA device")
     try:

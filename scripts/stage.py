@@ -185,13 +185,13 @@ def pick_attention(gpt, machine, dtype):
 
 def co_training(gpt, gistnet, lensnet, args, machine, dtype):
     """The objective of a run with memory; prints what computes attention in its rows with gists."""
-    from megacontext.layout import block_mask, trial_masks, visibility # only where memory is asked for
+    from megacontext.layout import block_mask, stretches, trial_masks # only where memory is asked for
     from megacontext.losses import CoTraining, CoTrainingOptions, parse_curriculum
     config = gpt.config
     kernel = backend.pick_masked(machine, gpt.device, dtype, config.heads, config.kv_heads, config.head_width, trial_masks)
     print0(f"            for rows with gists {kernel}")
     options = CoTrainingOptions(seed=args.seed, curriculum=parse_curriculum(args.curriculum), plain_every=args.plain_every)
-    return CoTraining(gpt, gistnet, lensnet, options, block_mask if kernel.name == "FlexAttention" else visibility)
+    return CoTraining(gpt, gistnet, lensnet, options, block_mask if kernel.name == "FlexAttention" else stretches)
 
 
 def read(loader, dist):

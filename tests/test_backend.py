@@ -112,7 +112,7 @@ def masks(device):
 
 def test_flex_is_tried_on_cuda_only():
     kernel = backend.pick_masked(machine("cpu", None), torch.device("cpu"), torch.float32, **SHAPE, masks=lambda device: 1 / 0)
-    assert str(kernel) == "SDPA with a dense mask: no CUDA device"
+    assert str(kernel) == "SDPA with masks: no CUDA device"
 
 
 def test_flex_that_does_not_compile_or_disagrees_is_told(monkeypatch):
@@ -123,7 +123,7 @@ def test_flex_that_does_not_compile_or_disagrees_is_told(monkeypatch):
 
     pick = lambda: backend.pick_masked(machine(), torch.device("cpu"), torch.float32, **SHAPE, masks=masks)
     monkeypatch.setattr(backend, "attend", broken)
-    assert str(pick()) == "SDPA with a dense mask: FlexAttention was tried and failed: RuntimeError: out of resource: shared memory"
+    assert str(pick()) == "SDPA with masks: FlexAttention was tried and failed: RuntimeError: out of resource: shared memory"
     monkeypatch.setattr(backend, "attend", lambda q, k, v, see: attend(q, k, v, "all" if isinstance(see, BlockMask) else see))
     assert "away from SDPA" in pick().why
     monkeypatch.setattr(backend, "attend", lambda q, k, v, see: attend(q, k, v, "causal" if isinstance(see, BlockMask) else see))

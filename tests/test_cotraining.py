@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megacontext import losses
-from megacontext.layout import GIST, RAW, block_mask, draw_table, visibility
+from megacontext.layout import GIST, RAW, block_mask, draw_table, stretches, visibility
 from megacontext.losses import CoTraining, CoTrainingOptions, opened_by, parse_curriculum
 from megacontext.matches import KINDS
 from nanochat import checkpoint
@@ -236,14 +236,15 @@ def test_curricula():
             parse_curriculum(wrong)
 
 
-def test_a_block_mask_changes_nothing():
-    """The objective on FlexAttention and on a dense mask: the same loss, the same labels. (Uncompiled here, and forward only: all that a CPU has.)"""
+def test_how_a_rule_is_computed_changes_nothing():
+    """The objective on FlexAttention, on stretches and on a dense mask: the same loss, the same labels. (Uncompiled here, and forward only: all that a CPU has.)"""
     networks, results = tiny_networks(), []
-    for see in (visibility, block_mask):
+    for see in (visibility, stretches, block_mask):
         o = CoTraining(*networks, CoTrainingOptions(tail=(0, 96), reading_tokens=64, edits=3), see)
         with torch.no_grad():
             loss, sums = o(batch([8, 9, 10, 11]))
         results.append([loss, *(sums[name].float() for name in ("gist_nats", "lens_squares", "label_squares", "lens_products"))])
     assert results[0][3] > 0, "edits were priced"
-    for dense, flex in zip(*results, strict=True):
-        torch.testing.assert_close(flex, dense, atol=1e-3, rtol=1e-3)
+    for dense, *others in zip(*results, strict=True):
+        for other in others:
+            torch.testing.assert_close(other, dense, atol=1e-3, rtol=1e-3)

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
-from megacontext.layout import FAN, GIST, HIDDEN, NODE, RAW, Copies, block_mask, draw_table, entry_positions, full_table, trial_masks, visibility, visibility_rule
+from megacontext.layout import FAN, GIST, HIDDEN, NODE, RAW, Copies, block_mask, draw_table, entry_positions, full_table, stretches, trial_masks, visibility, visibility_rule
 from megacontext.losses import row_entries, with_copies
+from nanochat.attention import attend
 from tests.tiny import VOCAB, tiny_networks
 
 
@@ -78,6 +79,33 @@ def test_the_flex_rule_is_the_mask(K, Q, M):
     for name in ("kv", "full_kv", "q", "full_q"): # q: what the backward pass walks along
         args = ([getattr(mask, f"{name}_num_blocks"), getattr(mask, f"{name}_indices")] for mask in (fast, slow))
         assert tiles(*next(args)) == tiles(*next(args)), name
+
+
+@pytest.mark.parametrize("K, Q, M", [(4, 70, 0), (4, 70, 3), (32, 8, 0), (32, 33, 5), (8, 96, 7), (16, 64, 1)])
+def test_stretches_are_the_mask_without_what_it_rules_out(K, Q, M):
+    """Put together they are the mask; and attending by either gives the same, gradients too, where heads share keys."""
+    table, copies = random_batch(M, K, Q, M)
+    dense, see = visibility(table, K, copies), stretches(table, K, copies)
+    N = dense.size(-1)
+    whole, seen = torch.zeros_like(dense), 0
+    for rows, columns, mask in see.pieces:
+        assert rows.start == seen
+        seen = rows.stop
+        index = torch.arange(N)
+        if mask is None:
+            whole[:, :, index[rows], index[rows]] = True
+        else:
+            wanted = torch.cat([index[part] for part in columns])
+            whole[:, :, index[rows][:, None], wanted] = mask
+    assert seen == N and torch.equal(whole, dense)
+    assert len(see.pieces) > 3 or Q * K <= 256 * 3
+    q, k, v = (torch.randn(2, heads, N, 8, requires_grad=True) for heads in (4, 2, 2))
+    results = []
+    for rule in (see, dense):
+        y = attend(q, k, v, rule)
+        results.append([y, *torch.autograd.grad(y.square().sum(), (q, k, v))])
+    for one, other in zip(*results):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
 def test_full_tiles_are_found():
