@@ -32,7 +32,8 @@ SECTIONS = { # in the order of the page: name -> the command that writes it
     "tokenizer": "python -m scripts.tok_eval",
     "base": "python -m scripts.base_eval",
     "chat": "python -m scripts.chat_eval",
-    "mega": "python -m scripts.mega_eval",
+    "mega": "python -m scripts.mega_eval --stage base",
+    "recall": "python -m scripts.recall_eval",
 }
 EXPECTED_STAGES = ("base", "mid", "sft") # rl is extra
 START = "run.json"

@@ -35,10 +35,11 @@ class Recipe:
     eval_tokens: int        # validation tokens at the end of a training stage
     source: str             # text of the tokenizer and of base training
     long_source: str        # of mid-training and of questions about texts: some of it long, some of it code
-    memory_source: str      # of mega_eval: documents longer than a row
+    memory_source: str      # of mega_eval and recall_eval: documents longer than a row
     tokenizer_chars: int    # most characters that the tokenizer learns from
     chat_flags: tuple       # of chat_eval
     memory_flags: tuple     # of mega_eval
+    recall_flags: tuple     # of recall_eval
     core: str               # the 22 tasks of CORE: "off" or "download"
     device: str
     processes: int = 1
@@ -52,13 +53,15 @@ class Recipe:
 CPU = Recipe(
     tier="cpu", device="cpu", depth=4, vocab_size=4096, seq_len=1024, long_len=2048, tokens=1_474_560, batch_tokens=4096, mid_steps=150, sft_steps=500,
     source="stdlib", long_source="stdlib", memory_source="stdlib", tokenizer_chars=20_000_000, lr=2, save_every=50, eval_tokens=65536,
-    chat_flags=("--seconds", "2"), memory_flags=("--documents", "4", "--measured-rows", "2", "--recall-lengths", "1024,8192,65536", "--recall-problems", "1"), core="off", minutes=95)
+    chat_flags=("--seconds", "2"), memory_flags=("--documents", "16", "--measured-rows", "2"),
+    recall_flags=("--recall-tasks", "multikey,passkey", "--recall-lengths", "8192,131072", "--recall-budget", "2048", "--recall-problems", "1"), core="off", minutes=70)
 
 GPU = dict(
     device="cuda", vocab_size=32768, seq_len=2048, tokens=-1, batch_tokens=-1, mid_steps=-1, sft_steps=-1,
     source="climbmix", long_source="climbmix:0.8,stdlib:0.2", memory_source="stdlib", tokenizer_chars=2_000_000_000, save_every=250, eval_tokens=10 * 2**20,
     chat_flags=("--tasks", "chatcore,arithmetic,spelling,passkey,multikey,codeqa,topicshift,passkey@8x,multikey@8x,codeqa@8x", "--max-problems", "200"),
-    memory_flags=("--documents", "48", "--measured-rows", "16", "--recall-lengths", "4096,32768,131072"), core="download")
+    memory_flags=("--documents", "48", "--measured-rows", "16"),
+    recall_flags=("--recall-lengths", "32768,131072,1048576", "--recall-budget", "2048"), core="download")
 
 NODE = Recipe(tier="8gpu", depth=20, long_len=4096, processes=8, card="8 x H100", peak=8 * 989e12, **GPU)
 

@@ -217,7 +217,7 @@ def main():
                 documents=args.documents, measured_rows=args.measured_rows, **over_seeds(samples), gap_closed=closed_gaps([s["trailing"] for s in samples], args.seq_len))
     tables = [*trailing_tables(data, args), *gist_tables(data), *lens_tables(data, points)]
     if args.recall_lengths and args.stage != "base":
-        tables += recall_tables(loaded, data, args, began)
+        tables += recall_tables(loaded, data, args, began, "mega_recall.png")
     report.write_section("mega", f"Memory ({args.stage})", *tables, data=data, seconds=time.time() - began)
     for table in tables:
         print0(table + "\n")

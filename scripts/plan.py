@@ -142,11 +142,11 @@ def stages(recipe, wishes, own_text="", own_talk=""):
               "--num-steps", str(sft_steps), needs=("mid_train",), reads=flag("conversations", own_talk)),
         read("sft_eval", "sft", "--core", "off", "--samples", "0"),
         chat("chat_eval", "sft"),
-        Stage("mega_eval", (*one, "scripts.mega_eval", "--stage", "sft", "--tag", tag, "--source", wishes.source or recipe.memory_source,
-                            *recipe.memory_flags, *device), ("report_start",)),
+        Stage("mega_eval", (*one, "scripts.mega_eval", "--checkpoint", f"base/{tag}", "--source", wishes.source or recipe.memory_source, *recipe.memory_flags, *device), ("report_start",)),
+        Stage("recall_eval", (*one, "scripts.recall_eval", "--checkpoint", f"sft/{tag}", "--source", wishes.source or recipe.memory_source, *recipe.recall_flags, *device), ("report_start",)),
         Stage("report", (*one, "nanochat.report", "--tag", tag), always=True),
     ]
-    left_out = set() if wishes.memory else {"mega_eval"}
+    left_out = set() if wishes.memory else {"mega_eval", "recall_eval"}
     if "climbmix" not in text[1]:
         left_out.add("download")
     return [stage for stage in run if stage.name not in left_out]

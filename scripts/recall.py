@@ -200,7 +200,8 @@ def spread(values):
     return dict(mean=float(np.mean(values)), spread=float(np.std(values, ddof=1)) if len(values) > 1 else None)
 
 
-def recall_tables(loaded, data, args, began):
+def recall_tables(loaded, data, args, began, drawn):
+    """Ask, and tell: a list of Markdown. The numbers go into data, the picture into the file `drawn` beside the report."""
     found, missing, data["telemetry"] = recall(loaded, Engine(loaded.tokenizer), args.recall_tasks, args.source, args.recall_lengths, args.recall_depths, args.recall_problems,
                                                args.seeds, args.recall_budget, began)
     data["recall"] = {name: {length: {depth: {way: spread(shares) for way, shares in ways.items()} for depth, ways in depths.items()} for length, depths in lengths.items()}
@@ -213,7 +214,7 @@ def recall_tables(loaded, data, args, began):
     if data["recall"]:
         panels = {name: {way: {length: {depth: table[depth][way]["mean"] for depth in args.recall_depths} for length, table in lengths.items()} for way in WAYS}
                   for name, lengths in data["recall"].items()}
-        plots.heat_maps(report.folder() / "mega_recall.png", panels, "tokens of history", "depth")
-        tables += [picture("mega_recall.png", "recall by depth and length"), "Telemetry of these sessions, means over their ticks; milliseconds since the tick before, median and 99th percentile.",
+        plots.heat_maps(report.folder() / drawn, panels, "tokens of history", "depth")
+        tables += [picture(drawn, "recall by depth and length"), "Telemetry of these sessions, means over their ticks; milliseconds since the tick before, median and 99th percentile.",
                    telemetry_table(data["telemetry"])]
     return tables

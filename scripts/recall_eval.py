@@ -1,6 +1,6 @@
 """
 Questions about what was said far back, by length and depth: the tables of recall that mega_eval shows among others, alone (scripts/recall.py says
-what they hold). The last line is one JSON object.
+what they hold). They go to the report, and the last line is one JSON object.
 
 python -m scripts.recall_eval --checkpoint sft/d4 --recall-tasks multikey --recall-lengths 32768,131072,1048576 --recall-budget 2048
 """
@@ -10,6 +10,7 @@ import time
 
 import torch
 
+from nanochat import report
 from nanochat.common import UserError, pick_device_type, print0, run_main
 from nanochat.dataset import add_data_dir, use_data_dir
 from scripts.load import load_stage
@@ -35,7 +36,9 @@ def main():
     if not args.recall_lengths or not args.recall_tasks:
         raise UserError("nothing to ask: expected --recall-lengths and --recall-tasks of at least one")
     data = dict(vars(args), step=loaded.meta["step"])
-    for table in recall_tables(loaded, data, args, began):
+    tables = recall_tables(loaded, data, args, began, "recall.png")
+    report.write_section("recall", f"Recall ({stage})", *tables, data=data, seconds=time.time() - began)
+    for table in tables:
         print0(table + "\n")
     print0(json.dumps(data))
 

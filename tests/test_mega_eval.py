@@ -136,6 +136,7 @@ def test_recall_is_a_command_of_its_own(base, tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     data = json.loads(out.splitlines()[-1])
     assert set(data["recall"]["passkey"]["700"]["0.5"]) == set(recall.COLUMNS) and data["recall_budget"] == 192 and "passkey, 700 tokens, found" in out
+    assert report.read_data("recall") == data and (report.folder() / "recall.png").read_bytes().startswith(b"\x89PNG") and "recall.png" in (report.folder() / "recall.md").read_text()
     make_run("sft", seq_len=512, memory=False)
     with pytest.raises(UserError, match="trained without memory"):
         recall_eval.main()

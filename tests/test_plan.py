@@ -133,7 +133,7 @@ def test_every_command_is_one_that_its_script_takes(recipe, memory):
 
 def test_with_and_without_memory_differ_where_they_must():
     with_memory, plain = plan.stages(tiers.CPU, Wishes()), plan.stages(tiers.CPU, Wishes(memory=False))
-    assert [stage.name for stage in with_memory if stage.name != "mega_eval"] == [stage.name for stage in plain]
+    assert [stage.name for stage in with_memory if stage.name not in ("mega_eval", "recall_eval")] == [stage.name for stage in plain]
     assert not {folder for stage in with_memory for folder in stage.makes} & {folder for stage in plain for folder in stage.makes} - {"tokenizer"}
     lines = {stage.name: stage.line for stage in plain}
     assert "--plain" in lines["base_train"] and "--no-memory" in lines["chat_eval"]
@@ -161,7 +161,7 @@ def test_the_name_of_a_wandb_run_does_not_train_anew():
 def test_a_change_reaches_what_hangs_on_it_and_nothing_else():
     before = keys(plan.stages(tiers.CPU, Wishes()))
     changed = lambda recipe: {name for name, key in keys(plan.stages(recipe, Wishes())).items() if key != before[name]}
-    evaluations = {"report_start", "tok_eval", "base_eval", "mid_eval", "mid_chat_eval", "sft_eval", "chat_eval", "mega_eval"}
+    evaluations = {"report_start", "tok_eval", "base_eval", "mid_eval", "mid_chat_eval", "sft_eval", "chat_eval", "mega_eval", "recall_eval"}
     assert changed(replace(tiers.CPU, sft_steps=41)) == {"chat_sft"} | evaluations
     assert changed(replace(tiers.CPU, mid_steps=61)) == {"mid_train", "chat_sft"} | evaluations
     assert changed(replace(tiers.CPU, vocab_size=5000)) == {"tok_train", "base_train", "mid_train", "chat_sft"} | evaluations
@@ -172,7 +172,7 @@ def test_changed_files_of_the_users_reach_what_hangs_on_them_and_nothing_else():
     """An edited mine.jsonl, or another text under the old name of a folder, was "done before": the key was of the commands alone."""
     wishes = Wishes(source="dir:/texts", conversations="mine.jsonl")
     make = lambda **prints: keys(plan.stages(tiers.CPU, wishes, **prints))
-    before, evaluations = make(own_text="a", own_talk="a"), {"report_start", "tok_eval", "base_eval", "mid_eval", "mid_chat_eval", "sft_eval", "chat_eval", "mega_eval"}
+    before, evaluations = make(own_text="a", own_talk="a"), {"report_start", "tok_eval", "base_eval", "mid_eval", "mid_chat_eval", "sft_eval", "chat_eval", "mega_eval", "recall_eval"}
     changed = lambda **prints: {name for name, key in make(**prints).items() if key != before[name]}
     assert changed(own_text="a", own_talk="b") == {"chat_sft"} | evaluations
     assert changed(own_text="b", own_talk="a") == {"tok_train", "base_train", "mid_train", "chat_sft"} | evaluations
@@ -321,8 +321,8 @@ def test_two_tags_keep_their_models(runs):
 @pytest.mark.parametrize("memory", [True, False])
 def test_a_whole_run_in_miniature(base, tmp_path, monkeypatch, memory):
     """The real commands, on next to nothing: every stage ends well, nothing is missing in the report, and a second run does nothing."""
-    tiny = replace(tiers.CPU, depth=1, vocab_size=1024, seq_len=256, long_len=1024, tokens=20480, batch_tokens=1024, mid_steps=2, sft_steps=2, save_every=5, eval_tokens=4096,
-                   chat_flags=("--seconds", "0.2"), memory_flags=("--documents", "2", "--measured-rows", "2", "--recall-lengths", "512", "--recall-problems", "1"))
+    tiny = replace(tiers.CPU, depth=1, vocab_size=1024, seq_len=512, long_len=1024, tokens=20480, batch_tokens=1024, mid_steps=2, sft_steps=2, save_every=5, eval_tokens=4096,
+                   chat_flags=("--seconds", "0.2"), memory_flags=("--budget", "192", "--documents", "2", "--measured-rows", "2"), recall_flags=("--recall-tasks", "multikey", "--recall-lengths", "512", "--recall-problems", "1"))
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -333,7 +333,7 @@ def test_a_whole_run_in_miniature(base, tmp_path, monkeypatch, memory):
     report = (tmp_path / "report.md").read_text()
     assert report.replace("](base/report/", "](") == (base / "report/report.md").read_text(), "the pictures stand in one place only"
     missing = [line for line in report.partition("## Missing")[2].partition("##")[0].splitlines() if line.startswith("- ")]
-    assert all("mega" in line for line in missing) and len(missing) == (0 if memory else 1)
+    assert all("mega" in line or "recall" in line for line in missing) and len(missing) == (0 if memory else 2)
     (tmp_path / "report.md").unlink()
     began = {path.name: path.stat().st_mtime_ns for path in stamps.iterdir()}
     speedrun.run_stages(run, stamps, base, "again")
