@@ -153,6 +153,7 @@ class Session:
         raw = [span.index for span in self.spans if span.level == 0 and not span.live]
         found = block_scores(self.lensnet, self.tree, raw, self._distances, self.gpt.device) if self.tree.length >= BLOCK else []
         self._count("score", start)
+        self.focus = Focus(self.focus.tick) # what ticks have closed on the way here may be what is asked for
         for _ in range(TURNS * max(span.level for span in self.spans)):
             if not self.refocus(ASKED_MARGIN, found):
                 break

@@ -393,11 +393,14 @@ def test_a_store_that_is_too_small_costs_forwards_and_nothing_else():
 
 
 def test_a_prompt_opens_what_it_asks_for_however_deep_it_lies(monkeypatch):
-    """A level is opened at a time, and a short question once brought one refocus: what lay under a gist of level 2 came too late for the answer."""
+    """
+    A level is opened at a time, and a short question once brought one refocus: what lay under a gist of level 2 came too late for the answer. Nor did
+    anything open that ticks had edited shortly before the question: it was resting.
+    """
     memory = session(tiny_networks(seq_len=8192), budget=320, n_diff=8)
     memory.feed(some_ids(9000))
     wanted = next(span.start for span in memory.spans if span.level == 2) // BLOCK + 5
-    memory.focus = Focus()
+    memory.focus = Focus(9, {span: 9 for span in memory.spans if span.level} | {Span(1, wanted): 9})
     monkeypatch.setattr(runtime, "block_scores", lambda lensnet, tree, *_: np.where(np.arange(tree.length // BLOCK) == wanted, 9.0, -1.0))
     memory.feed(some_ids(10, seed=1))
     assert Span(0, wanted) in memory.spans and memory.shown.cache.length == cost(memory.spans)
