@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from megacontext.labels import draw_edits, measure
-from megacontext.layout import GIST, RAW, draw_table
+from megacontext.layout import GIST, RAW, draw_table, visibility
 from nanochat.gpt import IGNORE
 
 K, Q = 4, 70
@@ -30,7 +30,7 @@ class Oracle:
 
 def labels_for(table, secret, seed=0, readings=30, edits=8, targets=torch.zeros(1, T, dtype=torch.long)):
     return measure(Oracle(secret), lambda copies: None, targets, torch.from_numpy(table)[None], K,
-                   [np.random.default_rng(seed)], readings, edits)
+                   [np.random.default_rng(seed)], readings, edits, visibility) # the oracle looks at the mask as a whole
 
 
 @pytest.mark.parametrize("shown", [GIST, RAW])
