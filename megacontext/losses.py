@@ -168,10 +168,10 @@ def opened_by(lensnet, ids, docs, table, K, count):
     return table.scatter(2, chosen, torch.where(best.isfinite(), RAW, table.gather(2, chosen)))
 
 
-def lens_scores(lensnet, ids, docs, table, block, K):
+def lens_scores(lensnet, ids, docs, table, block, K, lead=0):
     """
     LensNet's scores for readings block (B, P) of rows ids (B, T) whose working contexts are table (B, Q, Q):
-    (B, P, Q + G), zero where the entry is not in the reading's context. Column b < Q is block b (raw or gist), Q + n level-2 node n.
+    (B, P, Q + G), zero where the entry is not in the reading's context. Column b < Q is block b (raw or gist), Q + n level-2 node n. lead as in row_hits.
     """
     B, P = block.shape
     Q, device = docs.size(1), block.device
@@ -182,7 +182,7 @@ def lens_scores(lensnet, ids, docs, table, block, K):
     levels = torch.cat([(line == GIST).long(), torch.full_like(node, 2, dtype=torch.long)], dim=2)
     centres = entry_positions(T, K, device=device)[0, T:] # (E,)
     distances = (block[:, :, None] * K - centres).clamp(min=1)
-    hits = row_hits(ids, docs, block, K) # (B, P, Q, KINDS, n)
+    hits = row_hits(ids, docs, block, K, lead) # (B, P, Q, KINDS, n)
     hits = torch.cat([hits, hits[:, :, :G * FAN].unflatten(2, (G, FAN)).any(3)], dim=2)
     order = centres.argsort() # the timeline's: a level-2 node stands before the blocks that follow it, as in a working context
     inputs = [t.flatten(0, 1)[:, order] for t in (hits, levels, distances, seen)]

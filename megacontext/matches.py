@@ -1,7 +1,9 @@
 """
 Where the newest tokens have stood before: for every entry of a working context and every newest token, whether the entry's tokens hold that
-token, and whether they hold it behind the same token as now (a pair). What the next tokens need is most often what followed last time, and that
-may stand in the next block: so an entry also holds what the LEAD tokens before it hold.
+token, and whether they hold it behind the same token as now (a pair). What the next tokens need is most often what followed last time.
+
+That may stand in the next block, so where a memory is asked, an entry also holds what the LEAD tokens before it hold. LensNet learns without: it took the
+second of two blocks that hold the same words for worthless, and sessions missed more (LOG.md, 2026-11-22).
 
 Training asks the rows themselves. At a tick, a session asks a bit set for each entry: the hashes of its tokens and pairs (Bloom, 1970, with one hash
 function), made from the ids in the tree when the entry comes into view, so that a refocus touches newest tokens x entries, whatever the entries cover.
@@ -17,7 +19,7 @@ import torch.nn.functional as F
 from megacontext.span import BLOCK
 
 NEWEST = 64            # newest tokens that ask: a question of a few lines
-LEAD = 8               # tokens before an entry that count as its own: a fact across two blocks is found by either (LOG.md, 2026-11-22)
+LEAD = 8               # tokens before an entry that count as its own in a session: a fact across two blocks is found by either (LOG.md, 2026-11-22)
 KINDS = 2              # a token by itself, and behind the one before it
 LOOKED_AT = 1 << 12    # blocks whose ids are looked through at a time
 BITS = (1 << 15, 1 << 20) # of an entry's set: up to level 2, and above (a gist of level 3 stands for 32,768 tokens)
@@ -27,13 +29,13 @@ MIX = (30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB) # splitmix64 (Steele et
 # ----------------------------------------------------------------------------------------------------------------------
 # In rows
 
-def row_hits(ids, docs, block, K):
+def row_hits(ids, docs, block, K, lead=0):
     """
     Readings block (B, P) of rows ids (B, T) with documents docs (B, Q): what each earlier block holds of the NEWEST tokens before the reading
     block, bool (B, P, Q, KINDS, n). What stands before the row, or belongs to another document, is held by nobody.
+    lead: tokens before a block that count as its own, at most K
     """
     (B, T), P, device = ids.shape, block.size(1), ids.device
-    lead = min(LEAD, K)
     before = torch.cat([torch.full_like(ids[:, :1], -1), ids[:, :-1]], dim=1)
     index = block[:, :, None] * K + torch.arange(-NEWEST, 0, device=device) # (B, P, n)
     at = index.clamp(min=0).flatten(1)

@@ -11,7 +11,7 @@ from megacontext.span import BLOCK, Span
 from megacontext.tree import MegaTree, make_header
 
 
-def slow_hits(ids, docs, q, K):
+def slow_hits(ids, docs, q, K, lead):
     """One reading: for each block and newest token, look through the block."""
     Q = len(docs)
     hits = np.zeros((Q, KINDS, NEWEST), bool)
@@ -20,24 +20,24 @@ def slow_hits(ids, docs, q, K):
         if at < 0 or docs[at // K] != docs[q]:
             continue
         for b in range(Q):
-            lead = min(LEAD, K) if b and docs[b - 1] == docs[b] else 0
-            for place in range(b * K - lead, (b + 1) * K):
+            for place in range(b * K - (lead if b and docs[b - 1] == docs[b] else 0), (b + 1) * K):
                 if ids[place] == ids[at]:
                     hits[b, 0, i] = True
                     hits[b, 1, i] |= (ids[place - 1] if place else -1) == (ids[at - 1] if at else -1)
     return hits
 
 
+@pytest.mark.parametrize("lead", [0, LEAD])
 @pytest.mark.parametrize("K", [8, 32])
-def test_rows_are_searched_as_a_slow_search_does(K):
+def test_rows_are_searched_as_a_slow_search_does(K, lead):
     rng = np.random.default_rng(0)
     T = 256
     ids, docs = rng.integers(0, 20, (2, T)), np.sort(rng.integers(0, 3, (2, T // K)), axis=1)
     block = rng.integers(0, T // K, (2, 3))
-    got = row_hits(torch.from_numpy(ids), torch.from_numpy(docs), torch.from_numpy(block), K)
+    got = row_hits(torch.from_numpy(ids), torch.from_numpy(docs), torch.from_numpy(block), K, lead)
     for b in range(2):
         for p in range(3):
-            assert np.array_equal(got[b, p].numpy(), slow_hits(ids[b], docs[b], block[b, p], K))
+            assert np.array_equal(got[b, p].numpy(), slow_hits(ids[b], docs[b], block[b, p], K, lead))
 
 
 def tree_of(ids):
