@@ -8,7 +8,7 @@ second of two blocks that hold the same words for worthless, and sessions missed
 Training asks the rows themselves. At a tick, a session asks a bit set for each entry: the hashes of its tokens and pairs (Bloom, 1970, with one hash
 function), made from the ids in the tree when the entry comes into view, so that a refocus touches newest tokens x entries, whatever the entries cover.
 A bit set may say yes where the truth is no: in one case in 500 for a block, in one of 20 for a gist of 1,024 tokens of ordinary text.
-After a prompt it looks through the ids of the whole history instead, a nanosecond or so for each token.
+After a prompt it looks through the ids of the whole history instead.
 
 M = readings, E = entries, n = newest tokens, T = tokens of a row, K = block, Q = T / K
 """

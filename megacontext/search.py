@@ -3,8 +3,8 @@ After a prompt: which blocks of the whole history deserve detail, whether they a
 
 At a tick, LensNet sees entries. A gist of 1,024 tokens is scored for what it holds somewhere, and a long history has many that hold most words of a
 question by chance: of a million tokens, the one that holds them in one block does not come first. So a question is put to every block, as a search
-engine would, and a gist is worth what its best block is. It takes some 0.2 microseconds a token of history, once for each prompt, and no gist or
-key is read for it (LOG.md, 2026-11-22).
+engine would, and a gist is worth what its best block is. It takes some 0.08 microseconds a token of history, once for each prompt, and no gist or
+key is read for it (docs/RUNTIME.md).
 """
 import numpy as np
 import torch
