@@ -222,10 +222,10 @@ class Session:
     def refocus(self, margin=None, found=None):
         """
         Score the entries, edit the working context, splice. Returns the edits.
-        margin  this, unless the session's own is smaller (None = the session's own);  found: scores of all finished blocks, if the history was searched
+        margin  this, unless the session's own is smaller (None = the session's own);  found: as in score()
         """
         start = time.perf_counter()
-        scores = self.score() if found is None else self._with_live(best_of(found, self._finished()))
+        scores = self.score(found)
         start = self._count("score", start, ticks=1)
         margin = self.margin if margin is None else min(margin, self.margin)
         plan = refocus(self.spans, scores, self.budget, self.focus, n_diff=self.n_diff, margin=margin, tail=self.tail, pins=self.pins, top=coarsest(self.tree.length, self.budget),
@@ -241,23 +241,19 @@ class Session:
         self._tell()
         return self.edits
 
-    def score(self):
-        """LensNet's score of each span: a list of floats, 0 for the live block."""
-        spans = self._finished()
+    def score(self, found=None):
+        """LensNet's score of each span: a list of floats, 0 for the live block. found: scores of all finished blocks, if the history was searched."""
+        spans = [span for span in self.spans if not span.live]
+        live = [0.0] * (len(self.spans) - len(spans)) # it is the last
+        if found is not None:
+            return best_of(found, spans) + live
         if not spans or not self.n_diff:
             return [0.0] * len(self.spans)
         device = self.gpt.device
         hits = torch.from_numpy(self.matches.hits(self.tree, spans)).to(device)
         levels = torch.tensor([span.level for span in spans], device=device)
         distances = self._distances(np.array([span.centre for span in spans]))
-        return self._with_live(self.lensnet(hits[None], levels[None], distances[None])[0].tolist())
-
-    def _finished(self):
-        return [span for span in self.spans if not span.live]
-
-    def _with_live(self, scores):
-        """Scores of the finished spans, and 0 for the live block, which is the last."""
-        return scores + [0.0] * (len(self.spans) - len(scores))
+        return self.lensnet(hits[None], levels[None], distances[None])[0].tolist() + live
 
     def _distances(self, centres):
         """Tokens between places on the timeline, numpy (n,), and now, as the GPT sees them, within what was trained: (n,)."""

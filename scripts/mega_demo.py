@@ -115,13 +115,13 @@ class Watched(Session):
         self.watch()
         return logits
 
-    def score(self):
-        self.scored = list(self.spans), super().score()
+    def score(self, found=None):
+        self.scored = list(self.spans), super().score(found)
         return self.scored[1]
 
-    def refocus(self, margin=None):
+    def refocus(self, margin=None, found=None):
         self.watch()
-        edits = super().refocus(margin)
+        edits = super().refocus(margin, found)
         self.ticks.append(Tick(self.length, *self.scored, edits))
         self.watch()
         return edits

@@ -86,7 +86,7 @@ def test_refocus_opens_what_lensnet_wants_at_a_full_budget():
     memory.feed(some_ids(2000))
     wanted = next(span for span in memory.spans if span.level == 1)
     memory.focus = Focus() # nothing rests
-    memory.score = lambda: [5.0 if span == wanted else -1.0 for span in memory.spans]
+    memory.score = lambda found=None: [5.0 if span == wanted else -1.0 for span in memory.spans]
     memory.refocus()
     assert Span(0, wanted.index) in memory.spans and cost(memory.spans) <= 192
     assert Span(0, wanted.index) in memory.shown.spans and memory.shown.cache.length == cost(memory.spans)
@@ -211,7 +211,7 @@ def test_the_cache_holds_the_context_after_the_end_of_a_prompt_was_read_again(le
     """
     memory = session(budget=192)
     memory.feed(some_ids(length - 40))
-    memory.score = lambda: [5.0 if span.level == 1 else -1.0 for span in memory.spans]
+    memory.score = lambda found=None: [5.0 if span.level == 1 else -1.0 for span in memory.spans]
     memory.focus = Focus()
     memory.feed(some_ids(40, seed=1))
     assert memory.stats["edits"] and (length % BLOCK or memory.spans[-2].level == 1), "the case must have edits, and a gist before the last block"
