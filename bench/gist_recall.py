@@ -6,7 +6,7 @@ python -m bench.gist_recall --quick          # one seed, a tenth of the steps: o
 
 The same GPT, GistNet and optimizer as everywhere, small and from scratch. Every block holds one pair, key and value, in a random place among noise; a
 question is a key, its answer the value behind it, and the GPT sees all gists of the row and nothing else. Blocks grow with the curriculum, then the row,
-up to --blocks of 32 tokens each; this is told as recall by length of the history. From there, groups of level-1 gists are gisted again and only that
+up to 256 blocks of 32 tokens each; this is told as recall by length of the history. From there, groups of level-1 gists are gisted again and only that
 is shown: 2 of them in one vector of 64 tokens, and so on up to one vector for 1,024 tokens, which is a node of level 2. So this is the curve of what a
 vector holds, and of what more vectors a node would buy: a node of 1,024 tokens with 4 vectors has one for 256.
 
@@ -22,12 +22,12 @@ import torch.nn.functional as F
 
 from megacontext.gistnet import GistConfig, GistNet
 from megacontext.losses import pool_values, row_entries
+from megacontext.span import BLOCK
 from nanochat.common import UserError, print0, run_main
 from nanochat.gpt import GPT, Entries, GPTConfig
 from nanochat.optim import make_optimizer
 from nanochat.report import table
 
-BLOCK = 32
 NOISE, VALUES = 8, 16 # tokens that stand between facts, tokens that are answers
 QUESTIONS = 64        # a step, over all of its rows
 

@@ -21,7 +21,7 @@ from megacontext.span import BLOCK
 NEWEST = 64            # newest tokens that ask: a question of a few lines
 LEAD = 8               # tokens before an entry that count as its own in a session: a fact across two blocks is found by either (LOG.md, 2026-11-22)
 KINDS = 2              # a token by itself, and behind the one before it
-LOOKED_AT = 1 << 12    # blocks whose ids are looked through at a time
+AT_ONCE = 1 << 12      # blocks of a history that are looked through at a time
 BITS = (1 << 15, 1 << 20) # of an entry's set: up to level 2, and above (a gist of level 3 stands for 32,768 tokens)
 MIX = (30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB) # splitmix64 (Steele et al., 2014): shifts and factors that spread 64 bits evenly
 
@@ -65,8 +65,8 @@ def block_hits(tree):
     np.bitwise_or.at(tables[0], newest + 1, bit)
     np.bitwise_or.at(tables[1], newest_before + 1, bit)
     words = np.empty((tree.length // BLOCK, KINDS), np.uint64)
-    for first in range(0, len(words), LOOKED_AT):
-        last = min(len(words), first + LOOKED_AT)
+    for first in range(0, len(words), AT_ONCE):
+        last = min(len(words), first + AT_ONCE)
         start = max(0, first * BLOCK - LEAD)
         alone, behind = (table[np.minimum(held + 1, size - 1)] for table, held in zip(tables, _with_before(tree, start, last * BLOCK)))
         lead = np.zeros(LEAD - (first * BLOCK - start), np.uint64)

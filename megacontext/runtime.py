@@ -147,14 +147,17 @@ class Session:
     def _settle(self):
         """
         Search the whole history for what the prompt asks, and refocus until nothing more is wanted, TURNS times for each level at most. Returns whether
-        anything was edited.
+        anything was edited. Where no gist is in view there is nothing to open.
         """
+        levels = max(span.level for span in self.spans)
+        if levels == 0:
+            return False
         start, edits = time.perf_counter(), []
         raw = [span.index for span in self.spans if span.level == 0 and not span.live]
-        found = block_scores(self.lensnet, self.tree, raw, self._distances, self.gpt.device) if self.tree.length >= BLOCK else []
+        found = block_scores(self.lensnet, self.tree, raw, self._distances, self.gpt.device)
         self._count("score", start)
         self.focus = Focus(self.focus.tick) # what ticks have closed on the way here may be what is asked for
-        for _ in range(TURNS * max(span.level for span in self.spans)):
+        for _ in range(TURNS * levels):
             if not self.refocus(ASKED_MARGIN, found):
                 break
             edits += self.edits

@@ -9,10 +9,8 @@ key is read for it (docs/RUNTIME.md).
 import numpy as np
 import torch
 
-from megacontext.matches import NEWEST, bits, block_hits
+from megacontext.matches import AT_ONCE, NEWEST, bits, block_hits
 from megacontext.span import BLOCK
-
-AT_ONCE = 1 << 12 # blocks that LensNet scores at a time
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ KILLED = "another process was killed: most often memory ran out"
 
 def run_main(main):
     """
-    Run a script's main() and turn its end into an exit code: 0 done, 2 the user's mistake, 130 interrupted.
+    Run a script's main() and turn its end into an exit code: 0 done, 2 the user's mistake, 130 interrupted, 143 told to stop by torchrun.
     Nothing else is caught: our own mistakes keep their traceback. Where several processes run, the first that fails says why, once for all of
     them; the others fail for the same reason, or because it is gone. One that was killed cannot speak: then the first that misses it does, or that
     torchrun tells to stop because of it.

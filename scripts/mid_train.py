@@ -23,7 +23,7 @@ parser.add_argument("--tag", default="", help="tag of the result (empty = the sa
 parser.add_argument("--source", default="stdlib", help="long documents, also those that questions are asked about")
 parser.add_argument("--hub", action="store_true", help="add SmolTalk, MMLU and GSM8K from the data hub")
 parser.add_argument("--documents", type=float, default=0.5, help="share of the tokens that are plain documents")
-parser.add_argument("--freeze-base", action="store_true", help="train GistNet and LensNet only; the base may be one without them (base_train --plain), with windows of L")
+parser.add_argument("--freeze-base", action="store_true", help="train GistNet and LensNet only, and read no row without gists, whatever --plain-every says; the base may be one without them (base_train --plain), with windows of L")
 parser.add_argument("--num-steps", type=int, default=-1, help="steps (-1 = a tenth of the base run's)")
 parser.add_argument("--lr", type=float, default=0.5, help="times the base run's learning rates")
 add_flags(parser, curriculum="32:1", plain_every=2)
@@ -50,7 +50,7 @@ def main():
             networks = (base.gpt, *build(base.gpt.config, memory=True)[1:])
     momenta = None if args.freeze_base else checkpoint.load(checkpoint_dir("base", base.tag), base.meta["step"]).optimizer
     train("mid", args.tag or base.tag, args, place, networks, base.tokenizer, plan, mix("train"), mix("val"),
-          identity=dict(source=args.source, base=base.tag, lr=base.meta["lr"], frozen=args.freeze_base), rates=args.lr * base.meta["lr"], warmdown=1.0, final=0.1, first_optimizer=momenta)
+          identity=dict(source=args.source, base=base.tag, lr=base.meta["lr"], frozen=args.freeze_base or None), rates=args.lr * base.meta["lr"], warmdown=1.0, final=0.1, first_optimizer=momenta)
 
 
 if __name__ == "__main__":

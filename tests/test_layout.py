@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
-from megacontext.layout import FAN, GIST, HIDDEN, NODE, RAW, Copies, block_mask, draw_table, entry_positions, full_table, stretches, trial_masks, visibility, visibility_rule
+from megacontext.layout import FAN, GIST, HIDDEN, NODE, RAW, STRETCH, Copies, block_mask, draw_table, entry_positions, full_table, stretches, trial_masks, visibility, visibility_rule
 from megacontext.losses import row_entries, with_copies
 from nanochat.attention import attend
 from tests.tiny import VOCAB, tiny_networks
@@ -98,7 +98,7 @@ def test_stretches_are_the_mask_without_what_it_rules_out(K, Q, M):
             wanted = torch.cat([index[part] for part in columns])
             whole[:, :, index[rows][:, None], wanted] = mask
     assert seen == N and torch.equal(whole, dense)
-    assert len(see.pieces) > 3 or Q * K <= 256 * 3
+    assert len(see.pieces) == -(-Q * K // STRETCH) + 1 + bool(M), "tokens, gists, copies"
     q, k, v = (torch.randn(2, heads, N, 8, requires_grad=True) for heads in (4, 2, 2))
     results = []
     for rule in (see, dense):

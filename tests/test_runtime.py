@@ -302,7 +302,7 @@ def test_one_token_is_mapped_as_many_are(policy):
             assert abs(shown.mapped_token(place) - shown.mapped([place])) <= max(1e-3, 2e-7 * abs(shown.mapped([place]).item()))
 
 
-def test_the_session_scores_as_lensnet_was_trained(monkeypatch):
+def test_the_session_scores_as_rows_do(monkeypatch):
     """The same context, once as a session scores it and once as a row of the training layout does: raw blocks, gists and a gist of gists."""
     monkeypatch.setattr(Matches, "hits", lambda self, tree, spans: truth(tree.tokens(0, tree.length).tolist(), spans)) # where a set may say yes too often
     networks, Q = tiny_networks(seq_len=8192), 104 # more than half of the budget, so that there are gists of gists
