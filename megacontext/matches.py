@@ -22,6 +22,8 @@ NEWEST = 64            # newest tokens that ask: a question of a few lines
 LEAD = 8               # tokens before an entry that count as its own in a session: a fact across two blocks is found by either (LOG.md, 2026-11-22)
 KINDS = 2              # a token by itself, and behind the one before it
 AT_ONCE = 1 << 12      # blocks of a history that are looked through at a time
+STEP = 8               # tokens from one window of a search to the next
+PER_BLOCK = BLOCK // STEP
 BITS = (1 << 15, 1 << 20) # of an entry's set: up to level 2, and above (a gist of level 3 stands for 32,768 tokens)
 MIX = (30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB) # splitmix64 (Steele et al., 2014): shifts and factors that spread 64 bits evenly
 
@@ -53,10 +55,10 @@ def row_hits(ids, docs, block, K, lead=0):
 # ----------------------------------------------------------------------------------------------------------------------
 # In a session
 
-def block_hits(tree):
+def window_hits(tree):
     """
-    What each finished block of the tree holds of its NEWEST tokens, found by looking: uint64 numpy (blocks, KINDS), bit i for the i-th of them, oldest
-    first; bits() takes them apart. Exact; takes time in proportion to the history.
+    What each window of BLOCK tokens, one from every STEP-th token on, holds of the tree's NEWEST tokens, found by looking through its finished blocks:
+    uint64 numpy (windows, KINDS), bit i for the i-th of them, oldest first; bits() takes them apart. Exact; takes time in proportion to the history.
     """
     newest, newest_before = _with_before(tree, max(0, tree.length - NEWEST), tree.length)
     bit = np.uint64(1) << np.arange(len(newest), dtype=np.uint64)
@@ -64,20 +66,19 @@ def block_hits(tree):
     tables = np.zeros((2, size), np.uint64) # a token -> the newest tokens that are it, that stand behind it; -1 and what is none of them has its place at the ends
     np.bitwise_or.at(tables[0], newest + 1, bit)
     np.bitwise_or.at(tables[1], newest_before + 1, bit)
-    words = np.empty((tree.length // BLOCK, KINDS), np.uint64)
-    for first in range(0, len(words), AT_ONCE):
-        last = min(len(words), first + AT_ONCE)
-        start = max(0, first * BLOCK - LEAD)
-        alone, behind = (table[np.minimum(held + 1, size - 1)] for table, held in zip(tables, _with_before(tree, start, last * BLOCK)))
-        lead = np.zeros(LEAD - (first * BLOCK - start), np.uint64)
+    blocks = tree.length // BLOCK
+    steps = np.empty((blocks * PER_BLOCK, KINDS), np.uint64) # the same of STEP tokens each
+    for first in range(0, blocks, AT_ONCE):
+        last = min(blocks, first + AT_ONCE)
+        alone, behind = (table[np.minimum(held + 1, size - 1)] for table, held in zip(tables, _with_before(tree, first * BLOCK, last * BLOCK)))
         for kind, found in enumerate((alone, alone & behind)):
-            windows = np.lib.stride_tricks.sliding_window_view(np.concatenate([lead, found]), LEAD + BLOCK)[::BLOCK]
-            words[first:last, kind] = np.bitwise_or.reduce(windows, axis=1)
-    return words
+            steps[first * PER_BLOCK:last * PER_BLOCK, kind] = np.bitwise_or.reduce(found.reshape(-1, STEP), axis=1)
+    windows = len(steps) - PER_BLOCK + 1
+    return np.bitwise_or.reduce([steps[i:windows + i] for i in range(PER_BLOCK)])
 
 
 def bits(words, n):
-    """uint64 (blocks, KINDS) -> bool (blocks, KINDS, n)."""
+    """uint64 (windows, KINDS) -> bool (windows, KINDS, n)."""
     return np.unpackbits(words.astype("<u8")[..., None].view(np.uint8), axis=-1, count=n, bitorder="little").view(bool)
 
 

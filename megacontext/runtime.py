@@ -153,8 +153,7 @@ class Session:
         if levels == 0:
             return False
         start, edits = time.perf_counter(), []
-        raw = [span.index for span in self.spans if span.level == 0 and not span.live]
-        found = block_scores(self.lensnet, self.tree, raw, self._distances, self.gpt.device)
+        found = block_scores(self.lensnet, self.tree, self._distances, self.gpt.device)
         self._count("score", start)
         self.focus = Focus(self.focus.tick) # what ticks have closed on the way here may be what is asked for
         for _ in range(TURNS * levels):

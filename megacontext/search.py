@@ -2,38 +2,48 @@
 After a prompt: which blocks of the whole history deserve detail, whether they are in view or not.
 
 At a tick, LensNet sees entries. A gist of 1,024 tokens is scored for what it holds somewhere, and a long history has many that hold most words of a
-question by chance: of a million tokens, the one that holds them in one block does not come first. So a question is put to every block, as a search
-engine would, and a gist is worth what its best block is. It takes some 0.08 microseconds a token of history, once for each prompt, and no gist or
-key is read for it (docs/RUNTIME.md).
+question by chance: of a million tokens, the one that holds them in one block does not come first. So a question is put to the whole history, as a search
+engine would, and a gist is worth what its best block is.
+
+A fact may lie across two blocks, and neither holds all that was asked for. So windows of a block's length are scored, one from every 8th token on, and a block is
+worth the best of those that reach into it (LOG.md, 2026-11-22; passages that overlap: Callan, 1994). No gist or key is read for it; docs/RUNTIME.md says how long it takes.
 """
 import numpy as np
 import torch
 
-from megacontext.matches import AT_ONCE, NEWEST, bits, block_hits
+from megacontext.matches import AT_ONCE, NEWEST, PER_BLOCK, STEP, bits, window_hits
 from megacontext.span import BLOCK
 
 
 @torch.no_grad()
-def block_scores(lensnet, tree, raw, distance, device="cpu"):
+def block_scores(lensnet, tree, distance, device="cpu"):
     """
-    LensNet's score of each finished block of the tree, float32 numpy (blocks,).
-    raw       indices of the blocks that are shown raw
+    What LensNet finds each finished block of the tree worth, float32 numpy (blocks,): the best score of the windows that lie in it or reach into it,
+    scored as the gists of so many blocks would be.
     distance  a function: token positions, a float64 numpy array -> distances from now as the GPT sees them, torch (n,)
     """
-    words, n = block_hits(tree), min(NEWEST, tree.length)
-    count = len(words)
-    held = sum(bits(words[a:a + AT_ONCE], n).sum(axis=0) for a in range(0, count, AT_ONCE))
-    held, blocks = torch.as_tensor(held, dtype=torch.float32, device=device)[None], torch.tensor([float(count)], device=device)
-    levels = torch.ones(1, count, dtype=torch.long, device=device)
-    levels[0, list(raw)] = 0
-    distances = distance(np.arange(count) * float(BLOCK) + (BLOCK - 1) / 2)[None]
+    words, n = window_hits(tree), min(NEWEST, tree.length)
+    blocks = words[::PER_BLOCK]
+    held = sum(bits(blocks[a:a + AT_ONCE], n).sum(axis=0) for a in range(0, len(blocks), AT_ONCE))
+    held, count = torch.as_tensor(held, dtype=torch.float32, device=device)[None], torch.tensor([float(len(blocks))], device=device)
+    best = np.full(len(blocks), -np.inf, np.float32)
+    for shift in range(PER_BLOCK):
+        scores = _scores(lensnet, words[shift::PER_BLOCK], n, held, count, lambda i: distance(i * float(BLOCK) + shift * STEP + (BLOCK - 1) / 2))
+        for reaches in range(1 + (shift > 0)): # a window that is no block reaches into the next one
+            there = best[reaches:reaches + len(scores)]
+            np.maximum(there, scores, out=there)
+    return best - best.mean()
+
+
+def _scores(lensnet, words, n, held, count, distance):
+    """LensNet's scores, numpy (W,), of windows that follow each other; distance: of the i-th, as in block_scores."""
     scores = []
-    for a in range(0, count, AT_ONCE):
-        first, last = max(0, a - 1), min(count, a + AT_ONCE) # LensNet looks at the entry before each
-        hits = torch.from_numpy(bits(words[first:last], n)).to(device)[None].float()
-        scores.append(lensnet.worth(hits, levels[:, first:last], distances[:, first:last], held, blocks)[0, a - first:])
-    scores = torch.cat(scores)
-    return (scores - scores.mean()).cpu().numpy()
+    for a in range(0, len(words), AT_ONCE):
+        first, last = max(0, a - 1), min(len(words), a + AT_ONCE) # LensNet looks at the entry before each
+        hits = torch.from_numpy(bits(words[first:last], n)).to(held.device)[None].float()
+        levels = torch.ones(1, last - first, dtype=torch.long, device=held.device)
+        scores.append(lensnet.worth(hits, levels, distance(np.arange(first, last))[None], held, count)[0, a - first:])
+    return torch.cat(scores).cpu().numpy() if scores else np.zeros(0, np.float32)
 
 
 def best_of(scores, spans):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megacontext import matches
-from megacontext.matches import KINDS, LEAD, NEWEST, Matches, bits, block_hits, row_hits
+from megacontext.matches import KINDS, LEAD, NEWEST, STEP, Matches, bits, row_hits, window_hits
 from megacontext.span import BLOCK, Span
 from megacontext.tree import MegaTree, make_header
 
@@ -46,13 +46,18 @@ def tree_of(ids):
     return tree
 
 
-def truth(ids, spans):
-    """What the spans hold of the newest tokens, (E, KINDS, n)."""
+def truth(ids, starts, stops=None):
+    """What tokens from each of `starts` to each of `stops` (None = BLOCK later) hold of the newest, (E, KINDS, n)."""
     ids = list(ids)
     pairs = list(zip([-1] + ids, ids))
     asked = pairs[-NEWEST:]
-    first = [max(0, s.start - LEAD) for s in spans]
-    return np.array([[[token in set(ids[a:s.stop]) for _, token in asked], [pair in set(pairs[a:s.stop]) for pair in asked]] for a, s in zip(first, spans)])
+    ranges = zip(starts, stops or [a + BLOCK for a in starts])
+    return np.array([[[token in set(ids[a:b]) for _, token in asked], [pair in set(pairs[a:b]) for pair in asked]] for a, b in ranges])
+
+
+def held_by(ids, spans):
+    """truth() of spans, with the tokens of lead before each."""
+    return truth(ids, [max(0, s.start - LEAD) for s in spans], [s.stop for s in spans])
 
 
 @pytest.mark.parametrize("length", [BLOCK, 50, 40 * BLOCK + 7])
@@ -60,7 +65,7 @@ def test_a_set_never_denies_what_is_there_and_seldom_claims_what_is_not(length):
     rng = np.random.default_rng(length)
     ids = rng.zipf(1.2, length) % 30_000
     spans = [Span(0, b) for b in range(length // BLOCK)] + [Span(1, b) for b in range(length // BLOCK)] + [Span(2, n) for n in range(length // BLOCK ** 2)]
-    hits, true = Matches().hits(tree_of(ids), spans), truth(ids, spans)
+    hits, true = Matches().hits(tree_of(ids), spans), held_by(ids, spans)
     assert hits.shape == (len(spans), KINDS, min(length, NEWEST))
     assert (hits | ~true).all()
     coarse = np.array([span.level == 2 for span in spans])
@@ -70,26 +75,26 @@ def test_a_set_never_denies_what_is_there_and_seldom_claims_what_is_not(length):
 
 
 @pytest.mark.parametrize("length", [BLOCK, 50, 40 * BLOCK + 7])
-def test_the_whole_history_is_searched_as_rows_are(length, monkeypatch):
-    """Exact, whatever number of blocks is looked at at a time; a match just before a block counts for it."""
-    rng = np.random.default_rng(length)
-    ids = rng.zipf(1.2, length) % 30_000
-    true = truth(ids, [Span(0, b) for b in range(length // BLOCK)])
+def test_every_window_of_a_history_is_looked_through(length, monkeypatch):
+    """Exact, and the same whatever number of blocks is looked at at a time."""
+    ids = np.random.default_rng(length).zipf(1.2, length) % 30_000
+    true = truth(ids, range(0, length // BLOCK * BLOCK - BLOCK + 1, STEP))
     for at_once in (1, 7, 1000):
         monkeypatch.setattr(matches, "AT_ONCE", at_once)
-        words = block_hits(tree_of(ids))
+        words = window_hits(tree_of(ids))
         assert words.dtype == np.uint64 and np.array_equal(bits(words, min(length, NEWEST)), true)
     if length > 50:
         assert true[:, 0].any() and not true[:, 0].all()
 
 
-def test_a_block_holds_the_last_tokens_before_it():
+def test_an_entry_holds_the_last_tokens_before_it():
     """A fact across two blocks: the block of its value has no word of the question, but for these."""
     ids = np.arange(100, 100 + 8 * BLOCK)
+    blocks = [Span(0, b) for b in range(3)]
     ids[-1], far = ids[2 * BLOCK - LEAD], ids[2 * BLOCK - LEAD - 1]
-    assert bits(block_hits(tree_of(ids)), NEWEST)[:3, 0, -1].tolist() == [False, True, True]
+    assert Matches().hits(tree_of(ids), blocks)[:, 0, -1].tolist() == [False, True, True]
     ids[-1] = far
-    assert bits(block_hits(tree_of(ids)), NEWEST)[:3, 0, -1].tolist() == [False, True, False]
+    assert Matches().hits(tree_of(ids), blocks)[:, 0, -1].tolist() == [False, True, False]
 
 
 def test_a_gist_of_level_3_still_tells_what_it_holds():

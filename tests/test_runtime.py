@@ -19,7 +19,7 @@ from megacontext.tree import MegaTree, make_header
 from megacontext.working_context import Pins, advance, assemble, check, cost
 from nanochat.common import UserError
 from nanochat.engine import PlainStream
-from tests.test_matches import truth
+from tests.test_matches import held_by
 from tests.tiny import VOCAB, tiny_networks
 
 
@@ -304,7 +304,7 @@ def test_one_token_is_mapped_as_many_are(policy):
 
 def test_the_session_scores_as_rows_do(monkeypatch):
     """The same context, once as a session scores it and once as a row of the training layout does: raw blocks, gists and a gist of gists."""
-    monkeypatch.setattr(Matches, "hits", lambda self, tree, spans: truth(tree.tokens(0, tree.length).tolist(), spans)) # where a set may say yes too often
+    monkeypatch.setattr(Matches, "hits", lambda self, tree, spans: held_by(tree.tokens(0, tree.length).tolist(), spans)) # where a set may say yes too often
     networks, Q = tiny_networks(seq_len=8192), 104 # more than half of the budget, so that there are gists of gists
     memory, ids = session(networks, budget=192), some_ids(Q * BLOCK)
     for t in ids:

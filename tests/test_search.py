@@ -1,14 +1,16 @@
 """The whole history asked at once, beside LensNet asked of all blocks as entries."""
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from megacontext import search
 from megacontext.lensnet import LensConfig, LensNet
-from megacontext.matches import NEWEST, bits, block_hits
+from megacontext.matches import STEP
 from megacontext.search import best_of, block_scores
 from megacontext.span import BLOCK, Span
-from tests.test_matches import tree_of
+from tests.test_matches import tree_of, truth
 
 
 def net():
@@ -18,24 +20,40 @@ def net():
     return lens
 
 
-def distance(length):
-    return lambda centres: torch.from_numpy(length - centres).float().clamp(min=1)
-
-
 @pytest.mark.parametrize("length", [BLOCK, 3 * BLOCK + 5, 40 * BLOCK])
-def test_some_blocks_at_a_time_score_as_all_together(length, monkeypatch):
+def test_a_block_is_worth_its_best_window(length, monkeypatch):
+    """Beside LensNet asked of all windows that lie side by side as if they were the entries of a working context, for each place to begin."""
     lens, ids = net(), np.random.default_rng(length).zipf(1.3, length) % 500
-    tree, count, raw = tree_of(ids), length // BLOCK, [0, length // BLOCK - 1]
-    levels = torch.ones(1, count, dtype=torch.long)
-    levels[0, raw] = 0
-    hits = torch.from_numpy(bits(block_hits(tree), min(NEWEST, length)))
-    distances = distance(length)(np.arange(count) * BLOCK + (BLOCK - 1) / 2)
-    with torch.no_grad():
-        expected = lens(hits[None], levels, distances[None])[0].numpy()
+    tree, count = tree_of(ids), length // BLOCK
+    expected = np.full(count, -np.inf)
+    for shift in range(0, BLOCK, STEP):
+        starts = range(shift, count * BLOCK - BLOCK + 1, BLOCK)
+        if not starts:
+            continue
+        hits, blocks = (torch.from_numpy(truth(ids, starts)).float()[None] for starts in (starts, range(0, count * BLOCK, BLOCK)))
+        distances = (length - torch.tensor([[a + (BLOCK - 1) / 2 for a in starts]])).clamp(min=1)
+        with torch.no_grad():
+            scores = lens.worth(hits, torch.ones_like(distances).long(), distances, blocks.sum(1), torch.tensor([float(count)]))[0].tolist()
+        for a, score in zip(starts, scores):
+            for b in {a // BLOCK, (a + BLOCK - 1) // BLOCK}:
+                expected[b] = max(expected[b], score)
     for at_once in (1, 3, 1000):
         monkeypatch.setattr(search, "AT_ONCE", at_once)
-        assert np.allclose(block_scores(lens, tree, raw, distance(length)), expected, atol=1e-5)
+        got = block_scores(lens, tree, lambda centres: torch.from_numpy(length - centres).float().clamp(min=1))
+        assert np.allclose(got, expected - expected.mean(), atol=1e-5)
     assert count == 1 or expected.std() > 0
+
+
+def test_both_blocks_of_a_fact_across_them_are_found():
+    """A LensNet that counts matches: alone, the block with the smaller part of the words would stand behind one with more of them."""
+    ids = np.arange(1000, 1000 + 20 * BLOCK)
+    ids[-6:] = range(1, 7)
+    ids[5 * BLOCK - 5:5 * BLOCK + 1] = range(1, 7) # one word in block 5
+    ids[9 * BLOCK + 10:9 * BLOCK + 13] = range(2, 5) # a block that holds three
+    count = SimpleNamespace(worth=lambda hits, *rest: hits[:, :, 0, -6:].sum(-1)) # of the newest six tokens
+    scores = block_scores(count, tree_of(ids), lambda centres: torch.from_numpy(centres))
+    before = scores[:18] # what stands before the question
+    assert sorted(np.argsort(before)[-2:]) == [4, 5] and scores[4] == scores[5] > scores[9] > np.median(before)
 
 
 def test_a_gist_is_worth_what_its_best_block_is():
