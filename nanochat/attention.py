@@ -41,8 +41,32 @@ class Recent:
     flash: Callable | None = None   # FlashAttention 3, (q, k, v, window) -> y, where nanochat/backend.py chose it; None = SDPA
 
 
+class UnitRMS(torch.autograd.Function):
+    """
+    F.rms_norm for training on a CPU, where PyTorch makes it of many small steps: y = r x with r = 1 / RMS(x) has dx = r (dy - y mean(dy y)), three passes over memory.
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        dtype = torch.promote_types(x.dtype, torch.float32) # F.rms_norm computes in it, and takes its eps
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
+        r = (length.square() / x.size(-1) + torch.finfo(dtype).eps).rsqrt()
+        y = (x * r).to(x.dtype)
+        ctx.save_for_backward(y, r)
+        return y
+
+    @staticmethod
+    def backward(ctx, outside):
+        y, r = ctx.saved_tensors
+        dtype, y, outside = y.dtype, y.to(r.dtype), outside.to(r.dtype)
+        along = torch.linalg.vecdot(outside, y)[..., None] / y.size(-1)
+        return torch.addcmul(outside, y, along, value=-1).mul_(r).to(dtype)
+
+
 def norm(x):
     """RMS norm without parameters."""
+    if x.device.type == "cpu" and x.requires_grad and torch.is_grad_enabled():
+        return UnitRMS.apply(x)
     return F.rms_norm(x, (x.size(-1),))
 
 

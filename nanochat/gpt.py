@@ -113,7 +113,7 @@ class ReluSquared(torch.autograd.Function):
     def forward(ctx, x):
         positive = x.relu()
         ctx.save_for_backward(positive)
-        return positive.square()
+        return positive * positive
 
     @staticmethod
     def backward(ctx, outside):

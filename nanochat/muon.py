@@ -44,17 +44,33 @@ def equalize_rows(update):
 def polar_express(update, dtype=torch.float32):
     """
     Nearest orthogonal matrix, about: U S V^T -> U V^T with singular values in 1 +- 0.13. Products run in `dtype`.
-    Works on the wide side, so that the Gram matrix is the small one.
+    Works on the wide side, so that the Gram matrix is the small one. Of a matrix twice as wide as high or more, in fp32, only the Gram matrix goes through
+    the steps: X's next one is P X, the Gram matrix's P G P, and the product of all P meets X once. (Squared singular values do not bear bf16.)
     """
     tall = update.size(-2) > update.size(-1)
     X = update.mT if tall else update
     X = X / (X.norm(dim=(-2, -1), keepdim=True) * 1.01).clamp_min(EPS)  # largest singular value <= 1, with room to round
     X = X.to(dtype).contiguous()
+    if dtype == torch.float32 and X.size(-1) >= 2 * X.size(-2):
+        X = _product(X @ X.mT) @ X
+        return (X.mT if tall else X).to(update.dtype)
     for a, b, c in POLAR_EXPRESS:
         gram = X @ X.mT
         poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b A + c A^2
         X = torch.baddbmm(X, poly, X, beta=a)                    # a X + (b A + c A^2) X
     return (X.mT if tall else X).to(update.dtype)
+
+
+def _product(gram):
+    """The product of the five P = a I + b G + c G^2, G being the Gram matrix (K, m, m) before the first, between them P G P."""
+    product = None
+    for i, (a, b, c) in enumerate(POLAR_EXPRESS):
+        poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        poly.diagonal(dim1=-2, dim2=-1).add_(a)
+        product = poly if product is None else poly @ product
+        if i + 1 < len(POLAR_EXPRESS):
+            gram = poly @ gram @ poly
+    return product
 
 
 def snap_norm(update):

@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 
+from nanochat.attention import norm
 from nanochat.gpt import GPT, IGNORE, Entries, GPTConfig, ReluSquared, causal_after
 from nanochat.kv_cache import KVCache
 from tests.tiny import VOCAB, tiny_gpt
@@ -82,6 +83,24 @@ def test_relu_squared_has_the_derivative_of_its_formula():
     slow = torch.autograd.grad(x.clamp(min=0) ** 2, x, outside)[0]
     assert torch.equal(ReluSquared.apply(x), x.clamp(min=0) ** 2)
     torch.testing.assert_close(torch.autograd.grad(ReluSquared.apply(x), x, outside)[0], slow, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e3])
+def test_the_norm_in_training_is_pytorchs(dtype, scale):
+    """Its value and its derivative, beside F.rms_norm in float64; for tiny x, where eps counts, and for x = 0."""
+    x, outside = (torch.randn(4, 50, 64, dtype=torch.float64) * s for s in (scale, 1.0))
+    x[0, 0] = 0
+    x, outside = (t.to(dtype).double() for t in (x, outside))
+    rough = x.to(dtype).requires_grad_()
+    exact = x.clone().requires_grad_()
+    expected = torch.nn.functional.rms_norm(exact, (64,), eps=torch.finfo(torch.float32).eps)
+    y, tolerance = norm(rough), 4 * torch.finfo(dtype).eps
+    [slope], [expected_slope] = torch.autograd.grad(y, rough, outside.to(dtype)), torch.autograd.grad(expected, exact, outside)
+    assert y.dtype == slope.dtype == dtype
+    torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(slope.double(), expected_slope, rtol=tolerance, atol=8 * tolerance * expected_slope.abs().max().item())
+    torch.testing.assert_close(norm(x.to(dtype)), y, rtol=tolerance, atol=0) # what inference has
 
 
 @pytest.mark.parametrize("amp", [None, torch.bfloat16])

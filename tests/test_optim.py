@@ -55,6 +55,15 @@ def test_polar_express_equals_the_svd_polar_factor_roughly(shape, scale):
     assert off.abs().max() < 1e-3  # singular vectors do not turn
 
 
+@pytest.mark.parametrize("shape", [(32, 64), (64, 32), (16, 256), (48, 480)])
+def test_through_the_gram_matrix_as_step_by_step(shape):
+    """Wide matrices take the short way in fp32; in float64 all go step by step. Singular values from 1 down to a ten-thousandth, whose squares fp32 hardly sees."""
+    matrices = torch.randn(3, *shape) @ torch.diag(torch.logspace(0, -4, shape[1]))
+    expected = muon.polar_express(matrices.double(), torch.float64)
+    assert (muon.polar_express(matrices) - expected).norm() < 1e-3 * expected.norm()
+    assert torch.linalg.svdvals(expected).max() < 1.2
+
+
 def test_polar_express_leaves_each_matrix_of_a_stack_alone():
     matrices = torch.randn(4, 6, 10)
     matrices[2] *= 1e6
