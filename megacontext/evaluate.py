@@ -23,10 +23,10 @@ import numpy as np
 import torch
 
 from megacontext.contexts import ASKING, SPARE, best, bm25_scores, chosen_table, cost, embedding_scores, recency_table, retrieved_table, window_table
-from megacontext.layout import FAN, GIST, HIDDEN, RAW, entry_positions, stretches
+from megacontext.layout import FAN, GIST, HIDDEN, RAW, entry_positions, shown, stretches
 from megacontext.losses import lens_scores, pool_values, row_entries
 from megacontext.matches import LEAD
-from megacontext.reread import Reading, visible
+from megacontext.reread import Reading
 from megacontext.span import BLOCK
 from nanochat.attention import norm
 from nanochat.gpt import Entries
@@ -135,11 +135,11 @@ def open_each(reading, line, q):
     device, blocks = reading.targets.device, np.flatnonzero(line == GIST)
     lines = np.repeat(line[None], len(blocks) + 1, 0) # the first: none is opened
     lines[np.arange(len(blocks)) + 1, blocks] = RAW
-    nats = reading.again(q * BLOCK, BLOCK, visible(torch.from_numpy(lines).to(device)))
+    nats = reading.again(q * BLOCK, BLOCK, shown(torch.from_numpy(lines).to(device), BLOCK))
     asking = line.copy()
     asking[q - ASKING:] = HIDDEN # the tokens just before q see each other, and the same context
     T = reading.targets.size(1)
-    look = reading.attention((q - ASKING) * BLOCK, ASKING * BLOCK, visible(torch.from_numpy(asking)[None].to(device))[0])
+    look = reading.attention((q - ASKING) * BLOCK, ASKING * BLOCK, shown(torch.from_numpy(asking).to(device), BLOCK))
     return Opened(q, blocks, (nats[:, :1] - nats[:, 1:]).float().cpu().numpy(), look[:, T + torch.from_numpy(blocks).to(device)].cpu().numpy())
 
 

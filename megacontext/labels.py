@@ -2,8 +2,8 @@
 What an edit is worth, measured: the loss of the next block with the edit and without it.
 
 For a block q of a row and its working context, draw some edits (open a gist of tokens, close a raw block), read the
-block once more under each edited context, and compare. All keys and values of the row exist once, so an edit costs K more query
-tokens in one forward without gradients.
+block once more under each edited context, and compare. The keys and values of the row are those that the loss has just read it with,
+so an edit costs a forward of K tokens, without gradients.
 
 The label of an entry is the value of its detail in nats over the block: the loss with the coarser view less the loss with the finer
 one, whichever of the two the context had. Positive = detail helps. (A LensNet elsewhere was once trained on the opposite sign
@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megacontext.layout import FAN, GIST, RAW, Copies, entry_positions, stretches
-from nanochat.gpt import IGNORE
+from megacontext.layout import GIST, RAW, own_blocks, past
+from nanochat.gpt import IGNORE, Entries
 
 
 @dataclass
@@ -27,6 +27,33 @@ class Labels:
     entry: torch.Tensor    # (B, P, V)  the edited block
     value: torch.Tensor    # (B, P, V)  nats over the K tokens that detail is worth
     valid: torch.Tensor    # (B, P, V)  bool, False = there was no such edit
+
+
+class RowRead:
+    """Given to a trunk as its cache: remembers the keys and values of a row, layer by layer, and changes nothing."""
+
+    def __init__(self):
+        self.layers = {}
+
+    def append(self, layer, k, v):
+        self.layers[layer] = k.detach(), v.detach()
+        return k, v
+
+    def advance(self, n):
+        """All layers have come by."""
+
+
+class InFront:
+    """Given to a trunk as its cache: the keys and values of some rows that were read stand before what is read now, which nobody keeps."""
+
+    def __init__(self, read, rows):
+        self.layers = {layer: (k[rows], v[rows]) for layer, (k, v) in read.layers.items()}
+
+    def append(self, layer, k, v):
+        return tuple(torch.cat(both, dim=2) for both in zip(self.layers[layer], (k, v)))
+
+    def advance(self, n):
+        """All layers have come by."""
 
 
 def draw_edits(table, counts, rng, readings, edits):
@@ -53,26 +80,26 @@ def draw_edits(table, counts, rng, readings, edits):
 
 
 @torch.no_grad()
-def measure(gpt, read, targets, table, K, rngs, readings, edits, see=stretches):
+def measure(gpt, entries, front, hidden, targets, table, K, rngs, readings, edits):
     """
-    read       a function: copies -> Entries of the row's tokens, gists and copies (losses.row_entries)
-    targets (B, T), table (B, Q, Q) as the row was read, rngs one numpy generator a row
-    see        layout.stretches, or layout.block_mask
+    entries of losses.row_entries, as they were read through table (B, Q, Q) with hidden states (B, at least T, D); front an InFront of them.
+    targets (B, T), rngs one numpy generator a row.
     """
     B, T = targets.shape
     Q, device = T // K, targets.device
     counts = (targets != IGNORE).view(B, Q, K).sum(-1)
     drawn = [draw_edits(*row, rng, readings, edits) for *row, rng in zip(table.cpu().numpy(), counts.cpu().numpy(), rngs)]
     block, entry, lines = (torch.from_numpy(np.stack(column)).to(device) for column in zip(*drawn))
-    copies = Copies(block.repeat_interleave(edits, dim=1), lines.flatten(1, 2))
-    hidden = gpt.trunk(read(copies), entry_positions(T, K, copies, device), see(table, K, copies))
-    wanted = targets.view(B, Q, K).gather(1, copies.block[:, :, None].expand(-1, -1, K)) # (B, P * V, K)
-    start = T + Q + Q // FAN
-    edited = gpt.loss(hidden[:, start:], wanted.flatten(1), "none").view(B, readings, edits, K).sum(-1)
-    read_plain = (block[:, :, None] * K + torch.arange(K, device=device)).flatten(1) # (B, P * K), the tokens of the blocks as the row was read
-    plain = gpt.loss(hidden[torch.arange(B, device=device)[:, None], read_plain], targets.gather(1, read_plain), "none").view(B, readings, K).sum(-1)
+    places = lambda blocks: (blocks[:, :, None] * K + torch.arange(K, device=device)).flatten(1) # of their tokens
+    pick = lambda t, index: t.gather(1, index[:, :, None].expand(-1, -1, t.size(2)))
+
+    once, again = places(block), places(block.repeat_interleave(edits, dim=1)) # (B, P * K), (B, P * V * K)
+    see = torch.cat([past(lines.flatten(1, 2), K), own_blocks(readings * edits, K, device).expand(B, -1, -1)], dim=2)[:, None]
+    copied = Entries(pick(entries.x, again), [pick(value, again) for value in entries.values])
+    edited = gpt.loss(gpt.trunk(copied, again.float(), see, front), targets.gather(1, again), "none").view(B, readings, edits, K).sum(-1)
+    plain = gpt.loss(pick(hidden, once), targets.gather(1, once), "none").view(B, readings, 1, K).sum(-1)
     coarse = table.gather(1, block[:, :, None].expand(-1, -1, Q)) # (B, P, Q) the line before the edit
     was_raw = coarse.gather(2, entry.clamp(min=0)) == RAW
-    gain = plain[:, :, None] - edited # > 0: the edit helped
+    gain = plain - edited # > 0: the edit helped
     value = torch.where(was_raw, -gain, gain) # closing a raw block that helps means its detail was worth less than nothing
     return Labels(block, entry, value, entry >= 0)

@@ -1,9 +1,8 @@
 """
 One row, many working contexts: which entry sees which, in training and in evaluation.
 
-A row holds T raw tokens in Q = T / K blocks, then one level-1 gist a block, then one level-2 gist for every 32 blocks, then
-(when counterfactuals are measured) copies of some blocks. Every block q reads the past through a working context of its own,
-a line of a small table:
+A row holds T raw tokens in Q = T / K blocks, then one level-1 gist a block, then one level-2 gist for every 32 blocks. Every block q
+reads the past through a working context of its own, a line of a small table:
 
     table[q, b] = HIDDEN  block b is not visible to block q (another document, or given up)
                   RAW     its tokens are
@@ -11,13 +10,10 @@ a line of a small table:
                   NODE    it is covered by its level-2 gist (all 32 siblings are, or none)
 
 Tokens of a block see each other causally. A gist sees itself only: its keys and values are then a function of the gist alone,
-never of the working context, so they can be computed once and cached for ever. A copy is the same K tokens read through
-another line of the table; nobody sees a copy, so one edit's price is the difference of two losses of one forward.
+never of the working context, so they can be computed once and cached for ever.
 
-B = rows, T = tokens, K = block, Q = blocks, G = level-2 gists, M = copies, N = T + Q + G + M*K entries
+B = rows, T = tokens, K = block, Q = blocks, G = level-2 gists, N = T + Q + G entries
 """
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -31,49 +27,36 @@ STRETCH = 256 # tokens that look at their past together where a mask says what t
 TILE = 128 # FlexAttention's: it skips tiles of so many by so many that nobody sees
 
 
-@dataclass
-class Copies:
-    """M more readings in a row: block[m] read through the working context table[m]. Row by row, (B, M) and (B, M, Q)."""
-    block: torch.Tensor
-    table: torch.Tensor
-
-
-def entry_positions(T, K, copies=None, device=None):
-    """Positions (1 or B, N) of all entries: a token at its index, a gist at the centre of its span."""
+def entry_positions(T, K, device=None):
+    """Positions (1, N) of all entries: a token at its index, a gist at the centre of its span."""
     Q = T // K
     tokens = torch.arange(T, device=device, dtype=torch.float32)
     gists = torch.arange(Q, device=device) * K + (K - 1) / 2
     nodes = torch.arange(Q // FAN, device=device) * K * FAN + (K * FAN - 1) / 2
-    positions = torch.cat([tokens, gists, nodes])[None]
-    if copies is None:
-        return positions
-    B, M = copies.block.shape
-    inside = torch.arange(K, device=device)
-    copied = (copies.block[:, :, None] * K + inside).view(B, M * K).float()
-    return torch.cat([positions.expand(B, -1), copied], dim=1)
+    return torch.cat([tokens, gists, nodes])[None]
 
 
-def visibility(table, K, copies=None):
+def visibility(table, K):
     """table (B, Q, Q) -> bool mask (B, 1, N, N), True where the row's entry may look at the column's."""
     B, Q, _ = table.shape
-    device, T, G = table.device, Q * K, Q // FAN
-    M = 0 if copies is None else copies.block.size(1)
-    start = T + Q + G # of the copies
-    see = torch.zeros(B, start + M * K, start + M * K, dtype=torch.bool, device=device)
-    see[:, :T, :start] = past(table, K)
+    device, T, N = table.device, Q * K, Q * K + Q + Q // FAN
+    see = torch.zeros(B, N, N, dtype=torch.bool, device=device)
+    see[:, :T] = past(table, K)
     see[:, :T, :T] |= own_blocks(Q, K, device)
-    lane = torch.arange(T, start, device=device)
+    lane = torch.arange(T, N, device=device)
     see[:, lane, lane] = True
-    if M:
-        see[:, start:, :start] = past(copies.table, K)
-        see[:, start:, start:] = own_blocks(M, K, device)
     return see[:, None]
 
 
+def shown(lines, K, raw=None):
+    """Lines (..., Q) -> bool (..., T + Q + G), the entries of the row that each shows. raw: of the first so many blocks' tokens only."""
+    G = lines.size(-1) // FAN
+    return torch.cat([(lines[..., :raw] == RAW).repeat_interleave(K, dim=-1), lines == GIST, lines[..., :G * FAN:FAN] == NODE], dim=-1)
+
+
 def past(lines, K, raw=None):
-    """Which of the tokens and gists do readings see through lines (B, n, Q), K tokens a line: (B, n * K, T + Q + G). raw: of the first so many blocks' tokens only."""
-    wide, G = lines.repeat_interleave(K, dim=1), lines.size(2) // FAN # (B, n*K, Q)
-    return torch.cat([(wide[..., :raw] == RAW).repeat_interleave(K, dim=2), wide == GIST, wide[..., :G * FAN:FAN] == NODE], dim=2)
+    """The same for each of the K tokens that read through a line: (B, n, Q) -> (B, n * K, T + Q + G)."""
+    return shown(lines, K, raw).repeat_interleave(K, dim=1)
 
 
 def own_blocks(n, K, device):
@@ -82,74 +65,62 @@ def own_blocks(n, K, device):
     return (place[:, None] // K == place // K) & (place <= place[:, None])
 
 
-def stretches(table, K, copies=None):
+def stretches(table, K):
     """
     The same rule as Stretches: nobody looks at tokens that come later, so STRETCH tokens at a time need the columns up to their own, as causal attention does,
     and gists, which see themselves only, need none.
     """
     Q, device = table.size(1), table.device
     T, step = Q * K, STRETCH // K
-    start, pieces = T + Q + Q // FAN, []
+    gists, pieces = slice(T, T + Q + Q // FAN), []
     for a in range(0, Q, step):
         b = min(Q, a + step)
         see = past(table[:, a:b], K, b)
         see[:, :, a * K:b * K] |= own_blocks(b - a, K, device)
-        pieces.append((slice(a * K, b * K), (slice(0, b * K), slice(T, start)), see[:, None]))
-    pieces.append((slice(T, start), (), None))
-    if copies is not None:
-        M = copies.block.size(1)
-        see = torch.cat([past(copies.table, K), own_blocks(M, K, device).expand(len(table), -1, -1)], dim=2)
-        pieces.append((slice(start, start + M * K), (slice(0, start + M * K),), see[:, None]))
-    return Stretches(pieces)
+        pieces.append((slice(a * K, b * K), (slice(0, b * K), gists), see[:, None]))
+    return Stretches([*pieces, (gists, (), None)])
 
 
-def visibility_rule(table, K, copies=None):
+def visibility_rule(table, K):
     """The same rule as a FlexAttention mask function: may query i look at key j?"""
     B, Q, _ = table.shape
-    T, G = Q * K, Q // FAN
-    start = T + Q + G # of the copies
-    lines = with_lines(table, copies)
-    none = lines.size(1) - 1
+    T, lines = Q * K, with_gists(table)
 
     def sees(b, h, i, j):
-        line = torch.where(i < T, i // K, torch.where(i < start, none, Q + (i - start) // K)).clamp(max=none)
+        line = torch.where(i < T, i // K, Q)
         column = torch.where(j < T, j // K, torch.where(j < T + Q, j - T, (j - T - Q) * FAN)).clamp(max=Q - 1)
-        kind = torch.where(j < T, RAW, torch.where(j < T + Q, GIST, torch.where(j < start, NODE, -1)))
-        mine = torch.where(j < T, j // K, torch.where(j < start, none, Q + (j - start) // K)) == line
-        own = (i == j) | mine & (line < none) & (j <= i)
+        kind = torch.where(j < T, RAW, torch.where(j < T + Q, GIST, NODE))
+        own = (i == j) | (i < T) & (j // K == line) & (j <= i)
         return own | (lines[b, line, column] == kind)
 
     return sees
 
 
-def with_lines(table, copies):
-    """Every line that something reads the past through: (B, Q + M + 1, Q). The last is what gists read, nothing."""
-    parts = [table] if copies is None else [table, copies.table]
-    return torch.cat([*parts, torch.full_like(table[:, :1], HIDDEN)], dim=1)
+def with_gists(table):
+    """The table with a last line for gists, which see nothing: (B, Q + 1, Q)."""
+    return torch.cat([table, torch.full_like(table[:, :1], HIDDEN)], dim=1)
 
 
-def block_mask(table, K, copies=None):
+def block_mask(table, K):
     """
     The same rule as a BlockMask: visibility_rule, and which tiles it leaves empty or full. The entries of a block read the same line, so
     tiles are counted per line, and nothing of size N x N is built, only N x N / TILE.
     """
     B, Q, _ = table.shape
-    device, T, G = table.device, Q * K, Q // FAN
-    lines, M = with_lines(table, copies), 0 if copies is None else copies.block.size(1)
-    N, none = T + Q + G + M * K, Q + M
+    device, T = table.device, Q * K
+    lines, N = with_gists(table), T + Q + Q // FAN
     n = -(-N // TILE)
     entry = torch.arange(N, device=device)
-    line = torch.cat([entry[:T] // K, torch.full((Q + G,), none, device=device), Q + torch.arange(M * K, device=device) // K]) # (N,)
+    line = torch.where(entry < T, entry // K, Q) # (N,)
 
-    keys = torch.cat([(lines == RAW).repeat_interleave(K, dim=2), lines == GIST, lines[:, :, :G * FAN:FAN] == NODE], dim=2) # (B, lines, T + Q + G)
-    per_line = F.pad(keys, (0, n * TILE - keys.size(2))).unflatten(2, (n, TILE)).sum(-1) # (B, lines, n) visible keys of each tile
+    per_line = F.pad(shown(lines, K), (0, n * TILE - N)).unflatten(2, (n, TILE)).sum(-1) # (B, lines, n) visible keys of each tile
     pairs = F.pad(per_line[:, line], (0, 0, 0, n * TILE - N)).unflatten(1, (n, TILE)).sum(2) # (B, n, n) visible pairs of each tile, own blocks apart
     full = pairs == TILE * TILE
     some = (pairs > 0) & ~full
-    first = torch.where(line < none, entry - torch.where(entry < T, entry, entry - T - Q - G) % K, entry) # of the own block
+    first = torch.where(entry < T, entry - entry % K, entry) # of the own block
     some[:, entry // TILE, entry // TILE] = True # an own block lies in one tile, or across two
     some[:, entry // TILE, first // TILE] = True
-    return BlockMask.from_kv_blocks(*as_blocks(some), *as_blocks(full), BLOCK_SIZE=TILE, mask_mod=visibility_rule(table, K, copies), seq_lengths=(N, N))
+    return BlockMask.from_kv_blocks(*as_blocks(some), *as_blocks(full), BLOCK_SIZE=TILE, mask_mod=visibility_rule(table, K), seq_lengths=(N, N))
 
 
 def as_blocks(tiles):
@@ -158,12 +129,10 @@ def as_blocks(tiles):
     return tiles.sum(-1, dtype=torch.int32)[:, None], columns.int()[:, None]
 
 
-def trial_masks(device, K=16, Q=80):
-    """A small row with two copies as (BlockMask, bool mask), for nanochat.backend to try FlexAttention on."""
+def trial_masks(device, K=16, Q=83):
+    """A small row as (BlockMask, bool mask), for nanochat.backend to try FlexAttention on. It does not end with a tile: the harder case."""
     table = torch.from_numpy(draw_table(np.zeros(Q, dtype=np.int64), K, np.random.default_rng(0), gists=1, nodes=1))[None].to(device)
-    block = torch.tensor([[Q // 2, Q - 1]], device=device)
-    copies = Copies(block, table[0][block])
-    return block_mask(table, K, copies), visibility(table, K, copies)
+    return block_mask(table, K), visibility(table, K)
 
 
 def full_table(docs):

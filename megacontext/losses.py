@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from megacontext.labels import measure
+from megacontext.labels import InFront, RowRead, measure
 from megacontext.layout import FAN, GIST, NODE, RAW, draw_table, entry_positions, stretches
 from megacontext.matches import row_hits
 from nanochat.common import UserError
@@ -71,14 +71,6 @@ def row_entries(gpt, gistnet, ids, docs, K):
         pooled = pool_values(value, K)
         values.append(torch.cat([value, pooled, pool_values(pooled, FAN)], dim=1))
     return Entries(torch.cat([tokens.x, gists, nodes], dim=1), values)
-
-
-def with_copies(entries, copies, K):
-    """Append the tokens of the copied blocks, (B, M * K), to a row's entries."""
-    inside = torch.arange(K, device=copies.block.device)
-    index = (copies.block[:, :, None] * K + inside).flatten(1) # (B, M * K)
-    append = lambda t: torch.cat([t, t.gather(1, index[:, :, None].expand(-1, -1, t.size(2)))], dim=1)
-    return Entries(append(entries.x), [append(value) for value in entries.values])
 
 
 class CoTraining(nn.Module):
@@ -138,13 +130,14 @@ class CoTraining(nn.Module):
         asked = torch.tensor([K == FAN and rng.random() < o.asked for rng in rngs])
         if asked.any():
             table[asked] = opened_by(self.lensnet, inputs[asked], docs[asked], table[asked], K, o.opens)
-        hidden = self.gpt.trunk(entries, entry_positions(T, K, device=inputs.device), self.see(table, K))
+        read = RowRead() if labelled.any() else None
+        hidden = self.gpt.trunk(entries, entry_positions(T, K, device=inputs.device), self.see(table, K), read)
         nats = self.gpt.loss(hidden[:, :T], targets, "sum")
-        if not labelled.any():
+        if read is None:
             return nats, None
         some = Entries(entries.x[labelled].detach(), [value[labelled].detach() for value in entries.values])
         rngs = [rng for rng, wanted in zip(rngs, labelled.tolist()) if wanted]
-        labels = measure(self.gpt, lambda copies: with_copies(some, copies, K), targets[labelled], table[labelled], K, rngs, o.readings(T), o.edits, self.see)
+        labels = measure(self.gpt, some, InFront(read, labelled), hidden[labelled].detach(), targets[labelled], table[labelled], K, rngs, o.readings(T), o.edits)
         return nats, self._lens_loss(inputs[labelled], docs[labelled], table[labelled], labels, K)
 
     def _lens_loss(self, ids, docs, table, labels, K):

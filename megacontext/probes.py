@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from megacontext.evaluate import swapped
-from megacontext.layout import FAN, GIST, HIDDEN, NODE, RAW, entry_positions, full_table, stretches
-from megacontext.reread import Reading, visible
+from megacontext.layout import FAN, GIST, HIDDEN, NODE, RAW, entry_positions, full_table, shown, stretches
+from megacontext.reread import Reading
 from megacontext.span import BLOCK
 
 HORIZONS = (32, 64, 128)
@@ -38,7 +38,7 @@ def price(rows, rng, readings=4, edits=4):
     found = {}
     for q in rng.integers(lowest, highest + 1, readings).tolist():
         kinds, against, lines = draw_lines(rows.Q, q, rng, edits)
-        nats = reading.again(q * BLOCK, longest, visible(torch.from_numpy(lines).to(rows.device)))
+        nats = reading.again(q * BLOCK, longest, shown(torch.from_numpy(lines).to(rows.device), BLOCK))
         for v, kind in enumerate(kinds):
             if kind:
                 lost = (nats[:, v] - nats[:, against[v]]).float() # (B, longest)

@@ -2,26 +2,20 @@
 A row read once, and then asked: what would these tokens cost in front of other entries?
 
 All keys and values of the row exist once, so an answer costs only the tokens that are read again: H of them for each line of entries that
-they may see, however long the row. Copies in layout.py are the same within one forward, for one block each; here a stretch may be
-as long as wanted, and only entries that somebody looks at are touched.
+they may see, however long the row. What labels.py does for blocks here and there in a row, while training; here a stretch may be as long as
+wanted, and only entries that somebody looks at are touched.
 
 B = rows, T = tokens, N = entries of the row (tokens, gists, level-2 gists), V = lines, H = tokens read again, L = layers
 """
 import torch
 
-from megacontext.layout import FAN, GIST, NODE, RAW, entry_positions, stretches
+from megacontext.layout import entry_positions, stretches
 from megacontext.span import BLOCK
 from nanochat.attention import norm, rope_angles, rotate
 from nanochat.gpt import QK_GAIN, Entries
 from nanochat.kv_cache import KVCache
 
 AT_ONCE = 8 # lines of a forward: what one of them sees is in front of all, masked, so many lines would look past much
-
-
-def visible(lines):
-    """Lines of a table (V, Q) -> bool (V, N): the entries of the row that each shows."""
-    G = lines.size(1) // FAN
-    return torch.cat([(lines == RAW).repeat_interleave(BLOCK, dim=1), lines == GIST, lines[:, :G * FAN:FAN] == NODE], dim=1)
 
 
 class Reading:

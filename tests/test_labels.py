@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from megacontext.labels import draw_edits, measure
-from megacontext.layout import GIST, RAW, draw_table, visibility
-from nanochat.gpt import IGNORE
+from megacontext.labels import InFront, RowRead, draw_edits, measure
+from megacontext.layout import GIST, RAW, draw_table, entry_positions, visibility
+from megacontext.losses import row_entries
+from nanochat.gpt import IGNORE, Entries
+from tests.tiny import VOCAB, tiny_networks
 
 K, Q = 4, 70
 T = K * Q
@@ -18,19 +20,20 @@ class Oracle:
     def __init__(self, secret):
         self.secret = secret
 
-    def trunk(self, entries, positions, see):
+    def trunk(self, entries, positions, see, cache=None):
         raw = see[:, 0, :, self.secret * K:(self.secret + 1) * K].all(-1)
         gist = see[:, 0, :, T + self.secret]
-        return 3 - 0.5 * raw.float() - 0.1 * gist.float()
+        return (3 - 0.5 * raw.float() - 0.1 * gist.float())[..., None]
 
     def loss(self, hidden, targets, reduction):
         assert reduction == "none"
-        return hidden
+        return hidden[..., 0]
 
 
 def labels_for(table, secret, seed=0, readings=30, edits=8, targets=torch.zeros(1, T, dtype=torch.long)):
-    return measure(Oracle(secret), lambda copies: None, targets, torch.from_numpy(table)[None], K,
-                   [np.random.default_rng(seed)], readings, edits, visibility) # the oracle looks at the mask as a whole
+    table, gpt = torch.from_numpy(table)[None], Oracle(secret)
+    hidden = gpt.trunk(None, None, visibility(table, K))
+    return measure(gpt, Entries(torch.zeros(1, T, 1), []), None, hidden, targets, table, K, [np.random.default_rng(seed)], readings, edits)
 
 
 @pytest.mark.parametrize("shown", [GIST, RAW])
@@ -72,3 +75,33 @@ def test_readings_are_of_blocks_with_targets():
     assert set(labels.block[0].tolist()) == {20, 50}
     nothing = labels_for(table, secret=3, targets=torch.full((1, T), IGNORE))
     assert not nothing.valid.any()
+
+
+@pytest.mark.parametrize("K, Q", [(32, 20), (8, 70)])
+def test_a_label_is_the_difference_of_two_forwards_over_the_row(K, Q):
+    """The slow way: the whole row read with the block's line and with the edited one, for some rows of a batch."""
+    gpt, gistnet, _ = tiny_networks(1)
+    B, T, chosen = 3, Q * K, torch.tensor([True, False, True])
+    ids = torch.randint(VOCAB, (B, T + 1), generator=torch.Generator().manual_seed(1))
+    table = torch.stack([torch.from_numpy(draw_table(np.zeros(Q, dtype=int), K, np.random.default_rng(b), gists=1)) for b in range(B)])
+    entries = row_entries(gpt, gistnet, ids[:, :-1], torch.zeros(B, Q, dtype=torch.long), K)
+    targets, positions, read = ids[:, 1:], entry_positions(T, K), RowRead()
+    hidden = gpt.trunk(entries, positions, visibility(table, K), read)
+    assert torch.equal(hidden, gpt.trunk(entries, positions, visibility(table, K))), "remembering changes nothing"
+    some = Entries(entries.x[chosen], [value[chosen] for value in entries.values])
+    labels = measure(gpt, some, InFront(read, chosen), hidden[chosen], targets[chosen], table[chosen], K, [np.random.default_rng(b) for b in range(2)], 2, 3)
+    assert labels.value.abs().max() > 0.01
+
+    def nats(b, table, q):
+        row = Entries(entries.x[b:b + 1], [value[b:b + 1] for value in entries.values])
+        here = slice(q * K, (q + 1) * K)
+        return gpt.loss(gpt.trunk(row, positions, visibility(table[None], K))[:, here], targets[b:b + 1, here], "none").sum()
+
+    for i, b in enumerate((0, 2)):
+        for p, q in enumerate(labels.block[i].tolist()):
+            for v, changed in enumerate(labels.entry[i, p].tolist()):
+                lines = {view: table[b].clone() for view in (GIST, RAW)}
+                for view, line in lines.items():
+                    line[q, changed] = view
+                assert labels.valid[i, p, v]
+                assert abs(nats(b, lines[GIST], q) - nats(b, lines[RAW], q) - labels.value[i, p, v]) < 2e-3

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
-from megacontext.layout import FAN, GIST, HIDDEN, NODE, RAW, STRETCH, Copies, block_mask, draw_table, entry_positions, full_table, stretches, trial_masks, visibility, visibility_rule
-from megacontext.losses import row_entries, with_copies
+from megacontext.layout import FAN, GIST, HIDDEN, NODE, RAW, STRETCH, block_mask, draw_table, entry_positions, full_table, stretches, trial_masks, visibility, visibility_rule
+from megacontext.losses import row_entries
 from nanochat.attention import attend
 from tests.tiny import VOCAB, tiny_networks
 
@@ -16,12 +16,11 @@ def random_row(seed, K=4, Q=70):
     return docs, draw_table(docs, K, rng, tail=(0, 8 * K)), rng
 
 
-def slow_visibility(table, K, copies=None):
+def slow_visibility(table, K):
     """May row entry i look at column entry j? One pair at a time, from the words of layout.py."""
     Q = len(table)
     T, G = Q * K, Q // FAN
-    M = 0 if copies is None else len(copies.block[0])
-    N = T + Q + G + M * K
+    N = T + Q + G
     see = np.zeros((N, N), dtype=bool)
 
     def line_allows(line, j):
@@ -29,48 +28,36 @@ def slow_visibility(table, K, copies=None):
             return line[j // K] == RAW
         if j < T + Q:
             return line[j - T] == GIST
-        return j < T + Q + G and line[(j - T - Q) * FAN] == NODE
+        return line[(j - T - Q) * FAN] == NODE
 
     for i in range(N):
         for j in range(N):
             if i < T:
                 see[i, j] = (j <= i and j // K == i // K) if j < T and j // K == i // K else line_allows(table[i // K], j)
-            elif i < T + Q + G:
-                see[i, j] = i == j
             else:
-                m = (i - T - Q - G) // K
-                mine = j >= T + Q + G
-                see[i, j] = (j <= i and (j - T - Q - G) // K == m) if mine else line_allows(copies.table[0, m].numpy(), j)
+                see[i, j] = i == j
     return see
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_the_mask_is_the_rule(seed):
-    docs, table, rng = random_row(seed)
-    block = torch.from_numpy(rng.integers(1, 70, (1, 3)))
-    copies = Copies(block, torch.from_numpy(table)[block])
-    batch = torch.from_numpy(table)[None]
-    assert np.array_equal(visibility(batch, 4)[0, 0].numpy(), slow_visibility(table, 4))
-    assert np.array_equal(visibility(batch, 4, copies)[0, 0].numpy(), slow_visibility(table, 4, copies))
+    _, table, _ = random_row(seed)
+    assert np.array_equal(visibility(torch.from_numpy(table)[None], 4)[0, 0].numpy(), slow_visibility(table, 4))
 
 
-def random_batch(seed, K=4, Q=70, M=0):
-    """Two rows: (table, copies)."""
-    table = torch.stack([torch.from_numpy(random_row(seed + i, K, Q)[1]) for i in (0, 10)])
-    if not M:
-        return table, None
-    block = torch.randint(1, Q, (2, M))
-    return table, Copies(block, table.gather(1, block[:, :, None].expand(-1, -1, Q)).roll(1, dims=1)) # lines of other blocks are lines too
+def random_batch(seed, K=4, Q=70):
+    """The tables of two rows."""
+    return torch.stack([torch.from_numpy(random_row(seed + i, K, Q)[1]) for i in (0, 10)])
 
 
-@pytest.mark.parametrize("K, Q, M", [(4, 70, 0), (4, 70, 3), (32, 8, 0), (32, 33, 5), (8, 96, 7), (16, 64, 1)])
-def test_the_flex_rule_is_the_mask(K, Q, M):
+@pytest.mark.parametrize("K, Q", [(4, 70), (4, 96), (32, 8), (32, 33), (8, 96), (16, 64)])
+def test_the_flex_rule_is_the_mask(K, Q):
     """Also which tiles of 128 x 128 may be skipped and which need no rule, whether the row ends with a tile or not."""
-    table, copies = random_batch(M, K, Q, M)
-    dense = visibility(table, K, copies)
-    N, rule = dense.size(-1), visibility_rule(table, K, copies)
+    table = random_batch(0, K, Q)
+    dense = visibility(table, K)
+    N, rule = dense.size(-1), visibility_rule(table, K)
     assert torch.equal(create_mask(rule, 2, None, N, N, device="cpu"), dense)
-    slow, fast = create_block_mask(rule, 2, None, N, N, device="cpu"), block_mask(table, K, copies)
+    slow, fast = create_block_mask(rule, 2, None, N, N, device="cpu"), block_mask(table, K)
     assert fast.shape == slow.shape and fast.BLOCK_SIZE == slow.BLOCK_SIZE
 
     def tiles(count, columns):
@@ -81,11 +68,11 @@ def test_the_flex_rule_is_the_mask(K, Q, M):
         assert tiles(*next(args)) == tiles(*next(args)), name
 
 
-@pytest.mark.parametrize("K, Q, M", [(4, 70, 0), (4, 70, 3), (32, 8, 0), (32, 33, 5), (8, 96, 7), (16, 64, 1)])
-def test_stretches_are_the_mask_without_what_it_rules_out(K, Q, M):
+@pytest.mark.parametrize("K, Q", [(4, 70), (4, 96), (32, 8), (32, 33), (8, 96), (16, 64)])
+def test_stretches_are_the_mask_without_what_it_rules_out(K, Q):
     """Put together they are the mask; and attending by either gives the same, gradients too, where heads share keys."""
-    table, copies = random_batch(M, K, Q, M)
-    dense, see = visibility(table, K, copies), stretches(table, K, copies)
+    table = random_batch(0, K, Q)
+    dense, see = visibility(table, K), stretches(table, K)
     N = dense.size(-1)
     whole, seen = torch.zeros_like(dense), 0
     for rows, columns, mask in see.pieces:
@@ -98,7 +85,7 @@ def test_stretches_are_the_mask_without_what_it_rules_out(K, Q, M):
             wanted = torch.cat([index[part] for part in columns])
             whole[:, :, index[rows][:, None], wanted] = mask
     assert seen == N and torch.equal(whole, dense)
-    assert len(see.pieces) == -(-Q * K // STRETCH) + 1 + bool(M), "tokens, gists, copies"
+    assert len(see.pieces) == -(-Q * K // STRETCH) + 1, "tokens, gists"
     q, k, v = (torch.randn(2, heads, N, 8, requires_grad=True) for heads in (4, 2, 2))
     results = []
     for rule in (see, dense):
@@ -114,32 +101,27 @@ def test_full_tiles_are_found():
     assert mask.full_kv_num_blocks[0, 0].tolist() == [0, 1, 2, 0] and mask.kv_num_blocks[0, 0].tolist() == [1, 1, 1, 1], "the fourth row of tiles is gists"
 
 
-@pytest.mark.parametrize("M", [0, 3])
-def test_flex_attention_is_the_dense_mask(M):
+def test_flex_attention_is_the_dense_mask():
     gpt, gistnet, _ = tiny_networks()
     K, Q = 8, 70
-    table, copies = random_batch(0, K, Q, M)
+    table = random_batch(0, K, Q)
     entries = row_entries(gpt, gistnet, torch.randint(VOCAB, (2, Q * K)), torch.zeros(2, Q, dtype=torch.long), K)
-    entries = with_copies(entries, copies, K) if M else entries
-    positions = entry_positions(Q * K, K, copies)
+    positions = entry_positions(Q * K, K)
     with torch.no_grad():
-        flex, dense = (gpt.trunk(entries, positions, see(table, K, copies)) for see in (block_mask, visibility))
+        flex, dense = (gpt.trunk(entries, positions, see(table, K)) for see in (block_mask, visibility))
     torch.testing.assert_close(flex, dense, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("M", [0, 3])
-def test_compiled_flex_attention_is_the_dense_mask(M):
+def test_compiled_flex_attention_is_the_dense_mask():
     """Forward and backward through the whole GPT, as in a training step."""
     gpt, gistnet, _ = (network.cuda() for network in tiny_networks(width=64))
     K, Q = 8, 70
-    table, copies = random_batch(0, K, Q, M)
-    table, copies = table.cuda(), copies and Copies(copies.block.cuda(), copies.table.cuda())
+    table = random_batch(0, K, Q).cuda()
     ids, docs, results = torch.randint(VOCAB, (2, Q * K)).cuda(), torch.zeros(2, Q, dtype=torch.long).cuda(), []
     for see in (block_mask, visibility):
         entries = row_entries(gpt, gistnet, ids, docs, K)
-        entries = with_copies(entries, copies, K) if M else entries
-        hidden = gpt.trunk(entries, entry_positions(Q * K, K, copies, "cuda"), see(table, K, copies))
+        hidden = gpt.trunk(entries, entry_positions(Q * K, K, "cuda"), see(table, K))
         networks = [*gpt.blocks.parameters(), *gistnet.parameters()]
         results.append([hidden, *(g for g in torch.autograd.grad(hidden.square().mean(), networks, allow_unused=True) if g is not None)])
     for flex, dense in zip(*results, strict=True):
@@ -151,8 +133,8 @@ def test_the_trial_tries_every_kind_of_view():
     N = dense.size(-1)
     assert N % 128, "a row that does not end with a tile is the harder case"
     assert torch.equal(create_mask(block.mask_mod, 1, None, N, N, device="cpu"), dense)
-    T, Q = 16 * 80, 80
-    assert dense[..., :T, T:T + Q].any() and dense[..., :T, T + Q:T + Q + 2].any() and dense[..., T + Q + 2:, :T].any(), "gists, level-2 gists, copies"
+    T, Q = 16 * 83, 83
+    assert dense[..., :T, T:T + Q].any() and dense[..., :T, T + Q:].any(), "gists, level-2 gists"
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -200,20 +182,6 @@ def test_a_context_of_raw_blocks_is_the_plain_gpt():
     ids, docs = torch.randint(VOCAB, (2, Q * K)), torch.zeros(2, Q, dtype=torch.long)
     hidden = gpt.trunk(row_entries(gpt, gistnet, ids, docs, K), entry_positions(Q * K, K), visibility(full_table(docs), K))
     assert torch.allclose(gpt.head(hidden[:, :Q * K]), gpt(ids), atol=1e-4)
-
-
-def test_a_copy_with_the_same_context_reads_the_same():
-    """The counterfactual's null: no edit, no difference."""
-    gpt, gistnet, _ = tiny_networks()
-    K, Q = 8, 40
-    docs, table, rng = random_row(0, K, Q)
-    ids, docs = torch.randint(VOCAB, (1, Q * K)), torch.from_numpy(docs)[None]
-    block = torch.from_numpy(rng.integers(1, Q, (1, 5)))
-    copies = Copies(block, torch.from_numpy(table)[block])
-    entries = with_copies(row_entries(gpt, gistnet, ids, docs, K), copies, K)
-    hidden = gpt.trunk(entries, entry_positions(Q * K, K, copies), visibility(torch.from_numpy(table)[None], K, copies))
-    tokens, copied = hidden[:, :Q * K].view(Q, K, -1), hidden[:, Q * K + Q + Q // FAN:].view(5, K, -1)
-    assert torch.allclose(tokens[block[0]], copied, atol=1e-5)
 
 
 def test_a_gist_stands_at_the_centre_of_its_span():
