@@ -47,10 +47,10 @@ class InFront:
     """Given to a trunk as its cache: the keys and values of some rows that were read stand before what is read now, which nobody keeps."""
 
     def __init__(self, read, rows):
-        self.layers = {layer: (k[rows], v[rows]) for layer, (k, v) in read.layers.items()}
+        self.layers, self.rows = read.layers, rows
 
     def append(self, layer, k, v):
-        return tuple(torch.cat(both, dim=2) for both in zip(self.layers[layer], (k, v)))
+        return tuple(torch.cat([before[self.rows], new], dim=2) for before, new in zip(self.layers[layer], (k, v))) # a layer at a time: less at once
 
     def advance(self, n):
         """All layers have come by."""
