@@ -44,7 +44,7 @@ class RowRead:
 
 
 class InFront:
-    """Given to a trunk as its cache: the keys and values of some rows that were read stand before what is read now, which nobody keeps."""
+    """Given to a trunk as its cache: the keys and values of some rows (their indices) that were read stand before what is read now, which nobody keeps."""
 
     def __init__(self, read, rows):
         self.layers, self.rows = read.layers, rows

@@ -137,7 +137,7 @@ class CoTraining(nn.Module):
             return nats, None
         some = Entries(entries.x[labelled].detach(), [value[labelled].detach() for value in entries.values])
         rngs = [rng for rng, wanted in zip(rngs, labelled.tolist()) if wanted]
-        labels = measure(self.gpt, some, InFront(read, labelled), hidden[labelled].detach(), targets[labelled], table[labelled], K, rngs, o.readings(T), o.edits)
+        labels = measure(self.gpt, some, InFront(read, labelled.nonzero()[:, 0].to(inputs.device)), hidden[labelled].detach(), targets[labelled], table[labelled], K, rngs, o.readings(T), o.edits)
         return nats, self._lens_loss(inputs[labelled], docs[labelled], table[labelled], labels, K)
 
     def _lens_loss(self, ids, docs, table, labels, K):

@@ -89,7 +89,7 @@ def test_a_label_is_the_difference_of_two_forwards_over_the_row(K, Q):
     hidden = gpt.trunk(entries, positions, visibility(table, K), read)
     assert torch.equal(hidden, gpt.trunk(entries, positions, visibility(table, K))), "remembering changes nothing"
     some = Entries(entries.x[chosen], [value[chosen] for value in entries.values])
-    labels = measure(gpt, some, InFront(read, chosen), hidden[chosen], targets[chosen], table[chosen], K, [np.random.default_rng(b) for b in range(2)], 2, 3)
+    labels = measure(gpt, some, InFront(read, torch.tensor([0, 2])), hidden[chosen], targets[chosen], table[chosen], K, [np.random.default_rng(b) for b in range(2)], 2, 3)
     assert labels.value.abs().max() > 0.01
 
     def nats(b, table, q):
