@@ -7,8 +7,10 @@ session shows, so the forward covers the longest row, with a mask for what is re
 B = sessions, C = entries of the longest row, V = vocabulary
 """
 import time
+from math import inf
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from nanochat.kv_cache import KVCache
 
@@ -33,7 +35,7 @@ class Batch:
         entries = self.gpt.embed(ids, torch.cat([session.before() for session in self.sessions]))
         positions = torch.cat([session.shown.mapped_token(place) for session, place in zip(self.sessions, places)])
         rows = Rows(self.cache, torch.tensor([session.shown.cache.length for session in self.sessions], device=device))
-        logits = self.gpt.head(self.gpt.trunk(entries, positions, rows.see, rows)[:, -1])
+        logits = self.gpt.head(self.gpt.trunk(entries, positions, self._weighed(rows), rows)[:, -1])
         share = (time.perf_counter() - start) / len(tokens)
         for row in going:
             session = self.sessions[row]
@@ -43,6 +45,14 @@ class Batch:
             session._count("read", time.perf_counter() - share, read_tokens=1)
             session.grown(ids[row:row + 1])
         return logits
+
+    def _weighed(self, rows):
+        """What each row sees, with the weights of its entries where one has more gists than usual."""
+        shown = [session.shown for session in self.sessions]
+        if not any(one.crowded for one in shown):
+            return rows.see
+        weights = [one.weights[:rows.end] if one.crowded else torch.zeros_like(one.weights[:rows.end]) for one in shown]
+        return pad_sequence(weights, batch_first=True)[:, None, None].where(rows.see, -inf)
 
 
 class Rows:

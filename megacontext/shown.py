@@ -9,8 +9,13 @@ so that turning them anew, to other positions, never adds rounding to rounding.
 Positions follow positions.py, mapped for a history of `frame` tokens. The frame is held for some ticks while new tokens run on past it, and
 moved before any distance can leave the trained range: so keys are turned anew now and then, not at every tick.
 
+A long history brings more gists into view than a trained row ever showed, and a softmax gives a thousand of them a weight that drowns the tokens:
+what stood open in plain sight was then misread two times in three. So gists beyond the `usual` number share the weight of the usual ones (LOG.md, 2026-11-22).
+
 L = layers, H = kv heads, d = head width, n = entries
 """
+from math import inf, log
+
 import numpy as np
 import torch
 
@@ -30,6 +35,9 @@ class Shown:
         self.places = np.zeros(capacity)                     # of each entry on the timeline
         self.spans = []                                      # in the order of the cache; loose entries follow
         self.settled = 0                                     # entries of the spans
+        self.usual = max(1, config.seq_len // BLOCK)         # gists in a trained row
+        self.weights = torch.zeros(capacity, device=gpt.device, dtype=gpt.dtype) # of each entry, added to its attention scores
+        self.crowded = False                                 # are there more gists than usual, so that weights differ from 0?
         self.hold = max(BLOCK, config.seq_len // 16 // BLOCK * BLOCK) # tokens that a frame lasts
         self.trained = config.seq_len - self.hold - BLOCK             # so that positions past the frame are trained ones too
         self.set_frame(0)
@@ -81,6 +89,7 @@ class Shown:
             self._append(torch.cat(ks, dim=2), torch.cat(vs, dim=2), np.concatenate([span.positions() for span in spans]))
             self.spans += spans
             self.settled = self.cache.length
+            self._weigh()
 
     def remove(self, gone):
         """
@@ -122,12 +131,30 @@ class Shown:
             self.places[to:to + n] = self.places[place:place + n]
         self.spans, self.settled = [span for span, _ in row], at
         self.cache.rewind(at)
+        self._weigh()
+
+    def _weigh(self):
+        """Gists together weigh no more than the usual number of them."""
+        gists = sum(span.level > 0 for span in self.spans)
+        self.crowded = gists > self.usual
+        if self.crowded:
+            less = log(self.usual / gists)
+            self.weights.zero_()
+            self.weights[:self.settled] = torch.from_numpy(np.repeat([less if span.level else 0.0 for span in self.spans], [span.cost for span in self.spans]))
+
+    def weighed(self, see):
+        """What entries about to be read may see of the cache and of themselves, "all" (one entry) or a bool mask (..., columns), as a mask with the entries' weights."""
+        if not self.crowded:
+            return see
+        if isinstance(see, str):
+            return self.weights[None, None, None, :self.cache.length + 1]
+        return self.weights[:see.size(-1)].where(see, -inf)
 
     def read(self, entries, timeline, see):
         """Read entries (1, n) that stand at timeline positions (n,); they stay in view, loose. Returns hidden states (1, n, D)."""
         start = self.cache.length
         positions = self.mapped(timeline) if len(timeline) > 1 else self.mapped_token(timeline[0])
-        hidden = self.gpt.trunk(entries, positions, see, self.cache)
+        hidden = self.gpt.trunk(entries, positions, self.weighed(see), self.cache)
         self.note(start, timeline)
         return hidden
 

@@ -4,7 +4,7 @@ Attention over entries: who may look at whom, and where everybody stands.
 An entry is a token or a gist; the attention does not know which. Visibility (`see`) is one of
     "causal"    row i sees columns 0..i of the same entries
     "all"       every row sees every column (one new token reading a cache)
-    bool mask   (B or 1, 1, Nq, Nk), True where the query may look
+    a mask      (B or 1, 1, Nq, Nk): bool, True where the query may look, or numbers that are added to the scores
     Stretches   the same rule in pieces, without the columns that a piece of the queries never sees
     BlockMask   the same rule for FlexAttention, on CUDA
     Recent      the newest of what "causal" or "all" shows, or all of "causal" on FlashAttention 3

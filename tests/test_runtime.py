@@ -232,6 +232,36 @@ def by_place(memory):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# More gists than a trained row shows
+
+def by_hand(memory):
+    """attend() as the softmax is defined, the weights taken from the working context: of each query, exp(score) times weight over their sum."""
+    def attend(q, k, v, see):
+        shown = memory.shown
+        gists = [span.level > 0 for span in shown.spans for _ in range(span.cost)]
+        weights = torch.ones(k.size(2))
+        weights[:len(gists)][torch.tensor(gists)] = min(1, shown.gpt.config.seq_len / BLOCK / sum(gists))
+        ahead = torch.ones(q.size(2), k.size(2)).tril(k.size(2) - q.size(2)) # the new entries are the last, in their order
+        share = (q @ k.transpose(2, 3) / q.size(3) ** 0.5).exp() * weights * ahead
+        return share / share.sum(-1, keepdim=True) @ v
+    return attend
+
+
+@pytest.mark.parametrize("length,crowded", [(400, False), (20000, True)])
+def test_gists_weigh_no_more_than_a_trained_row_of_them(length, crowded, monkeypatch):
+    """A thousand gists drowned what stood open in plain sight. Those beyond the usual number share its weight; up to it they are left alone."""
+    memory = session(tiny_networks(seq_len=512), budget=224)
+    memory.feed(some_ids(length // BLOCK * BLOCK + 3))
+    assert any(span.level for span in memory.spans) and memory.shown.crowded == crowded
+    for ids in (some_ids(1), some_ids(9)):
+        twin = memory.fork()
+        with monkeypatch.context() as patch:
+            patch.setattr("nanochat.gpt.attend", by_hand(twin))
+            expected = twin._read(ids, twin.length)
+        assert torch.allclose(memory._read(ids, memory.length), expected, atol=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The view against a slow twin
 
 class FromNothing(Session):
@@ -368,6 +398,7 @@ def test_a_batch_is_its_sessions_one_by_one():
             if pair[2]:
                 memory.feed(some_ids(pair[2], seed=pair[2]))
     batch = Batch(together)
+    assert [memory.shown.crowded for memory in together] == [False, False, False, True], "the case must have gists that weigh less"
     for step in range(100):
         tokens = [int(rng.integers(VOCAB)) if rng.random() < 0.8 else None for _ in lengths]
         logits = batch.feed(tokens)
