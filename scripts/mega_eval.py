@@ -6,7 +6,8 @@ Does the memory pay? Tables, pictures, and one JSON line with all of their numbe
     by budget        bits per byte against the visible budget, window and gists beside full attention
     dNLL@H           what a gist costs in place of what it stands for, by level and horizon; how often it is as good (megacontext/probes.py)
     one gist         a block's tokens read behind their gist alone; how different gists are
-    LensNet          correlation with measured gains, signs, and how much of the oracle's gain it gets, beside other ways to choose
+    LensNet          correlation with measured gains, signs, and how much of the oracle's gain it gets, beside other ways to choose: on text, and on
+                     questions about what was said far back (conversation stages; scripts/asked.py)
     recall           questions about what was said far back, by length and depth (conversation stages; scripts/recall.py)
     telemetry        what the sessions of that recall did: swaps, budget in use, entries and openings by level, ms per stage
 
@@ -28,8 +29,9 @@ from nanochat import plots, report
 from nanochat.common import UserError, pick_device_type, print0, run_main
 from nanochat.dataset import add_data_dir, open_source, use_data_dir
 from nanochat.run import Log
+from scripts.asked import SLACK, answer_rows, ask
 from scripts.load import load_stage
-from scripts.recall import add_recall_flags, numbers, picture, recall_tables, settle_recall, spread, telemetry_numbers
+from scripts.recall import Questions, add_recall_flags, numbers, picture, recall_tables, settle_recall, spread, telemetry_numbers
 
 parser = argparse.ArgumentParser(description="Measure what the memory is worth", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 parser.add_argument("--stage", default="sft", help="base, mid or sft")
@@ -145,6 +147,21 @@ def lens_numbers(quality):
     return told | ({"signs": float(np.mean(quality["signs"]))} if quality["signs"] else {})
 
 
+def measure_asked(networks, tokenizer, questions, args, seed, rng, device):
+    """{task: lens_numbers of reading answers}, and {task: why it was not asked}."""
+    found, missing = {}, {}
+    for name in args.recall_tasks:
+        try:
+            task = questions.task(name, length=args.seq_len + SLACK, seed=seed, size=4 * args.documents)
+            rows, sizes = answer_rows(tokenizer, task, args.seq_len, args.documents)
+        except (UserError, ValueError) as error:
+            missing[name] = str(error)
+            continue
+        several = zip(parts(rows.to(device), 4), parts(torch.tensor(sizes), 4))
+        found[name] = lens_numbers(joined([ask(networks, some, few.tolist(), args.budget, rng) for some, few in several]))
+    return found, missing
+
+
 def measure_gists(networks, rows, args, rng):
     """dNLL@H with substitutability, reconstruction and diversity."""
     several = [Rows(networks, part, args.budget, rng) for part in parts(rows, 2)]
@@ -203,7 +220,8 @@ def main():
     networks, tokenizer = Networks(loaded.gpt, loaded.gistnet, loaded.lensnet), loaded.tokenizer
     texts = long_documents(open_source(args.source, "val"), tokenizer, args.seq_len)
     bytes_of = torch.as_tensor(tokenizer.token_bytes(), device=device)
-    samples, points = [], []
+    samples, points, not_asked = [], [], {}
+    questions = Questions(args.source, tokenizer) if args.stage != "base" else None
     for seed in range(args.seeds):
         rng = np.random.default_rng(seed)
         rows = sample_rows(texts, args.seq_len, args.documents, rng).to(device)
@@ -211,11 +229,15 @@ def main():
         losses, quality = measure_losses(networks, rows, args, rng)
         samples.append(dict(trailing=losses, bpb_by_budget=measure_budgets(networks, few, args, rng, bytes_of), lens=lens_numbers(quality), **measure_gists(networks, few, args, rng)))
         points += quality["points"]
+        if questions is not None:
+            samples[-1]["lens_asked"], missing = measure_asked(networks, tokenizer, questions, args, seed, rng, device)
+            not_asked |= missing
         last = losses[args.seq_len]
         print0(f"seed {seed}: " + ", ".join(f"{method} {last[method]['loss']:.4f}" for method in METHODS) + f" ({time.time() - began:.0f} s)")
     data = dict(stage=args.stage, tag=loaded.tag, step=loaded.meta["step"], source=args.source, seq_len=args.seq_len, lengths=args.lengths, budget=args.budget, seeds=args.seeds,
                 documents=args.documents, measured_rows=args.measured_rows, **over_seeds(samples), gap_closed=closed_gaps([s["trailing"] for s in samples], args.seq_len))
-    tables = [*trailing_tables(data, args), *gist_tables(data), *lens_tables(data, points)]
+    data["lens_not_asked"] = not_asked
+    tables = [*trailing_tables(data, args), *gist_tables(data), *lens_tables(data, points), *asked_tables(data)]
     if args.recall_lengths and args.stage != "base":
         tables += recall_tables(loaded, data, args, began, "mega_recall.png")
     report.write_section("mega", f"Memory ({args.stage})", *tables, data=data, seconds=time.time() - began)
@@ -272,13 +294,31 @@ def lens_tables(data, points):
     lens = data["lens"]
     if points:
         plots.scatter(report.folder() / "mega_lens.png", points, "LensNet's score", "measured utility, nats", "opening one gist, the next 32 tokens")
-    noise = f"{100 * lens['signs']['mean']:.0f}% +- {100 * lens['signs']['spread']:.0f}% of the signs are right where the utility is beyond twice its standard error, "\
-            f"{100 * lens['above_noise']['mean']:.0f}% of the edits." if lens.get("signs", {}).get("spread") is not None else "No edit's utility was above noise at two seeds or more."
-    rows = [[way, told(lens["gain"].get(way)), told(lens.get("regret", {}).get(way), 2), told(lens["correlation"].get(way), 3)] for way in WAYS if way in lens["gain"]]
     return [
-        "Two gists opened: gain in nats over the next block, each opened alone; regret against the oracle's (0 = as good, 1 = no gain); correlation of the scores with the gains. " + noise,
-        report.table(["choice", "gain", "regret", "correlation"], rows), picture("mega_lens.png", "LensNet's score against measured utility") if points else "",
+        "Two gists opened: gain in nats over the next block, each opened alone; regret against the oracle's (0 = as good, 1 = no gain); correlation of the scores with the gains. " + signs(lens),
+        report.table(["choice", "gain", "regret", "correlation"], choices(lens)), picture("mega_lens.png", "LensNet's score against measured utility") if points else "",
     ]
+
+
+def signs(lens):
+    if lens.get("signs", {}).get("spread") is None:
+        return "No edit's utility was above noise at two seeds or more."
+    return f"{100 * lens['signs']['mean']:.0f}% +- {100 * lens['signs']['spread']:.0f}% of the signs are right where the utility is beyond twice its standard error, " \
+           f"{100 * lens['above_noise']['mean']:.0f}% of the edits."
+
+
+def choices(lens, *first):
+    return [[*first, way, told(lens["gain"].get(way)), told(lens.get("regret", {}).get(way), 2), told(lens["correlation"].get(way), 3)] for way in WAYS if way in lens["gain"]]
+
+
+def asked_tables(data):
+    tables, asked = [], data.get("lens_asked", {})
+    if asked:
+        tables += ["The same for the tokens of an answer, at the end of a row that holds what is asked for. " + " ".join(f"{name}: {signs(lens)}" for name, lens in asked.items()),
+                   report.table(["question", "choice", "gain", "regret", "correlation"], [row for name, lens in asked.items() for row in choices(lens, name)])]
+    if data["lens_not_asked"]:
+        tables.append("\n".join(f"- not asked: {name}, {reason}" for name, reason in data["lens_not_asked"].items()))
+    return tables
 
 
 if __name__ == "__main__":

@@ -4,17 +4,22 @@ import json
 import shlex
 import sys
 
+import numpy as np
 import pytest
+import torch
 
 import scripts.mega_eval as mega_eval
 from megacontext.evaluate import METHODS, WAYS
 from megacontext.runtime import Session
+from megacontext.search import block_scores
 from megacontext.telemetry import Telemetry
+from megacontext.tree import MegaTree, make_header
 from nanochat import report
 from nanochat.common import UserError
-from scripts import recall, recall_eval
+from scripts import asked, recall, recall_eval
+from scripts.asked import answer_rows
 from scripts.load import load_stage
-from tests.tiny_run import make_run, make_text
+from tests.tiny_run import make_run, make_text, tiny_tokenizer
 
 
 def test_the_tables_and_the_json_tell_what_the_sessions_did(base, tmp_path, monkeypatch, capsys):
@@ -36,6 +41,8 @@ def test_the_tables_and_the_json_tell_what_the_sessions_did(base, tmp_path, monk
     assert set(data["dnll"]) == {"1", "1 newest"} and set(data["dnll"]["1"]) == {"32", "64", "128"} and data["reconstruction"]["1"]["own"]["mean"] > 0
     assert data["diversity"]["trained"]["1"]["n"]["mean"] == 2 * 16, "rows of 16 blocks have no level-2 gist"
     assert set(data["lens"]["gain"]) == set(WAYS) and data["lens"]["regret"]["oracle"] == dict(mean=0.0, spread=0.0)
+    answers = data["lens_asked"]["passkey"]
+    assert set(answers["gain"]) == set(WAYS) and answers["regret"]["oracle"]["mean"] == 0 and "| passkey | lensnet |" in section
     assert set(data["recall"]["passkey"]["700"]["0.9"]) == set(recall.COLUMNS) and set(data["recall"]) | {name.split("/")[0] for name in data["recall_missing"]} == {"passkey", "codeqa"}
 
     for name in ("mega_context", "mega_lens", "mega_recall"):
@@ -67,6 +74,56 @@ def test_what_cannot_be_measured_is_said_before_anything_is(base, tmp_path, monk
     monkeypatch.setattr(sys, "argv", ["mega_eval", "--source", make_text(tmp_path / "text", files=40), "--device", "cpu", *flags])
     with pytest.raises(UserError, match=said):
         mega_eval.main()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Asked at the end of a row
+
+class Told:
+    """Conversations about one apple each, at a place of its own."""
+
+    def __init__(self, sizes, at=5):
+        self.made = []
+        for n in sizes:
+            said = [f"{i} pears" for i in range(n)]
+            said.insert(at, "The apple is red.")
+            text = ", ".join(said)
+            self.made.append({"messages": [dict(role="user", content=text + "\nHow is the apple?"), dict(role="assistant", content="The apple is red.")],
+                              "evidence": [[text.index("The apple"), text.index(" is red") + 7]]})
+
+    def __len__(self):
+        return len(self.made)
+
+    def __getitem__(self, i):
+        return self.made[i]
+
+
+def test_a_row_ends_in_its_answer():
+    """The last block's targets begin with the answer; what it asks for stands before; a conversation that is too short, or lost its evidence, is passed over."""
+    tokenizer, T = tiny_tokenizer(), 512
+    rows, sizes = answer_rows(tokenizer, Told([40, 300, 64, 68], at=30), T, 2)
+    for row, size in zip(rows.tolist(), sizes):
+        answer = row[T - 32:]
+        assert answer[0] == tokenizer.special("<|assistant_start|>") and tokenizer.decode(answer[1:size]) == "The apple is red." and size > 5
+        assert answer[size] == tokenizer.special("<|assistant_end|>") and set(answer[size + 1:]) == {tokenizer.bos} and "The apple is red." in tokenizer.decode(row[:T - 32])
+    with pytest.raises(ValueError, match="2 of 4 conversations fill a row of 512 tokens"):
+        answer_rows(tokenizer, Told([40, 300, 64, 68], at=30), T, 3)
+
+
+def test_what_follows_an_answer_counts_for_nobody(base):
+    """LensNet's scores are those of a search behind the question, and only the answer's tokens gain."""
+    networks = mega_eval.Networks(*make_run("sft", seq_len=512))
+    rows, sizes = answer_rows(tiny_tokenizer(), Told([64, 68], at=30), 512, 2)
+    kept = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(asked, "lens_quality", lambda some, found: kept.append((some, found)))
+        asked.ask(networks, rows, sizes, 192, np.random.default_rng(0))
+    (some, (one,)), = kept
+    assert one.q == 15 and (one.gain[0, :, sizes[0]:] == 0).all() and (one.gain[:, :, :min(sizes)] != 0).any()
+    tree = MegaTree.in_memory(make_header(32, 0))
+    tree.append_tokens(rows[1, :480].tolist())
+    wanted = block_scores(networks.lensnet, tree, lambda centres: torch.as_tensor(480 - centres, dtype=torch.float32))
+    assert np.array_equal(some.scores["lensnet"][1, 15, :15], wanted)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
