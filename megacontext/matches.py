@@ -31,15 +31,16 @@ MIX = (30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB) # splitmix64 (Steele et
 # ----------------------------------------------------------------------------------------------------------------------
 # In rows
 
-def row_hits(ids, docs, block, K, lead=0):
+def row_hits(ids, docs, block, K, lead=0, now=None):
     """
-    Readings block (B, P) of rows ids (B, T) with documents docs (B, Q): what each earlier block holds of the NEWEST tokens before the reading
-    block, bool (B, P, Q, KINDS, n). What stands before the row, or belongs to another document, is held by nobody.
-    lead: tokens before a block that count as its own, at most K
+    Readings block (B, P) of rows ids (B, T) with documents docs (B, Q): what each earlier block holds of the NEWEST tokens, bool (B, P, Q, KINDS, n).
+    What stands before the row, or belongs to another document, is held by nobody.
+    lead: tokens before a block that count as its own, at most K;  now (B, P): the place that they stand before (None = where the reading block begins)
     """
     (B, T), P, device = ids.shape, block.size(1), ids.device
     before = torch.cat([torch.full_like(ids[:, :1], -1), ids[:, :-1]], dim=1)
-    index = block[:, :, None] * K + torch.arange(-NEWEST, 0, device=device) # (B, P, n)
+    now = block * K if now is None else now
+    index = now[:, :, None] + torch.arange(-NEWEST, 0, device=device) # (B, P, n)
     at = index.clamp(min=0).flatten(1)
     there = (index >= 0) & (docs.gather(1, at // K).view_as(index) == docs.gather(1, block)[:, :, None])
     newest, newest_before = (t.gather(1, at).view_as(index)[:, :, None, None] for t in (ids, before)) # (B, P, 1, 1, n)

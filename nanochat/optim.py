@@ -21,14 +21,15 @@ from nanochat.muon import muon_dtype, muon_step, variance_dim
 # Which parameter takes which step
 
 def param_groups(gpt, extra=None, *, matrix_lr=0.02, embed_lr=0.3, value_lr=0.15, head_lr=0.008, resid_lr=0.005, x0_lr=0.05,
-                 weight_decay=0.28, extra_matrix_mult=1.0, extra_lr=0.01, lr_scale=1.0):
+                 weight_decay=0.28, extra_lr=0.01, lens_lr=0.003, lr_scale=1.0):
     """
     Sort every trainable parameter into exactly one group.
 
     gpt          the language model; its parameter names decide (blocks.* matrices -> Muon, tables and scalars -> AdamW)
-    extra        {"gistnet": module, ...} trained beside it: matrices -> Muon at matrix_lr * extra_matrix_mult (a number,
-                 or {"gistnet": number}), embeddings, slots, places, biases and scalars -> AdamW at extra_lr
-    lr_scale     multiplies every learning rate (batch size rule, schedule.plan)
+    extra        {"gistnet": module, ...} trained beside it: matrices -> Muon at matrix_lr, embeddings, slots, places, biases
+                 and scalars -> AdamW at extra_lr. "lensnet" -> AdamW at lens_lr, which lr_scale leaves alone: it learns from
+                 a few labels now and then, however large a batch is (LOG.md, 2026-11-22)
+    lr_scale     multiplies the other learning rates (batch size rule, schedule.plan)
     AdamW rates of tables are scaled by (D / 768)^-0.5: tuned at D = 768, and their gradients are dense in D.
     """
     tables = (gpt.embed_table.weight.shape[1] / 768) ** -0.5
@@ -45,10 +46,10 @@ def param_groups(gpt, extra=None, *, matrix_lr=0.02, embed_lr=0.3, value_lr=0.15
     members = [(f"gpt.{name}", p, _gpt_group(name, p)) for name, p in _trainable(gpt)]
     for module_name, module in (extra or {}).items():
         assert module_name != "gpt", "the name 'gpt' is taken by the language model"
-        mult = extra_matrix_mult.get(module_name, 1.0) if isinstance(extra_matrix_mult, dict) else extra_matrix_mult
-        settings[f"{module_name} matrices"] = muon(matrix_lr * mult)
+        settings[f"{module_name} matrices"] = muon(matrix_lr)
         settings[f"{module_name} rest"] = adam(extra_lr, (0.8, 0.95), 0.0)
-        members += [(f"{module_name}.{name}", p, f"{module_name} {_extra_group(name, p)}")
+        settings["lensnet"] = adam(lens_lr / lr_scale, (0.8, 0.95), 0.0)
+        members += [(f"{module_name}.{name}", p, "lensnet" if module_name == "lensnet" else f"{module_name} {_extra_group(name, p)}")
                     for name, p in _trainable(module)]
 
     homeless = [f"{name} {tuple(p.shape)}" for name, p, group in members if group is None]

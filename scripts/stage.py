@@ -22,13 +22,14 @@ from nanochat.train import Curves, LossScale, PlainObjective, added, compile_gpt
 from scripts.load import describe, modules
 
 
-def add_step_flags(parser, curriculum, plain_every):
+def add_step_flags(parser, curriculum, plain_every, labels_every):
     """The flags that decide what a training step is; bench/train.py takes them too."""
     parser.add_argument("--max-seq-len", type=int, default=2048, help="tokens a row; a multiple of 32")
     parser.add_argument("--batch-tokens", type=int, default=-1, help="tokens a step, over all processes (-1 = from depth and horizon)")
     parser.add_argument("--device-batch", type=int, default=-1, help="rows a forward on one device; halve it when memory runs out (-1 = what fits)")
     parser.add_argument("--curriculum", default=curriculum, help="children a gist : up to which share of the steps")
     parser.add_argument("--plain-every", type=int, default=plain_every, help="one round of eight rows in so many is read without gists, as a model without a memory reads")
+    parser.add_argument("--labels-every", type=int, default=labels_every, help="one round of eight rows in so many has half of its rows measured for LensNet: what opening a gist is worth")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="", help="cuda, mps or cpu (empty = the best there is)")
     parser.add_argument("--dtype", default="auto", help="auto, bf16, fp32, or fp16 on a GPU (its loss is scaled, and a step that overflows is skipped)")
@@ -37,9 +38,9 @@ def add_step_flags(parser, curriculum, plain_every):
     parser.add_argument("--checkpoint-activations", action="store_true", help="keep one vector a layer and token, and compute the layers again in backward: less memory, a third more time")
 
 
-def add_flags(parser, curriculum, plain_every):
+def add_flags(parser, curriculum, plain_every, labels_every):
     """The flags of every stage."""
-    add_step_flags(parser, curriculum, plain_every)
+    add_step_flags(parser, curriculum, plain_every, labels_every)
     parser.add_argument("--run", default="", help="name of a wandb run (empty = no wandb)")
     parser.add_argument("--eval-every", type=int, default=-1, help="validate every N steps (-1 = at the end only)")
     parser.add_argument("--eval-tokens", type=int, default=262144, help="validation tokens")
@@ -65,6 +66,8 @@ def start(args):
         raise UserError(f"--max-seq-len {args.max_seq_len}: expected a multiple of 32, the block of the memory tree, and at least 64")
     if args.plain_every < 2:
         raise UserError(f"--plain-every {args.plain_every}: expected at least 2, or every row is read without gists; base_train --plain trains without a memory")
+    if args.labels_every < 2: # a round's number modulo this is to be 1
+        raise UserError(f"--labels-every {args.labels_every}: expected at least 2, every second round of rows")
     use_data_dir(getattr(args, "data_dir", "")) # a bench opens no text
     device, dist = setup(args.device, args.seed)
     machine = hardware.describe(device)
@@ -190,7 +193,7 @@ def co_training(gpt, gistnet, lensnet, args, machine, dtype):
     config = gpt.config
     kernel = backend.pick_masked(machine, gpt.device, dtype, config.heads, config.kv_heads, config.head_width, trial_masks)
     print0(f"            for rows with gists {kernel}")
-    options = CoTrainingOptions(seed=args.seed, curriculum=parse_curriculum(args.curriculum), plain_every=args.plain_every)
+    options = CoTrainingOptions(seed=args.seed, curriculum=parse_curriculum(args.curriculum), plain_every=args.plain_every, labels_every=args.labels_every)
     return CoTraining(gpt, gistnet, lensnet, options, block_mask if kernel.name == "FlexAttention" else stretches)
 
 

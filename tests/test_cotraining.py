@@ -9,11 +9,12 @@ import torch
 
 from megacontext import losses
 from megacontext.layout import GIST, RAW, block_mask, draw_table, stretches, visibility
-from megacontext.losses import CoTraining, CoTrainingOptions, opened_by, parse_curriculum
+from megacontext.losses import CoTraining, CoTrainingOptions, first_targets, opened_by, parse_curriculum
 from megacontext.matches import KINDS
 from nanochat import checkpoint
 from nanochat.common import UserError
 from nanochat.dataloader import Batch
+from nanochat.gpt import IGNORE
 from nanochat.optim import make_optimizer
 from nanochat.train import PlainObjective
 from tests.tiny import VOCAB, tiny_networks
@@ -227,6 +228,28 @@ def test_lensnet_opens_what_it_scores_highest():
     both = table.gather(2, wanted) == GIST
     assert both.any() and (opened.gather(2, wanted)[both] == RAW).all()
     assert (changed.sum(-1) == (table == GIST).sum(-1).clamp(max=2)).all(), "of gists that are wanted less, as many as are missing"
+
+
+def test_lensnet_is_asked_where_an_answer_begins():
+    """
+    The question stands right before the answer, most often in the block of the answer: asked where that block begins, LensNet never saw it, and learnt
+    nothing from conversations. Text is asked for where a block begins, as at a tick.
+    """
+    targets = torch.full((1, 96), IGNORE)
+    targets[0, 5:9], targets[0, 64:] = 1, 1
+    assert first_targets(targets, 32).tolist() == [[5, 32, 64]], "the second block has none: it begins at 32"
+    o, rows = objective(curriculum=((32, 1.0),), asked=1.0, labels_every=2, plain_every=2), batch(list(range(8, 16)), T=256)
+    Q = 256 // 32
+    some = Batch(rows.inputs, rows.targets.clone(), rows.docs, rows.rows)
+    some.targets[:, :-40] = IGNORE # the answer begins 8 tokens before the last block
+    seen, hits = [], losses.row_hits
+    with patch.object(losses, "row_hits", lambda ids, docs, block, K, lead, now: seen.append((block, now)) or hits(ids, docs, block, K, lead, now)):
+        o(some)
+    begins = torch.where(torch.arange(Q) == Q - 2, 256 - 40, torch.arange(Q) * 32)
+    assert len(seen) == 2, "one to open what LensNet asks for, one to learn"
+    for block, now in seen:
+        assert torch.equal(now, begins[block])
+    assert (seen[1][0] == Q - 2).any()
 
 
 def test_curricula():

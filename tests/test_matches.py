@@ -11,12 +11,12 @@ from megacontext.span import BLOCK, Span
 from megacontext.tree import MegaTree, make_header
 
 
-def slow_hits(ids, docs, q, K, lead):
-    """One reading: for each block and newest token, look through the block."""
+def slow_hits(ids, docs, q, K, lead, now):
+    """One reading: for each block and each of the newest tokens before `now`, look through the block."""
     Q = len(docs)
     hits = np.zeros((Q, KINDS, NEWEST), bool)
     for i in range(NEWEST):
-        at = q * K - NEWEST + i
+        at = now - NEWEST + i
         if at < 0 or docs[at // K] != docs[q]:
             continue
         for b in range(Q):
@@ -34,10 +34,12 @@ def test_rows_are_searched_as_a_slow_search_does(K, lead):
     T = 256
     ids, docs = rng.integers(0, 20, (2, T)), np.sort(rng.integers(0, 3, (2, T // K)), axis=1)
     block = rng.integers(0, T // K, (2, 3))
-    got = row_hits(torch.from_numpy(ids), torch.from_numpy(docs), torch.from_numpy(block), K, lead)
-    for b in range(2):
-        for p in range(3):
-            assert np.array_equal(got[b, p].numpy(), slow_hits(ids[b], docs[b], block[b, p], K, lead))
+    later = block * K + rng.integers(0, K, (2, 3))
+    for now in (None, later):
+        got = row_hits(*map(torch.from_numpy, (ids, docs, block)), K, lead, None if now is None else torch.from_numpy(now))
+        for b in range(2):
+            for p in range(3):
+                assert np.array_equal(got[b, p].numpy(), slow_hits(ids[b], docs[b], block[b, p], K, lead, block[b, p] * K if now is None else now[b, p]))
 
 
 def tree_of(ids):

@@ -241,7 +241,7 @@ class Extra(nn.Module):
 
 
 def test_every_parameter_has_one_home(tiny_gpt):
-    groups = param_groups(tiny_gpt(), {"gistnet": Extra(), "lensnet": Extra()}, extra_matrix_mult={"lensnet": 0.5})
+    groups = param_groups(tiny_gpt(), {"gistnet": Extra(), "lensnet": Extra()}, lr_scale=0.5)
     names = [name for group in groups for name in group["names"]]
     assert len(names) == len(set(names))
     home = {name: group for group in groups for name in group["names"]}
@@ -251,8 +251,8 @@ def test_every_parameter_has_one_home(tiny_gpt):
     lookups = ("gpt.embed_table.", "gpt.lm_head.", "gpt.value_tables.", "gpt.resid_scale", "gpt.x0_scale")
     assert all((kind(name) == "adamw") == name.startswith(lookups) for name in home if name.startswith("gpt."))
     assert [name for name in home if name.startswith("gistnet.") and kind(name) == "muon"] == ["gistnet.pool.weight"]
-    assert home["gistnet.pool.weight"]["lr"] == pytest.approx(0.02)
-    assert home["lensnet.pool.weight"]["lr"] == pytest.approx(0.01)
+    assert home["gistnet.pool.weight"]["lr"] == pytest.approx(0.01)
+    assert all(kind(name) == "adamw" and home[name]["lr"] == pytest.approx(0.003) for name in home if name.startswith("lensnet.")), "its rate is its own"
 
 
 def test_the_rates_of_tables_follow_the_width(tiny_gpt):
