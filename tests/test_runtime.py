@@ -195,9 +195,10 @@ def test_pins_are_obeyed():
 
 def test_half_precision_weights_do():
     """What chat loads on a machine with bf16: GPT and GistNet in bf16, LensNet in fp32."""
-    gpt, gistnet, lensnet = tiny_networks()
+    gpt, gistnet, lensnet = tiny_networks(seq_len=512)
     memory = session((gpt.bfloat16(), gistnet.bfloat16(), lensnet), budget=192)
     memory.feed(some_ids(1500))
+    assert memory.shown.crowded, "the case must have gists that weigh less"
     for t in some_ids(70):
         assert torch.isfinite(memory.feed([t])).all()
     check(memory.spans, 1570, 192)
