@@ -2,6 +2,7 @@
 What bench/runtime.py measures, one function for each number of its tables. In: the networks and a tree. Out: numbers.
 """
 
+import ctypes
 import json
 import random
 import statistics
@@ -85,7 +86,13 @@ def settle(rig):
 
 
 def resident():
-    """MB of this process in memory: all, and without what is mapped from files."""
+    """
+    MB of this process in memory: all, and without what is mapped from files. The C library first gives back what of its heap is free: it keeps
+    60 MB of it or not as chance has it, and a history of a million tokens takes 5 (LOG.md, 2026-11-22).
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return tuple(int(status[name].split()[0]) / 1024 for name in ("VmRSS", "RssAnon"))
 
