@@ -9,7 +9,8 @@ every block each method may read W entries, whatever their level, its own block 
     pooled      recency, with the mean of a block's tokens in place of its gist: what no training gives
     recency     MegaContext without LensNet: the newest raw blocks, and a gist for every older one
     lensnet     MegaContext: half of the raw blocks are those that LensNet asks for
-    oracle      the same, chosen by the measured gain of opening each block alone for the very tokens that are then read. A ceiling for
+    lensnet alone  the newest raw blocks and as many older ones that LensNet asks for; no gists: what it is worth as a retriever, and what gists cost in raw blocks
+    oracle      as lensnet, chosen by the measured gain of opening each block alone for the very tokens that are then read. A ceiling for
                 choosing greedily, and no method: it looks at the targets
     swapped     recency with the gists of another document (a control: content must matter)
     no gists    recency without its gists (a control)
@@ -31,7 +32,7 @@ from megacontext.span import BLOCK
 from nanochat.attention import norm
 from nanochat.gpt import Entries
 
-METHODS = ("window", "bm25", "embedding", "random", "pooled", "recency", "lensnet", "oracle", "swapped", "no gists", "full")
+METHODS = ("window", "bm25", "embedding", "random", "pooled", "recency", "lensnet", "lensnet alone", "oracle", "swapped", "no gists", "full")
 
 
 @dataclass
@@ -106,6 +107,7 @@ def trailing(rows, tail):
         "pooled": (recency_table(Q, W), pooled(rows.entries, rows.T)),
         "recency": (recency_table(Q, W), None),
         "lensnet": (rows.tables(chosen_table, scores["lensnet"]), None),
+        "lensnet alone": (rows.tables(retrieved_table, scores["lensnet"]), None),
         "swapped": (recency_table(Q, W), swapped(rows.entries, rows.T)),
         "no gists": (recency_table(Q, W, older=HIDDEN), None),
     }
