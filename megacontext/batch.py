@@ -51,8 +51,8 @@ class Batch:
         shown = [session.shown for session in self.sessions]
         if not any(one.crowded for one in shown):
             return rows.see
-        weights = [one.weights[:rows.end] if one.crowded else torch.zeros_like(one.weights[:rows.end]) for one in shown]
-        return pad_sequence(weights, batch_first=True)[:, None, None].where(rows.see, -inf)
+        weights = pad_sequence([one.weights[:rows.end] for one in shown], batch_first=True) # (B, C)
+        return weights[:, None, None].where(rows.see, -inf)
 
 
 class Rows:

@@ -37,7 +37,7 @@ class Shown:
         self.settled = 0                                     # entries of the spans
         self.usual = max(1, config.seq_len // BLOCK)         # gists in a trained row
         self.weights = torch.zeros(capacity, device=gpt.device, dtype=gpt.dtype) # of each entry, added to its attention scores
-        self.crowded = False                                 # are there more gists than usual, so that weights differ from 0?
+        self.crowded = False                                 # are there more gists than usual? Else all weights are 0
         self.hold = max(BLOCK, config.seq_len // 16 // BLOCK * BLOCK) # tokens that a frame lasts
         self.trained = config.seq_len - self.hold - BLOCK             # so that positions past the frame are trained ones too
         self.set_frame(0)
@@ -137,9 +137,9 @@ class Shown:
         """Gists together weigh no more than the usual number of them."""
         gists = sum(span.level > 0 for span in self.spans)
         self.crowded = gists > self.usual
+        self.weights.zero_()
         if self.crowded:
             less = log(self.usual / gists)
-            self.weights.zero_()
             self.weights[:self.settled] = torch.from_numpy(np.repeat([less if span.level else 0.0 for span in self.spans], [span.cost for span in self.spans]))
 
     def weighed(self, see):
