@@ -161,7 +161,7 @@ def first_targets(targets, K):
 
 
 @torch.no_grad()
-def opened_by(lensnet, ids, docs, table, K, count, now=None):
+def opened_by(lensnet, ids, docs, table, K, count, now):
     """table (B, Q, Q) with the `count` gists that LensNet scores highest shown raw, for every block that reads. now: as in row_hits, of every block."""
     B, Q, _ = table.shape
     block = torch.arange(Q, device=table.device).expand(B, -1)

@@ -42,13 +42,13 @@ def param_groups(gpt, extra=None, *, matrix_lr=0.02, embed_lr=0.3, value_lr=0.15
         "values": adam(value_lr * tables, (0.8, 0.995), 0.01),
         "resid": adam(resid_lr, (0.8, 0.95), 0.05),
         "x0": adam(x0_lr, (0.96, 0.95), 0.0),
+        "lensnet": adam(lens_lr / lr_scale, (0.8, 0.95), 0.0), # times lr_scale, as all of them, it is lens_lr
     }
     members = [(f"gpt.{name}", p, _gpt_group(name, p)) for name, p in _trainable(gpt)]
     for module_name, module in (extra or {}).items():
         assert module_name != "gpt", "the name 'gpt' is taken by the language model"
         settings[f"{module_name} matrices"] = muon(matrix_lr)
         settings[f"{module_name} rest"] = adam(extra_lr, (0.8, 0.95), 0.0)
-        settings["lensnet"] = adam(lens_lr / lr_scale, (0.8, 0.95), 0.0)
         members += [(f"{module_name}.{name}", p, "lensnet" if module_name == "lensnet" else f"{module_name} {_extra_group(name, p)}")
                     for name, p in _trainable(module)]
 

@@ -222,7 +222,7 @@ def test_lensnet_opens_what_it_scores_highest():
     wanted[..., 1] = (wanted[..., 0] + 1) % Q
     scores = torch.zeros(2, Q, Q + 1).scatter(2, wanted, torch.tensor([2.0, 1.0]).expand_as(wanted))
     with patch.object(losses, "lens_scores", lambda *_: scores):
-        opened = opened_by(lensnet, ids, torch.zeros(2, Q, dtype=torch.long), table, 32, 2)
+        opened = opened_by(lensnet, ids, torch.zeros(2, Q, dtype=torch.long), table, 32, 2, None)
     changed = opened != table
     assert ((table == GIST) & (opened == RAW))[changed].all()
     both = table.gather(2, wanted) == GIST
