@@ -58,7 +58,7 @@ def test_rows_of_made_up_text_are_numbered_as_a_run_numbers_them():
 
 
 def test_without_a_flag_steps_are_those_of_base_training():
-    for flag in ("--max-seq-len", "--batch-tokens", "--device-batch", "--curriculum", "--plain-every", "--dtype"):
+    for flag in ("--max-seq-len", "--batch-tokens", "--device-batch", "--curriculum", "--plain-every", "--labels-every", "--dtype"):
         assert train.parser._option_string_actions[flag].default == training._option_string_actions[flag].default
     assert train.shares(train.parser.get_default("curriculum"))[-1][0] == FAN
 

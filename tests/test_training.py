@@ -205,21 +205,23 @@ def test_short_windows_by_flag(place):
     assert done.returncode == 2 and "--plain" in done.stderr and "Traceback" not in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_the_share_of_plain_rows_is_a_flag_of_every_stage(place):
-    """Every second round is plain where looking up is learnt; a share that leaves no row to the gists is refused before anything is built."""
-    stages = (importlib.import_module(f"scripts.{name}").parser for name in ("base_train", "mid_train", "chat_sft"))
-    assert [parser.get_default("plain_every") for parser in stages] == [4, 2, 2]
-    plain = {}
+def test_the_shares_of_plain_and_of_labelled_rows_are_flags_of_every_stage(place):
+    """Every second round is plain, and every other one labelled, where looking up is learnt; a share that leaves no row to the gists is refused before anything is built."""
+    stages = [importlib.import_module(f"scripts.{name}").parser for name in ("base_train", "mid_train", "chat_sft")]
+    assert [[parser.get_default(flag) for parser in stages] for flag in ("plain_every", "labels_every")] == [[4, 2, 2], [4, 2, 2]]
+    plain, labelled = {}, {}
     for every in ("2", "4"):
-        run(place, "scripts.base_train", *TINY, "--source", f"dir:{place[1]}", "--tag", f"every{every}", "--plain-every", every)
+        run(place, "scripts.base_train", *TINY, "--source", f"dir:{place[1]}", "--tag", f"every{every}", "--plain-every", every, "--labels-every", every)
         lines = [json.loads(line) for line in (place[0] / "base_checkpoints" / f"every{every}" / "log.jsonl").read_text().splitlines()]
         steps = [line for line in lines if "loss" in line] # a step is a round of eight rows
         plain[every] = [n for n, line in enumerate(steps) if "loss_plain" in line]
+        labelled[every] = [n for n, line in enumerate(steps) if "lens_loss" in line]
         assert all("loss_gist" in line for n, line in enumerate(steps) if n not in plain[every])
-    assert plain == {"2": [0, 2, 4], "4": [0, 4]}
+    assert plain == {"2": [0, 2, 4], "4": [0, 4]} and labelled == {"2": [1, 3, 5], "4": [1, 5]}
     env = dict(os.environ, NANOCHAT_BASE_DIR=str(place[0]), OMP_NUM_THREADS="1")
-    done = subprocess.run([sys.executable, "-m", "scripts.base_train", *TINY, "--plain-every", "1"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2 and "--plain-every 1: expected at least 2" in done.stderr and "Traceback" not in done.stderr
+    for flag in ("--plain-every", "--labels-every"):
+        done = subprocess.run([sys.executable, "-m", "scripts.base_train", *TINY, flag, "1"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 2 and f"{flag} 1: expected at least 2" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_frozen_base_is_left_as_it_is_while_its_memory_learns(place):
