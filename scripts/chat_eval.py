@@ -112,8 +112,8 @@ SHORT = {"arithmetic": (lambda generated: Arithmetic(**generated), 64), "spellin
          "arc_easy": (lambda _: ARC("easy", "test"), 1), "arc_challenge": (lambda _: ARC("challenge", "test"), 1), "mmlu": (lambda _: MMLU("test"), 1)}
 LONG = {"passkey": (lambda held, long: Passkey(held.filler, **long), 32), "multikey": (lambda held, long: MultiKey(held.filler, **long), 32),
         "keyvalue": (lambda held, long: KeyValue(short=True, measure=held.measure, **long), 16), "variables": (lambda held, long: VariableTracking(held.filler, **long), 32),
-        "frequent": (lambda held, long: FrequentWords(measure=held.measure, **long), 32), "codeqa": (lambda held, long: CodeQuestions(held.sources, **long), 40),
-        "topicshift": (lambda held, long: TopicShift(held.sources, **long), 40),
+        "frequent": (lambda held, long: FrequentWords(measure=held.measure, **long), 32), "codeqa": (lambda held, long: CodeQuestions(held.sources, **long), 64),
+        "topicshift": (lambda held, long: TopicShift(held.sources, **long), 64),
         **{f"babi{n}": (lambda held, long, n=n: Babi(held.filler, task=n, **long), 16) for n in (1, 2, 3)}}
 
 

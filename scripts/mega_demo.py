@@ -47,7 +47,7 @@ parser = argparse.ArgumentParser(description="Replay a long coding session", for
 parser.add_argument("--code", default=None, help="folder of Python files (default: Python's own library, what training kept out first)")
 parser.add_argument("--tokens", type=int, default=100_000, help="take files, in an order drawn by --seed, until there are so many tokens")
 add_flags(parser)
-parser.add_argument("--max-tokens", type=int, default=48, help="longest answer")
+parser.add_argument("--max-tokens", type=int, default=64, help="longest answer")
 parser.add_argument("--seed", type=int, default=0, help="which files, classes and questions")
 
 
@@ -59,6 +59,7 @@ class Turn:
     title: str
     question: str
     answer: str
+    says: str  # the sentence that it is given in
     first: int # bytes of the code base that hold the answer
     last: int
 
@@ -79,10 +80,10 @@ def scenario(code, seed):
     aside = rng.choice(about_b)
 
     def show(title, question, file, item):
-        return Turn(title, question, item.header, code.byte(file, item.start), code.byte(file, item.start + len(item.header)))
+        return Turn(title, question, item.header, item.header, code.byte(file, item.start), code.byte(file, item.start + len(item.header)))
 
     def ask(title, file, fact, lead=""):
-        return Turn(title, lead + fact.question(qualified=True), fact.answer, code.byte(file, fact.at), code.byte(file, fact.end))
+        return Turn(title, lead + fact.question(qualified=True), fact.answer, fact.says, code.byte(file, fact.at), code.byte(file, fact.end))
 
     return [show("the code base is pasted (the notes' UserAuth)", f"Show me class {a.name}.", file_a, a),
             ask("a question about a method (the notes' login)", file_a, login),
@@ -236,10 +237,10 @@ def take_turn(n, turn, code, conversation, settings):
                 f"reading again {total - sum(spent.values()):,.0f}")
 
     said = "".join(piece.text for piece in ([first] if first else []) + list(pieces))
-    answer_ms, right = session.took[feeds + 1:], same_words(said, turn.answer)
+    answer_ms, right = session.took[feeds + 1:], same_words(said, turn.answer) or same_words(said, turn.says)
     for line, text in enumerate(wrap(repr(said), WIDTH - 10, drop_whitespace=False)):
         say("" if line else "model", text)
-    say("", f"{'right' if right else 'wrong'}, the source says {turn.answer!r}")
+    say("", f"{'right' if right else 'wrong'}, the source says {turn.says!r}")
     say("", f"{len(answer_ms)} tokens read in {sum(answer_ms):,.0f} ms; {counted(session.ticks[ticks:])}")
     name, number, text = code.line(turn.first)
     say("answer in", f"blocks {blocks[0]:,}..{blocks[-1]:,}, {name}:{number}: {text}")

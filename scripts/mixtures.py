@@ -3,7 +3,7 @@ What mid-training and fine-tuning talk about.
 
 Offline conversations are written by the project itself: sums with the calculator, spelling, questions whose answer stands far
 back in a long text of the corpus (which arguments does a function take, a passkey, one of many keys, a change of topic and back), and
-conversations of nothing but facts and questions about them, with filler and without.
+conversations of nothing but facts or definitions and questions about them, with filler and without.
 The GPU tiers add SmolTalk, MMLU and GSM8K from the data hub, or from NANOCHAT_DATA_DIR.
 """
 from itertools import islice, product
@@ -29,6 +29,9 @@ FACTS = (2, 4, 8, 12, 16) # facts of a conversation that is about nothing else, 
 FAR = (800, 1200)      # tokens that such a conversation with filler has at least: the first that all of its facts and questions fit
 ASKED = (12, 6)        # questions about them, as many as a row has room for: facts that are asked about again and again teach looking up, each of 12 asked about once
                        # taught nothing in 230 steps (LOG.md, 2026-11-21)
+CODE = (4, 8, 12)      # questions about as many definitions, in conversations that are about little else
+DEFINITION = 128       # tokens of such a conversation for each of them, at least
+SHARES = (0.15, 0.15, 0.45, 0.25) # of the tokens: short conversations, long texts, facts, definitions. Facts once had 0.6 and definitions nothing: keys 100%, code 0% (LOG.md, 2026-11-22)
 SPARE = 64             # tokens of a row left to the special tokens of a few turns
 TEXTS = 400            # documents that questions are asked about: enough not to be learnt by heart, few enough to parse in seconds
 
@@ -94,7 +97,7 @@ def long_tasks(source, split, tokenizer, seq_len, seed):
     """
     Tasks about long texts of a source, each from the shortest length on at which every conversation can be made: what cannot be made must
     show before the first step, not in the middle of the run. What is left out is told.
-    Returns (tasks, tasks about nothing but facts).
+    Returns (tasks, tasks about nothing but facts, tasks about little but definitions).
     """
     high = seq_len - SPARE
     if high < SHORTEST:
@@ -117,12 +120,15 @@ def long_tasks(source, split, tokenizer, seq_len, seed):
             print0(f"left out    {split}: {make.name}, {lacks}")
         else:
             tasks.append(task)
-    facts = []
+    facts, definitions = [], []
+    if len(python) >= LEAST_PYTHON:
+        several = (CodeQuestions(code, length=(DEFINITION * n, high), questions=n, size=4000, seed=seed, split=split) for n in CODE if DEFINITION * n <= high and n < len(code.used))
+        definitions = [task for task in several if not task.lacking()]
     near, far = range(SPARE, high + 1, SPARE // 2), [(low, high) for low in FAR if low <= high]
     for pairs, lengths in product(FACTS, (near, far)):
         several = (MultiKey(filler, length=length, pairs=pairs, questions=questions, size=4000, seed=seed, split=split) for questions in ASKED for length in lengths)
         facts += [task for task in several if not task.lacking()][:1]
-    return tasks, facts
+    return tasks, facts, definitions
 
 
 def conversations(source, split, tokenizer, seq_len, hub, seed=0):
@@ -132,8 +138,8 @@ def conversations(source, split, tokenizer, seq_len, hub, seed=0):
     source   where the long texts come from;  hub   also SmolTalk, MMLU and GSM8K
     """
     short = [task(size=4000, seed=seed, split=split) for task in (Arithmetic, SimpleSpelling, SpellingBee)]
-    long, facts = long_tasks(source, split, tokenizer, seq_len, seed)
-    parts = [(TaskMixture(short, seed=seed), 0.2), (TaskMixture(long, seed=seed), 0.2), (TaskMixture(facts, seed=seed), 0.6)]
+    groups = [short, *long_tasks(source, split, tokenizer, seq_len, seed)]
+    parts = [(TaskMixture(tasks, seed=seed), share) for tasks, share in zip(groups, SHARES, strict=True) if tasks]
     if hub:
         parts = [(items, 0.3 * weight) for items, weight in parts] + [(TaskMixture(hub_tasks(split), seed=seed), 0.7)]
     return Parts(parts)

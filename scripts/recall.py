@@ -32,7 +32,7 @@ from tasks.ruler import VariableTracking
 SESSIONS = ("lensnet", "told", "recency", "gists")
 WAYS = (*SESSIONS, "window")
 COLUMNS = (*WAYS, "found")
-TASKS = {"passkey": (Passkey, 32), "multikey": (MultiKey, 32), "variables": (VariableTracking, 32), "codeqa": (CodeQuestions, 40)} # most tokens of an answer
+TASKS = {"passkey": (Passkey, 32), "multikey": (MultiKey, 32), "variables": (VariableTracking, 32), "codeqa": (CodeQuestions, 64)} # most tokens of an answer
 
 
 # ---------------------------------------------------------------------------------------------------------------------

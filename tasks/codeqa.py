@@ -8,8 +8,9 @@ Out: CodeQuestions: "Which arguments does copyfile take?" -> "src, dst", "Which 
      class A, ask about it; switch to class B, ask about it; come back to A. What was left in between must still be there.
 
 A question is asked only about a name that is defined once in all texts, so that it has one answer. Answers are copied
-from the source: a few tokens. Answers that are good guesses without reading (None, a base class that half the tree has) are
-left out: this is a test of memory.
+from the source: a few tokens. They are given in the definition's own first line ("def copyfile(src, dst, *, follow_symlinks=True)"), so that the words
+of the question stand in front of them as in the source (haystack.Ask). Answers that are good guesses without reading (None, a base class that half the
+tree has) are left out: this is a test of memory.
 """
 
 import ast
@@ -41,6 +42,7 @@ class Fact:
     start: int
     end: int
     at: int            # where the answer's line begins
+    says: str          # the definition's first line, and of "returns" what it returns: what the assistant says
     argument: str = "" # of a "default"
 
     def question(self, qualified=False):
@@ -78,7 +80,7 @@ def read_source(text):
     for node, owner in definitions(tree):
         if isinstance(node, ast.ClassDef):
             classes += class_source(node, lines, starts)
-            facts += base_fact(node, starts)
+            facts += base_fact(node, lines, starts)
         elif not node.name.startswith("__"):
             facts += function_facts(node, owner, lines, starts)
     return facts, classes
@@ -96,40 +98,45 @@ def definitions(tree):
                     yield member, node.name
 
 
+def first_line(node, lines):
+    """A definition's first line; "" if it goes on in the next, or is too long to be said."""
+    line = lines[node.lineno - 1].strip()
+    return line if line.endswith(":") and node.body[0].lineno > node.lineno and len(line) <= 2 * LONGEST else ""
+
+
 def class_source(node, lines, starts):
-    header = lines[node.lineno - 1].strip()
-    if not header.endswith(":") or len(header) > 2 * LONGEST:
-        return []
-    return [ClassSource(node.name, header, starts[node.lineno - 1], min(starts[node.end_lineno], starts[-1] - 1))]
+    header = first_line(node, lines)
+    return [ClassSource(node.name, header, starts[node.lineno - 1], min(starts[node.end_lineno], starts[-1] - 1))] if header else []
 
 
-def base_fact(node, starts):
-    if len(node.bases) != 1 or node.keywords or not isinstance(node.bases[0], (ast.Name, ast.Attribute)):
+def base_fact(node, lines, starts):
+    header = first_line(node, lines)
+    if not header or len(node.bases) != 1 or node.keywords or not isinstance(node.bases[0], (ast.Name, ast.Attribute)):
         return []
     answer, start = ast.unparse(node.bases[0]), starts[node.lineno - 1]
-    return [Fact("base", node.name, "", answer, start, starts[node.bases[0].end_lineno] - 1, start)]
+    return [Fact("base", node.name, "", answer, start, starts[node.lineno] - 1, start, header[:-1])]
 
 
 def function_facts(node, owner, lines, starts):
     """What one function or method says about its arguments, their defaults and what it returns."""
-    facts = []
-    start, end = starts[node.lineno - 1], starts[max(node.body[0].lineno - 1, node.lineno)] - 1
-    if node.body[0].lineno == node.lineno:
-        return facts # all on one line: nothing to look for
+    facts, header = [], first_line(node, lines)
+    if not header:
+        return facts
+    start, end, says = starts[node.lineno - 1], starts[node.lineno] - 1, header[:-1]
     static = any(isinstance(d, ast.Name) and d.id == "staticmethod" for d in node.decorator_list)
     names = argument_names(node.args)[1 if owner and not static else 0:]
     answer = ", ".join(names)
     if names and len(answer) <= LONGEST:
-        facts.append(Fact("arguments", node.name, owner, answer, start, end, start))
+        facts.append(Fact("arguments", node.name, owner, answer, start, end, start, says))
     for name, value in defaults(node.args):
         answer = written(value, lines)
         if isinstance(value, ast.Constant) and answer and len(answer) <= LONGEST // 2:
-            facts.append(Fact("default", node.name, owner, answer, start, end, start, name))
+            facts.append(Fact("default", node.name, owner, answer, start, end, start, says, name))
     last = node.body[-1]
     if isinstance(last, ast.Return) and last.value and leaves_once(node):
         answer, at = written(last.value, lines), starts[last.value.lineno - 1]
         if answer and len(answer) <= LONGEST:
-            facts.append(Fact("returns", node.name, owner, answer, start, starts[last.value.end_lineno] - 1, at))
+            facts.append(Fact("returns", node.name, owner, answer, start, starts[last.value.end_lineno] - 1, at, f"{header} return {answer}"))
     return facts
 
 
@@ -178,7 +185,7 @@ class Sources(Filler):
         if number not in self.known:
             text, size = self.texts[number], lambda item: self.measure(text[item.start:item.end])
             facts, classes = read_source(text)
-            self.known[number] = ([(fact, size(fact), self.measure(f"{fact.question(qualified=True)}\n{fact.answer}")) for fact in facts
+            self.known[number] = ([(fact, size(fact), self.measure(f"{fact.question(qualified=True)}\n{fact.says}")) for fact in facts
                                    if self.once(fact.owner or fact.name) and not self.guessable(fact)],
                                   [(item, size(item), self.measure(f"Show me class {item.name}.\n{item.header}")) for item in classes if self.once(item.name)])
         return self.known[number]
@@ -256,7 +263,7 @@ class CodeQuestions(CodeTask):
             start, end = self.window(self.filler.texts[number], fact, self.share(length) - said)
             place = depth if n == self.questions - 1 else rng.random()
             facts.append((place, f"\n{self.filler.texts[number][start:end]}\n"))
-            asks.append(Ask(fact.question(), fact.answer, n, 1 + fact.at - start))
+            asks.append(Ask(fact.question(), fact.answer, n, 1 + fact.at - start, 1 + fact.end - start, fact.says))
         return self.recall(rng, length, facts, asks, avoid=used)
 
     def share(self, length):
@@ -289,7 +296,7 @@ class CodeQuestions(CodeTask):
 class TopicShift(CodeTask):
     """
     Five turns; "turns" holds answer and depth of each. depth is that of class A, to which the last question returns.
-    A class takes at most a quarter of the length, a question with its answer a fourteenth: two and five of them leave a seventh.
+    A class takes at most a quarter of the length, a question with its answer an eleventh: two and five of them leave a little.
     """
 
     name = "topicshift"
@@ -306,8 +313,8 @@ class TopicShift(CodeTask):
         shown = [f"\n{self.filler.texts[number][item.start:item.end]}\n" for number, item in ((first, a), (second, b))]
         before, after = rng.sample(about_a, 2)
         aside = rng.choice(about_b)
-        asks = [Ask(f"Show me class {a.name}.", a.header, 0, 1), self.ask(before, 0, a),
-                Ask(f"Now show me class {b.name} instead.", b.header, 1, 1), self.ask(aside, 1, b),
+        asks = [self.show("Show me class {}.", a, 0), self.ask(before, 0, a),
+                self.show("Now show me class {} instead.", b, 1), self.ask(aside, 1, b),
                 self.ask(after, 0, a, "Back to the first class. ")]
         away = rng.uniform(0, depth) if rng.random() < depth else rng.uniform(depth, 1)
         out = self.recall(rng, length, [(depth, shown[0]), (away, shown[1])], asks, avoid={first, second})
@@ -328,11 +335,15 @@ class TopicShift(CodeTask):
             about = [(fact, said) for fact, _, said in facts if fact.owner == item.name and item.start <= fact.start and fact.end <= item.end]
             # a property's setter has its getter's name: ask only about what is said once
             often = Counter((fact.kind, fact.name, fact.argument) for fact, _ in about)
-            about = [fact for fact, said in about if often[fact.kind, fact.name, fact.argument] == 1 and said <= length / 14]
-            if len(about) >= 2 and size <= length / 4 and shown <= length / 14:
+            about = [fact for fact, said in about if often[fact.kind, fact.name, fact.argument] == 1 and said <= length / 11]
+            if len(about) >= 2 and size <= length / 4 and shown <= length / 11:
                 out.append((item, about))
         return out
 
     @staticmethod
+    def show(question, item, number):
+        return Ask(question.format(item.name), item.header, number, 1, 1 + len(item.header))
+
+    @staticmethod
     def ask(fact, number, item, lead=""):
-        return Ask(lead + fact.question(qualified=True), fact.answer, number, 1 + fact.at - item.start)
+        return Ask(lead + fact.question(qualified=True), fact.answer, number, 1 + fact.at - item.start, 1 + fact.end - item.start, fact.says)

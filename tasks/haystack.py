@@ -183,7 +183,7 @@ def bucket(length):
 @dataclass(frozen=True)
 class Ask:
     """
-    A question, its answer, and where the answer stands: `at` characters into fact number `fact` (0 = all of it answers); it takes the facts `also` as well.
+    A question, its answer, and where the answer stands: in fact number `fact`, from character `at` on to `stop` (0 = to its end); it takes the facts `also` as well.
     says: the sentence that the answer is given in, "" = the answer alone. One that repeats what was asked puts the same words in front of the
     answer as stand in front of it in the text, which a small model learns to continue long before it learns to look up (LOG.md, 2026-11-21).
     """
@@ -191,6 +191,7 @@ class Ask:
     answer: str
     fact: int = 0
     at: int = 0
+    stop: int = 0
     says: str = ""
     also: tuple = ()
 
@@ -200,7 +201,7 @@ class Ask:
 
     def evidence(self, facts, offsets):
         """[[start, stop], ...]: the characters that answer it, of a text that holds each of facts [(depth, fact), ...] from its offset on."""
-        places = [(self.fact, self.at, self.at + len(self.answer) if self.at else len(facts[self.fact][1]))] + [(n, 0, len(facts[n][1])) for n in self.also]
+        places = [(self.fact, self.at, self.stop or len(facts[self.fact][1]))] + [(n, 0, len(facts[n][1])) for n in self.also]
         return [[offsets[n] + start, offsets[n] + stop] for n, start, stop in places]
 
 

@@ -57,11 +57,14 @@ def test_every_conversation_can_be_made_and_fits_its_row(tmp_path, make, seq_len
     that the texts did not have, or a length too short for what they had.
     """
     tokenizer = tiny_tokenizer()
-    (mixture, _), (facts, share) = conversations(make(tmp_path / "text"), "train", tokenizer, seq_len, hub=False).parts[1:]
-    assert share == 0.6 and [task.pairs for task in facts.tasks] == {512: [2, 4, 8], 1024: sorted(2 * [2, 4, 8, 12, 16]), 2048: sorted(2 * [2, 4, 8, 12, 16])}[seq_len]
+    _, (mixture, _), (facts, share), *rest = conversations(make(tmp_path / "text"), "train", tokenizer, seq_len, hub=False).parts
+    definitions = [task for some, _ in rest for task in some.tasks]
+    code = {512: [], 1024: [4], 2048: [4, 8, 12] if make is python_package else [4, 8]}[seq_len] # twelve files: one has to be left to fill with
+    assert [task.questions for task in definitions] == code and [share for _, share in rest] == ([0.25] if code else [])
+    assert share == 0.45 and [task.pairs for task in facts.tasks] == {512: [2, 4, 8], 1024: sorted(2 * [2, 4, 8, 12, 16]), 2048: sorted(2 * [2, 4, 8, 12, 16])}[seq_len]
     assert {"passkey", "multikey", "codeqa"} <= {task.name for task in mixture.tasks} # with 400 tokens, the least that anybody would train
     assert len({mixture[i]["task"] for i in range(100)}) == len(mixture.tasks)
-    for task in [mixture, *mixture.tasks, *facts.tasks]:
+    for task in [mixture, *mixture.tasks, *facts.tasks, *definitions]:
         for i in range(100 if task is mixture else 25):
             assert fate(tokenizer.render(task[i])[1], seq_len) == "whole"
 
