@@ -177,8 +177,8 @@ def lens_quality(rows, found, count=2):
         gain         nats over the next block by its `count` best, each opened alone
         correlation  of its scores with the gains
     and "signs": for LensNet, of each edit whose utility is above noise, was the sign of its score right; "points": (score, utility) of all edits.
-    Utility is a gain less the mean of the reading's gains, what LensNet is trained to say; it is above noise when it is larger than twice its
-    standard error, from the spread of the gain over the tokens of the block.
+    Utility is a gain less the mean of the reading's gains, and a score counts less the mean of the reading's scores: LensNet is trained to say differences. It is above
+    noise when it is larger than twice its standard error, from the spread of the gain over the tokens of the block.
     """
     told = {way: dict(gain=[], correlation=[]) for way in WAYS} | {"signs": [], "points": []}
     for one in found:
@@ -192,7 +192,7 @@ def lens_quality(rows, found, count=2):
                 told[way]["gain"].append(float(gain[best(np.arange(len(gain)), scores[way], count)].sum()))
                 if scores[way].std() > 0 and gain.std() > 0:
                     told[way]["correlation"].append(float(np.corrcoef(scores[way], gain)[0, 1]))
-            utility = gain - gain.mean()
-            told["signs"] += ((scores["lensnet"] > 0) == (utility > 0))[np.abs(utility) > 2 * noise].tolist()
-            told["points"] += list(zip(scores["lensnet"].tolist(), utility.tolist()))
+            utility, score = gain - gain.mean(), scores["lensnet"] - scores["lensnet"].mean()
+            told["signs"] += ((score > 0) == (utility > 0))[np.abs(utility) > 2 * noise].tolist()
+            told["points"] += list(zip(score.tolist(), utility.tolist()))
     return told

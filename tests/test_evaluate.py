@@ -119,7 +119,7 @@ def test_signs_and_regret_by_hand():
     gain = np.repeat(np.array([0.1, 0.0, 0.0, -0.1])[None, :, None], BLOCK, axis=2)
     wrong = np.array([1.0, -1.0, -1.0, 1.0])
     line = np.zeros((1, 9, 9))
-    line[0, 8, :4] = wrong
+    line[0, 8, :4] = wrong + 5 # differences count, as in training
     rows = Sure({way: line for way in ("lensnet", "random", "bm25", "embedding")}, 1)
     told = lens_quality(rows, [evaluate.Opened(8, np.arange(4), gain, np.array([[4.0, 3, 2, 1]]))], count=2)
     assert sorted(told["signs"]) == [False, True], "the first is right and the last is wrong; the two without utility do not count"
