@@ -119,12 +119,21 @@ def test_signs_and_regret_by_hand():
     gain = np.repeat(np.array([0.1, 0.0, 0.0, -0.1])[None, :, None], BLOCK, axis=2)
     wrong = np.array([1.0, -1.0, -1.0, 1.0])
     line = np.zeros((1, 9, 9))
-    line[0, 8, :4] = wrong + 5 # differences count, as in training
+    line[0, 8, :4] = wrong
     rows = Sure({way: line for way in ("lensnet", "random", "bm25", "embedding")}, 1)
     told = lens_quality(rows, [evaluate.Opened(8, np.arange(4), gain, np.array([[4.0, 3, 2, 1]]))], count=2)
     assert sorted(told["signs"]) == [False, True], "the first is right and the last is wrong; the two without utility do not count"
     assert told["oracle"]["gain"] == pytest.approx([3.2]) and told["attention"]["gain"] == pytest.approx([3.2]) and told["lensnet"]["gain"] == pytest.approx([0.0])
     assert told["recency"]["gain"] == pytest.approx([-3.2]) and told["recency"]["correlation"][0] < 0 and len(told["points"]) == 4
+
+
+@pytest.mark.parametrize("offset", [0, 5, -5])
+def test_differences_of_scores_count(offset):
+    gain = np.repeat(np.array([0.1, 0.0, 0.0, -0.1])[None, :, None], BLOCK, axis=2)
+    line = np.zeros((1, 9, 9))
+    line[0, 8, :4] = np.array([1.0, 0, 0, -1]) + offset
+    told = lens_quality(Sure({way: line for way in ("lensnet", "random", "bm25", "embedding")}, 1), [evaluate.Opened(8, np.arange(4), gain, np.ones((1, 4)))])
+    assert told["signs"] == [True, True] and [score for score, _ in told["points"]] == [1, 0, 0, -1]
 
 
 def test_noise_hides_signs():
