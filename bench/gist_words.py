@@ -13,11 +13,12 @@ In nats a token of validation text: behind the block's gist, behind that of anot
 import argparse
 import json
 import time
+
 import numpy as np
 import torch
 
-from megacontext.gistnet import GistConfig, GistNet
 from megacontext.evaluate import swapped
+from megacontext.gistnet import GistConfig, GistNet
 from megacontext.layout import FAN, GIST, HIDDEN, entry_positions, stretches
 from megacontext.losses import CoTrainingOptions, row_entries
 from nanochat.common import UserError, print0, run_main
@@ -27,6 +28,7 @@ from nanochat.gpt import GPT, IGNORE, GPTConfig
 from nanochat.optim import make_optimizer
 from nanochat.report import table
 from nanochat.tokenizer import Tokenizer
+from scripts.recall import numbers
 
 VIEWS = ("own", "other", "nothing") # gists
 
@@ -70,33 +72,34 @@ def learn(gpt, gistnet, batches, steps, lr):
 
 @torch.no_grad()
 def judge(gpt, gistnet, batches):
-    """{view: nats a token} of blocks of 32."""
+    """{view: nats a token} of blocks of 32, of the batches that have another row's gist to offer."""
     sums, count = dict.fromkeys(VIEWS, 0.0), 0
     for batch in batches:
+        if len(batch.inputs) < 2:
+            continue
         for view in VIEWS:
             sums[view] += block_nats(gpt, gistnet, batch, FAN, view, "none").sum().item()
         last = torch.arange(batch.targets.size(1), device=batch.targets.device) % FAN == FAN - 1
         count += ((batch.targets != IGNORE) & ~last).sum().item()
+    if not count:
+        raise UserError("the validation text does not fill two rows: name a larger --source, or shorten them (--max-seq-len)")
     return {view: total / count for view, total in sums.items()}
 
 
-def numbers(flag, text, least, unit):
-    """A comma list of multiples of `unit`, at least `least` each."""
-    try:
-        found = [int(word) for word in text.split(",")]
-    except ValueError:
-        found = []
-    if not found or any(number < least or number % unit for number in found):
-        raise UserError(f"{flag} {text}: expected a comma list of numbers from {least} up" + f", multiples of {unit}" * (unit > 1))
-    return found
+def settle(args):
+    """(widths, lengths of training, seeds) of the flags; UserError for what cannot be run."""
+    widths, lengths, seeds = (numbers(text) for text in (args.widths, args.steps, args.seeds))
+    if not (widths and lengths and seeds) or any(width < 64 or width % 64 for width in widths) or min(lengths) < 1:
+        raise UserError(f"--widths {args.widths} --steps {args.steps} --seeds {args.seeds}: expected multiples of 64, at least one step, and a seed")
+    if args.max_seq_len < FAN or args.max_seq_len % FAN or args.rows < 2 or args.eval_rows < args.rows or args.eval_rows % args.rows or args.inner != -1 and (args.inner < 8 or args.inner % 8):
+        raise UserError(f"--max-seq-len {args.max_seq_len} --rows {args.rows} --eval-rows {args.eval_rows} --inner {args.inner}: expected whole blocks of {FAN} tokens, at least two rows "
+                        "(another gist is that of the next row), whole batches to judge by, and a multiple of 8 or -1")
+    return widths, lengths, seeds
 
 
 def main():
     args = parser.parse_args()
-    widths, lengths, seeds = numbers("--widths", args.widths, 64, 64), numbers("--steps", args.steps, 1, 1), numbers("--seeds", args.seeds, 0, 1)
-    if args.max_seq_len < FAN or args.max_seq_len % FAN or args.rows < 2 or args.eval_rows % args.rows or args.inner != -1 and (args.inner < 8 or args.inner % 8):
-        raise UserError(f"--max-seq-len {args.max_seq_len} --rows {args.rows} --eval-rows {args.eval_rows} --inner {args.inner}: expected whole blocks of {FAN} tokens, at least two rows "
-                        "(another gist is that of the next row), whole batches to judge by, and a multiple of 8 or -1")
+    widths, lengths, seeds = settle(args)
     use_data_dir(args.data_dir)
     tokenizer, items, val_items = Tokenizer.load(), open_source(args.source, "train"), open_source(args.source, "val")
     found, began = {}, time.perf_counter()

@@ -99,7 +99,7 @@ def definitions(tree):
 
 
 def first_line(node, lines):
-    """A definition's first line; "" if it goes on in the next, or is too long to be said."""
+    """A definition's first line; "" if it goes on in the next, ends in something else, or is too long to be said."""
     line = lines[node.lineno - 1].strip()
     return line if line.endswith(":") and node.body[0].lineno > node.lineno and len(line) <= 2 * LONGEST else ""
 

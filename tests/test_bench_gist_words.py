@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench import gist_words
-from bench.gist_words import block_nats, learn, numbers
+from bench.gist_words import block_nats, judge, learn, parser, settle
 from megacontext import probes
 from megacontext.evaluate import Networks, Rows
 from megacontext.gistnet import GistConfig, GistNet
@@ -45,13 +45,13 @@ def test_a_block_is_learnt_by_its_gist():
             yield batch_of(torch.from_numpy(np.concatenate([ids.reshape(8, -1), ids[:, 0, :1]], axis=1)))
 
     learn(gpt, gistnet, batches(), 120, 1.0)
-    told = gist_words.judge(gpt, gistnet, [next(batches()) for _ in range(4)])
+    told = judge(gpt, gistnet, [next(batches()) for _ in range(4)])
     assert told["own"] < 1.7 < 1.85 < min(told["other"], told["nothing"]) # 1.37, 2.03, 1.99 as written
 
 
 def test_the_whole_bench(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gist_words.Tokenizer, "load", tiny_tokenizer)
-    args = gist_words.parser.parse_args(["--source", make_text(tmp_path / "text"), "--widths", "64", "--steps", "2,4", "--layers", "1", "--rows", "2", "--max-seq-len", "64", "--eval-rows", "4"])
+    args = parser.parse_args(["--source", make_text(tmp_path / "text"), "--widths", "64", "--steps", "2,4", "--layers", "1", "--rows", "2", "--max-seq-len", "64", "--eval-rows", "4"])
     monkeypatch.setattr(gist_words, "parser", SimpleNamespace(parse_args=lambda: args))
     gist_words.main()
     found = json.loads(capsys.readouterr().out.splitlines()[-1])["found"]
@@ -59,7 +59,14 @@ def test_the_whole_bench(tmp_path, monkeypatch, capsys):
     assert all(set(told) == set(gist_words.VIEWS) and min(told.values()) > 0 for one in found for told in one["seeds"])
 
 
-@pytest.mark.parametrize("text", ["", "x", "100", "64,,128", "0"])
-def test_wrong_numbers_are_told(text):
-    with pytest.raises(UserError, match="expected a comma list of numbers from 64 up, multiples of 64"):
-        numbers("--widths", text, 64, 64)
+@pytest.mark.parametrize("flags", [["--widths", ""], ["--widths", "x"], ["--widths", "64,100"], ["--widths", "0"], ["--steps", "0"], ["--seeds", ""], ["--rows", "1"], ["--rows", "3"],
+                                   ["--eval-rows", "0"], ["--max-seq-len", "48"], ["--inner", "7"]])
+def test_wrong_sizes_are_told(flags):
+    with pytest.raises(UserError, match="expected"):
+        settle(parser.parse_args(flags))
+
+
+def test_one_row_cannot_be_judged():
+    gpt, gistnet, _ = tiny_networks(0, left=16)
+    with pytest.raises(UserError, match="does not fill two rows"):
+        judge(gpt, gistnet, [batch_of(torch.zeros(1, 2 * BLOCK + 1, dtype=torch.long))])
