@@ -105,13 +105,15 @@ def long_tasks(source, split, tokenizer, seq_len, seed):
     measure = lambda text: len(tokenizer.encode(text))
     texts = texts_of(source, split)
     filler, python = Filler(texts, measure), [text for text in texts if read_source(text)[0]] # files that define something with an answer
+    tasks, facts, definitions = [], [], []
     wanted = [(Passkey, filler, SHORTEST, dict(size=500)), (MultiKey, filler, SHORTEST, dict(size=1500, questions=4))]
     if len(python) >= LEAST_PYTHON:
         code = Sources(python, measure)
         wanted += [(CodeQuestions, code, SHORTEST, dict(size=1500, questions=3)), (TopicShift, code, SHORTEST_SHIFT, dict(size=500))]
+        several = (CodeQuestions(code, length=(DEFINITION * n, high), questions=n, size=4000, seed=seed, split=split) for n in CODE if DEFINITION * n <= high and n < len(code.used))
+        definitions = [task for task in several if not task.lacking()]
     else:
         print0(f"left out    {split}: questions about code, {len(python)} of the texts are Python files that define something, it takes {LEAST_PYTHON}")
-    tasks = []
     for make, held, low, settings in wanted:
         lacks = f"rows of {seq_len} tokens are too short"
         while low <= high and (lacks := (task := make(held, length=(low, high), seed=seed, split=split, **settings)).lacking()):
@@ -120,10 +122,6 @@ def long_tasks(source, split, tokenizer, seq_len, seed):
             print0(f"left out    {split}: {make.name}, {lacks}")
         else:
             tasks.append(task)
-    facts, definitions = [], []
-    if len(python) >= LEAST_PYTHON:
-        several = (CodeQuestions(code, length=(DEFINITION * n, high), questions=n, size=4000, seed=seed, split=split) for n in CODE if DEFINITION * n <= high and n < len(code.used))
-        definitions = [task for task in several if not task.lacking()]
     near, far = range(SPARE, high + 1, SPARE // 2), [(low, high) for low in FAR if low <= high]
     for pairs, lengths in product(FACTS, (near, far)):
         several = (MultiKey(filler, length=length, pairs=pairs, questions=questions, size=4000, seed=seed, split=split) for questions in ASKED for length in lengths)
