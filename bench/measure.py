@@ -32,6 +32,7 @@ from nanochat.kv_cache import KVCache
 SLICE = 2 * BLOCK      # tokens that one decodes before it is another's turn
 WARM_UP = 8 * BLOCK
 PROFILE = 16 * BLOCK   # tokens of the run with timers
+QUESTION = 20          # tokens of a prompt to a session that has a history
 LARGE = 10_000_000
 CHUNK = 2048           # of a prefill
 
@@ -182,6 +183,26 @@ def stages(rig, session):
     row |= {f"{name}_share": row[f"{name}_ms"] / row["tick_ms"] for name in ("ingest", "lens", "allocator", "splice")}
     for_a_moment = torch.cuda.max_memory_allocated() - allocated if cuda else 0
     return row | dict(visible=statistics.mean(visible), spans=len(session.spans), held_mb=(held(session) + for_a_moment) / 2 ** 20)
+
+
+def question(rig, session, times=3):
+    """
+    {question_ms: from a prompt of QUESTION tokens to the first token of the answer, search_ms: of these, LensNet's look through the whole history}: medians.
+    It is what a history's length may cost: once for each prompt.
+    """
+    took, searched, search = [], [], runtime.block_scores
+
+    def timed(*args):
+        rig.sync()
+        start = time.perf_counter()
+        scores = search(*args)
+        searched.append(time.perf_counter() - start)
+        return scores
+
+    with mock.patch.object(runtime, "block_scores", timed):
+        for ids in np.resize(rig.text, (times, QUESTION)).tolist():
+            took.append(seconds(rig, lambda: int(session.feed(ids).argmax())))
+    return dict(question_ms=1000 * statistics.median(took), search_ms=1000 * statistics.median(searched) if searched else 0.0)
 
 
 def held(thing):

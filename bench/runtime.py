@@ -15,6 +15,8 @@ random too, so that a tick makes edits: `edits` says how many. One tree grows on
                 every round. median, p99 and max are of single tokens; a tick falls on every 32nd. The next token always comes to Python. Each
                 length grows by what is decoded.
     a tick      where its milliseconds go, from timers around its stages, in a run of its own
+    question    a prompt of 20 tokens to the session at each length: to the first token of its answer, and of that the search through the whole history,
+                which is the one thing that takes longer the longer the history is
     full        plain full attention, reading as many entries as the history has, as far as they fit into half of the free memory
     exact       a session that re-reads instead of splicing, in turn with the others
     held        bytes of the session's own tensors; on cuda, and what it takes for a moment beyond them
@@ -117,9 +119,10 @@ def run(rig, lengths, prompts, rounds, tokens, args, folder):
         decoded = measure.in_turn(rig, sessions | {"exact": exact}, rounds, tokens, args.seed)
         plain_ms = decoded["plain"]["mean_ms"]
         for row in rows:
-            row |= decoded[row["length"]] | measure.stages(rig, sessions[row["length"]])
+            row |= decoded[row["length"]] | measure.stages(rig, sessions[row["length"]]) | measure.question(rig, sessions[row["length"]])
             row["overhead"] = ratio(row, decoded["plain"]) - 1
         print_decoding(rows, plain_ms, rig)
+        print_questions(rows)
         first["exact_ms"] = decoded["exact"]["mean_ms"]
         for row in rows:
             if row["length"] <= QUICK_FULL or not args.quick:
@@ -136,7 +139,7 @@ def run(rig, lengths, prompts, rounds, tokens, args, folder):
     prefilled = [row for row in ttft if row["prefill_s"] is not None][-1] # the longest prompt that fits
     return dict(
         reference=first["length"], longest=last["length"], plain_ms=plain_ms, plain_rounds_ms=decoded["plain"]["rounds_ms"], flatness=ratio(last, first),
-        held_ratio=last["held_mb"] / first["held_mb"], overhead=first["overhead"], overhead_longest=last["overhead"],
+        held_ratio=last["held_mb"] / first["held_mb"], question_ms=first["question_ms"], question_ms_longest=last["question_ms"], overhead=first["overhead"], overhead_longest=last["overhead"],
         ingest_speedup=prefilled["prefill_s"] / prefilled["ingest_s"], ttft_speedup=prefilled["prefill_s"] / prefilled["session_s"], speedup_prompt=prefilled["prompt"],
         rss_bytes_per_token=slope("rss_mb"), rss_anon_bytes_per_token=slope("rss_anon_mb"), disk_bytes_per_token=last["disk_bytes_per_token"],
         open_10m_seconds=large["seconds"], open_10m_look_seconds=large["look_seconds"], open_10m_rss_mb=large["rss_mb"], open_10m_tokens=large["tokens"],
@@ -228,6 +231,11 @@ def print_decoding(rows, plain_ms, rig):
     print("\nshare of a tick's time")
     table(rows, [("history", "length", ",d"), *((name, f"{key}_share", ".2%") for name, key in
                  (("GistNet", "ingest"), ("LensNet", "lens"), ("allocator", "allocator"), ("splice", "splice")))])
+
+
+def print_questions(rows):
+    print(f"\na prompt of {measure.QUESTION} tokens, ms to the first token of its answer")
+    table(rows, [("history", "length", ",d"), ("question", "question_ms", ".1f"), ("search", "search_ms", ".2f")])
 
 
 def print_beside(rows):

@@ -69,6 +69,7 @@ def test_the_numbers_add_up(told):
         assert row["visible"] <= 192 and 1 < row["spans"] <= 192 and row["ingest_tokens_s"] > 0
         assert 0 < row["edits"] and 0 <= row["again"] <= 4 * BLOCK # LensNet's last layer is not zero here
         assert 0 < row["rss_anon_mb"] < row["rss_mb"]
+        assert 0 < row["search_ms"] < row["question_ms"]
         assert sorted(row["rounds_ms"])[1] == row["mean_ms"] and len(row["rounds_ms"]) == 3
         assert row["overhead"] == pytest.approx(np.median(np.divide(row["rounds_ms"], line["plain_rounds_ms"])) - 1)
     first, last = line["rows"][0], line["rows"][-1]
