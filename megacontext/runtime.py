@@ -12,7 +12,7 @@ Keys and values belong to entries: a gist's are a function of the gist alone, a 
 splices and does not re-read: only blocks that come into view and were never read, or were forgotten, cost a forward.
 `exact=True` re-reads every raw block from the earliest edit on: the reference that the splicing is compared with.
 
-A session is a stream (nanochat.engine): feed(ids) -> logits, length. A prompt much longer than the tail is not read by the GPT
+A session is a stream (nanochat.conversation): feed(ids) -> logits, skim(ids), length. A prompt much longer than the tail is not read by the GPT
 at all but its end: GistNet summarises it, and LensNet opens what the question asks for.
 
 L = layers, H = kv heads, d = head width, n = entries
@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from megacontext.allocator import Focus, refocus
-from megacontext.ingest import complete, embed_tokens, ids_before, ingest
+from megacontext.ingest import NODES_AT_ONCE, complete, embed_tokens, ids_before, ingest
 from megacontext.kv_store import KVStore
 from megacontext.matches import Matches
 from megacontext.positions import compressed
@@ -118,7 +118,7 @@ class Session:
     # Reading
 
     @torch.no_grad()
-    def feed(self, ids, progress=None):
+    def feed(self, ids):
         """
         ids, at least one -> logits (V,) of the token that follows. One token is decoding. Several are a prompt: after it the
         context is refocused on what it asks, as often as levels have to be opened, and its end is read again in that light.
@@ -126,15 +126,10 @@ class Session:
         if len(ids) == 0:
             raise ValueError("nothing to feed: expected at least one token id")
         ids = list(ids)
-        prompt, skip = len(ids) > 1, len(ids) - 2 * self.tail
-        if skip > 0: # a long prompt: what is beyond the tail need not be read by the GPT, only remembered
-            skip += self.tail
-            start = time.perf_counter()
-            ingest(self.gpt, self.gistnet, self.tree, ids[:skip], progress)
-            start = self._count("ingest", start, ingested_tokens=skip)
-            self._assemble()
-            self._count("splice", start)
-            ids = ids[skip:]
+        prompt, done = len(ids) > 1, 0
+        for done in self.skim(ids):
+            pass
+        ids = ids[done:]
         while ids:
             length = self.tree.length
             room = BLOCK - length % BLOCK
@@ -143,6 +138,28 @@ class Session:
         if prompt and self.n_diff and self._settle():
             logits = self._read_again()
         return logits
+
+    def skim(self, ids):
+        """
+        Take in what of a prompt the GPT need not read, only remember: all but a raw tail, where the prompt is longer than two. A generator of the
+        tokens taken in so far, a stretch at a time; feed() takes the rest. Whoever stops it has those in the history. Between stretches the working
+        context is still that of before the prompt.
+        """
+        skip, done, stretch = len(ids) - self.tail, 0, NODES_AT_ONCE * BLOCK
+        if skip <= self.tail:
+            return
+        try:
+            while done < skip:
+                start = time.perf_counter()
+                stop = min(done + stretch - self.tree.length % stretch, skip)
+                ingest(self.gpt, self.gistnet, self.tree, ids[done:stop])
+                self._count("ingest", start, ingested_tokens=stop - done)
+                done = stop
+                yield done
+        finally: # also where it is stopped
+            start = time.perf_counter()
+            self._assemble()
+            self._count("splice", start)
 
     def _settle(self):
         """

@@ -4,19 +4,22 @@ A conversation over a stream: messages in, pieces of the answer out, and nothing
     conversation = Conversation(engine, PlainStream(gpt))
     for piece in conversation.reply("What is 6*7?", max_tokens=256): print(piece.text, end="")
 
-What the stream has read in earlier turns stays there; a new turn feeds the new tokens only. Read in pieces or at once, the
-stream is fed exactly what Tokenizer.render_prompt writes for the whole conversation.
+What the stream has read in earlier turns stays there; a new turn feeds the new tokens only. All together the stream is given
+exactly what Tokenizer.render_prompt writes for the whole conversation. A long message is first offered to its skim(ids), a generator:
+a stream that remembers more than it reads takes in the beginning there, and yields how many tokens of it so far, so that a reader sees
+where it is and may stop it. feed() is given the rest, in one go: for a stream with memory a feed of several tokens is a prompt, and asks all of its history.
 A reader may stop at any piece: what was said and not yet fed waits for the next turn, which closes the broken-off answer first.
 """
 
 import codecs
+from contextlib import closing
 from typing import NamedTuple
 
 from nanochat.tokenizer import turns
 
 
 class Progress(NamedTuple):
-    """A long message is being read: `done` of `total` tokens."""
+    """A long message is being taken in: `done` of `total` tokens."""
     done: int
     total: int
 
@@ -52,12 +55,9 @@ class Speech:
 
 
 class Conversation:
-    def __init__(self, engine, stream, chunk=None):
-        """
-        chunk  most tokens fed at once, with a Progress after each: for streams that digest any length (None = all at once).
-               A stream that has read something already is continued: it is taken to end where finish() leaves it.
-        """
-        self.engine, self.stream, self.chunk = engine, stream, chunk
+    def __init__(self, engine, stream):
+        """A stream that has read something already is continued: it is taken to end where finish() leaves it."""
+        self.engine, self.stream = engine, stream
         self.waiting = []        # ids that were said but not fed
         self.unfinished = False  # the assistant's last turn has no assistant_end yet
         self.turns = 0           # answers asked for so far
@@ -81,7 +81,7 @@ class Conversation:
 
     def reply(self, messages, max_tokens=None, **settings):
         """
-        Yield Progress while reading, then a Piece for every token of the answer, and one more if it ends inside a character.
+        Yield Progress while a long message is taken in, then a Piece for every token of the answer, and one more if it ends inside a character.
         messages: str, or a list of messages of which the last is the user's. settings: as of Engine.generate.
         """
         if isinstance(messages, str):
@@ -91,14 +91,13 @@ class Conversation:
         return self._reply(max_tokens, settings)
 
     def _reply(self, max_tokens, settings):
-        total = len(self.waiting)
-        while self.chunk and len(self.waiting) > self.chunk:
-            self._feed(self.chunk)
-            yield Progress(total - len(self.waiting), total)
         speech, start, said = Speech(self.engine.tokenizer), self.stream.length, []
-        ids = self.waiting
+        ids, done = self.waiting, 0
         try:
-            for token in self.engine.generate(self.stream, ids, max_tokens, **settings):
+            with closing(self.stream.skim(ids)) as taken:
+                for done in taken:
+                    yield Progress(done, len(ids))
+            for token in self.engine.generate(self.stream, ids[done:], max_tokens, **settings):
                 said.append(token)
                 yield speech.take(token)
             self.ended = "length" if len(said) == max_tokens else "stop"
@@ -108,17 +107,14 @@ class Conversation:
         if rest.text:
             yield rest
 
-    def _feed(self, n):
-        self.stream.feed(self.waiting[:n])
-        self.waiting = self.waiting[n:]
-
     def finish(self):
         """Feed what still waits and close the answer, so that the stream can be saved and continued by another Conversation."""
         if self.unfinished:
             self.waiting = self.waiting + [self.engine.tokenizer.special("<|assistant_end|>")]
             self.unfinished = False
-        while self.waiting:
-            self._feed(self.chunk or len(self.waiting))
+        if self.waiting:
+            self.stream.feed(self.waiting)
+            self.waiting = []
 
     def mark(self):
         """This moment, for rewind(): before a message is said, say."""

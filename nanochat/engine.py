@@ -134,6 +134,10 @@ class PlainStream:
         spans = [dict(level=0, start=self.dropped, stop=self.length, score=0.0)] if self.length else []
         return dict(spans=spans, tokens=self.length, budget=self.capacity, used=len(self.kept))
 
+    def skim(self, ids):
+        """What of a prompt need not be read is taken in before feed() has the rest; here that is nothing: what is not read is not known."""
+        yield from ()
+
     @torch.no_grad()
     def feed(self, ids):
         """ids, at least one -> logits (V,) of the token that follows."""

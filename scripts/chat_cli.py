@@ -23,8 +23,7 @@ from nanochat.conversation import Conversation, Progress
 from nanochat.engine import Engine, Sampler
 from scripts.load import add_flags, load_stage, open_stream, telemetry_maker
 
-TURNS = 20   # that /back can go back: each keeps what the model had in view
-CHUNK = 8192 # tokens of a long text fed at once: how often its progress is shown, and how soon Ctrl-C is heard
+TURNS = 20 # that /back can go back: each keeps what the model had in view
 
 HELP = """/read FILE   put a text file in front of your next message
 /memory      the working context: how many entries of each level, where
@@ -131,8 +130,7 @@ def main():
     engine = Engine(loaded.tokenizer)
 
     def begin():
-        stream = open_stream(loaded, not args.no_memory, args.budget, args.tree, telemetry)
-        return Conversation(engine, stream, None if args.no_memory else CHUNK)
+        return Conversation(engine, open_stream(loaded, not args.no_memory, args.budget, args.tree, telemetry))
 
     def keep(conversation):
         if args.tree is not None:

@@ -46,7 +46,6 @@ from nanochat.engine import Engine
 from nanochat.tokenizer import turns
 from scripts.load import add_flags, load_stage, open_stream, telemetry_maker
 
-CHUNK = 8192       # tokens of a long message read at once: how often progress is told and a hang-up is heard
 VIEW_EVERY = 16    # tokens between two snapshots of the memory
 KEEP_ALIVE_S = 15  # proxies cut connections that are silent for longer
 PAGE = Path(__file__).with_name("ui.html")
@@ -282,8 +281,7 @@ def write(chat, ask, stop):
     chat.turns = conversation.turns
     yield {"session": chat.name, "turn": chat.turns}
     for piece in pieces:
-        if isinstance(piece, Progress):
-            chat.snapshot()
+        if isinstance(piece, Progress): # the working context is still the old one
             yield {"progress": piece._asdict()}
         else:
             now = time.perf_counter()
@@ -334,8 +332,7 @@ def main():
     engine, telemetry = Engine(loaded.tokenizer), telemetry_maker(args)
 
     def begin():
-        stream = open_stream(loaded, not args.no_memory, args.budget, telemetry=telemetry())
-        return Conversation(engine, stream, None if args.no_memory else CHUNK)
+        return Conversation(engine, open_stream(loaded, not args.no_memory, args.budget, telemetry=telemetry()))
 
     begin() # what is wrong with memory or budget is told now, and not to the first guest
     limits = Limits(args.sessions, args.workers, request_bytes=int(args.message_mb * 2**20))

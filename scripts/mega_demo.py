@@ -29,7 +29,7 @@ from megacontext.span import BLOCK
 from megacontext.working_context import check, cost, find
 from nanochat import hardware
 from nanochat.common import UserError, run_main, setup
-from nanochat.conversation import Conversation
+from nanochat.conversation import Conversation, Piece
 from nanochat.engine import Engine
 from scripts.code_base import CodeBase, python_files, shuffled, take_files
 from scripts.load import add_flags, load_stage, open_tree, telemetry_maker
@@ -107,12 +107,17 @@ class Watched(Session):
         self.fed, self.ticks, self.took = [], [], [] # since the beginning; took: ms of each feed
         self.peak = self.watched = 0
 
-    def feed(self, ids, progress=None):
+    def skim(self, ids):
+        for done in super().skim(ids):
+            self.fed += ids[done - (self.length - len(self.fed)):done]
+            yield done
+
+    def feed(self, ids):
         start = time.perf_counter()
-        logits = super().feed(ids, progress)
+        logits = super().feed(ids)
         logits[0].item() # a GPU answers before it is done: wait
         self.took.append((time.perf_counter() - start) * 1000)
-        self.fed += ids
+        self.fed += ids[len(ids) - (self.length - len(self.fed)):] # what skim() has not
         self.watch()
         return logits
 
@@ -219,11 +224,13 @@ class Outcome(NamedTuple):
 def take_turn(n, turn, code, conversation, settings):
     """One turn of the conversation and its page: what the question did to the memory, then the answer."""
     session, tree = conversation.stream, conversation.stream.tree
-    before, stats, ticks, feeds = session.spans, dict(session.stats), len(session.ticks), len(session.took)
+    before, stats, ticks = session.spans, dict(session.stats), len(session.ticks)
     print(f"\n--- turn {n}: {turn.title}")
     say("user", repr(turn.question) + (f", after {len(code.text):,} bytes of code" if n == 1 else ""))
-    pieces = conversation.reply(turn.question if n > 1 else f"{code.text.decode()}\n{turn.question}", **settings)
+    said = conversation.reply(turn.question if n > 1 else f"{code.text.decode()}\n{turn.question}", **settings)
+    start, pieces = time.perf_counter(), (piece for piece in said if isinstance(piece, Piece))
     first = next(pieces, None) # the question was read and refocused on, one token was chosen and not read yet
+    total, feeds = 1000 * (time.perf_counter() - start), len(session.took)
     if n == 1:
         code.lay(conversation.engine.tokenizer, tree.tokens(0, tree.length).tolist())
     tick, heard, blocks = session.ticks[-1], session.spans, code.blocks(turn.first, turn.last - 1)
@@ -232,12 +239,12 @@ def take_turn(n, turn, code, conversation, settings):
     show_edits(code, session.ticks[ticks:])
     show_context(code, session, blocks)
     spent = {stage: session.stats[f"{stage}_ms"] - stats[f"{stage}_ms"] for stage in STAGES}
-    total, ticks = session.took[feeds], len(session.ticks)
+    ticks = len(session.ticks)
     say("time", f"{total:,.0f} ms to the first token: {', '.join(f'{stage} {ms:,.0f}' for stage, ms in spent.items())}, "
                 f"reading again {total - sum(spent.values()):,.0f}")
 
     said = "".join(piece.text for piece in ([first] if first else []) + list(pieces))
-    answer_ms, right = session.took[feeds + 1:], same_words(said, turn.answer) or same_words(said, turn.says)
+    answer_ms, right = session.took[feeds:], same_words(said, turn.answer) or same_words(said, turn.says)
     for line, text in enumerate(wrap(repr(said), WIDTH - 10, drop_whitespace=False)):
         say("" if line else "model", text)
     say("", f"{'right' if right else 'wrong'}, the source says {turn.says!r}")

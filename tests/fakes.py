@@ -60,6 +60,9 @@ class ScriptedStream:
         self.prompt_length = prompt_length # None: the first feed is the prompt
         self.feeds, self.length = [], 0
 
+    def skim(self, ids):
+        yield from ()
+
     def feed(self, ids):
         self.feeds.append(list(ids))
         self.length += len(ids)
@@ -73,18 +76,25 @@ class ScriptedStream:
 class FakeMemory:
     """
     A stream that looks like a session with long memory: it answers every turn with the same words, and has a view with levels
-    and scores made up from its length. `pause` seconds a feed make it as slow as a test wants.
+    and scores made up from its length. A prompt is taken in by stretches as long as there is more than one. `pause` seconds a stretch, and a feed,
+    make it as slow as a test wants.
     """
 
-    def __init__(self, answer, pause=0.0, budget=256):
+    def __init__(self, answer, pause=0.0, budget=256, stretch=8192):
         tokenizer = ByteTokenizer()
-        self.start, self.pause, self.budget = tokenizer.special("<|assistant_start|>"), pause, budget
+        self.start, self.pause, self.budget, self.stretch = tokenizer.special("<|assistant_start|>"), pause, budget, stretch
         self.answer = [*tokenizer.encode(answer), tokenizer.special("<|assistant_end|>")]
         self.fed, self.saved, self.said, self.telemetry = [], [], 0, Telemetry()
 
     @property
     def length(self):
         return len(self.fed)
+
+    def skim(self, ids):
+        for done in range(self.stretch, len(ids), self.stretch):
+            time.sleep(self.pause)
+            self.fed += ids[done - self.stretch:done]
+            yield done
 
     def feed(self, ids):
         time.sleep(self.pause)

@@ -47,7 +47,7 @@ class Speaks(FakeMemory):
 @pytest.fixture(scope="module")
 def url():
     engine = Engine(ByteTokenizer())
-    app = make_app(FakeLoaded(), lambda: Conversation(engine, Speaks(), 8192), True, Limits(sessions=2))
+    app = make_app(FakeLoaded(), lambda: Conversation(engine, Speaks()), True, Limits(sessions=2))
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -9,10 +9,14 @@ import sys
 import pytest
 
 import scripts.chat_cli as cli
+from megacontext import runtime
+from megacontext.ingest import ingest
 from megacontext.runtime import STAGES
+from megacontext.working_context import check
 from nanochat.common import UserError
 from nanochat.conversation import Conversation
 from nanochat.engine import Engine
+from scripts.load import load_stage, open_stream
 from tests.fakes import ByteTokenizer, FakeLoaded, FakeMemory, ScriptedStream
 from tests.tiny_run import make_run
 
@@ -120,6 +124,49 @@ def test_every_tick_is_a_line_of_the_telemetry_file(base, monkeypatch, capsys, t
         lengths = [tick["length"] for tick in ticks if tick["session"] == name]
         assert len(lengths) > 2 and lengths == sorted(lengths) and lengths[0] > 400
     assert all(0 < tick["budget_use"] <= 1 and set(tick["ms"]) == set(STAGES) for tick in ticks)
+
+
+def test_a_long_paste_is_searched_for_once(base, monkeypatch, capsys, tmp_path):
+    """
+    It was fed in pieces of 8,192 tokens, and each piece, having several tokens, was taken for a prompt: all of the history was searched for what it asks,
+    again and again. Now the script does exactly what a session does that is given the whole prompt.
+    """
+    make_run("sft")
+    text, searches, opened = "def f(x): return x + 1\n" * 1800, [], []
+    (tmp_path / "a.txt").write_text(text)
+    search, begin = runtime.block_scores, cli.open_stream
+    monkeypatch.setattr(runtime, "block_scores", lambda lensnet, tree, *rest: searches.append(tree.length) or search(lensnet, tree, *rest))
+    monkeypatch.setattr(cli, "open_stream", lambda *args: opened.append(begin(*args)) or opened[-1])
+    monkeypatch.setattr(sys, "argv", ["chat_cli", "--device", "cpu", "--dtype", "fp32", "--max-tokens", "1", "--file", str(tmp_path / "a.txt"), "-p", "what?"])
+    cli.main()
+    (session,), loaded = opened, load_stage("sft")
+    assert searches == [session.length] and session.length > 3 * 8192
+    twin = begin(loaded)
+    twin.feed(loaded.tokenizer.render_prompt({"messages": [dict(role="user", content=f"{text}\n\nwhat?")]}))
+    counts = ("ticks", "edits", "read_tokens", "ingested_tokens")
+    assert session.spans == twin.spans and [session.stats[name] for name in counts] == [twin.stats[name] for name in counts]
+
+
+def test_ctrl_c_is_heard_while_a_long_paste_is_read(base, monkeypatch, capsys, tmp_path):
+    """After the first of several stretches of 8,192 tokens: they are in the history, in a working context that may go on, and the rest waits for the next message."""
+    make_run("sft")
+    loaded, searches = load_stage("sft"), []
+    session = open_stream(loaded, budget=192)
+    conversation = Conversation(Engine(loaded.tokenizer), session)
+    monkeypatch.setattr(runtime, "ingest", lambda *args: os.kill(os.getpid(), signal.SIGINT) or ingest(*args))
+    search = runtime.block_scores
+    monkeypatch.setattr(runtime, "block_scores", lambda lensnet, tree, *rest: searches.append(tree.length) or search(lensnet, tree, *rest))
+    text, out = "x = [1, 2, 3]\n" * 2000, io.StringIO()
+    cli.answer(conversation, text, dict(max_tokens=3, temperature=0), out)
+    assert out.getvalue() == " (stopped)\n" and session.length == 8192 and not searches
+    check(session.spans, 8192, 192)
+    monkeypatch.setattr(runtime, "ingest", ingest)
+    cli.answer(conversation, "and?", dict(max_tokens=3, temperature=0), out)
+    special = loaded.tokenizer.special
+    prompt = loaded.tokenizer.render_prompt({"messages": [dict(role="user", content=text)]})
+    asked = [*prompt, special("<|assistant_end|>"), *loaded.tokenizer.render_prompt({"messages": [dict(role="user", content="and?")]})[1:]]
+    assert session.tree.tokens(0, len(asked)).tolist() == asked and searches == [len(asked)]
+    check(session.spans, session.length, 192)
 
 
 @pytest.mark.parametrize("flags, message", [

@@ -23,13 +23,13 @@ tokenizer = ByteTokenizer()
 engine = Engine(tokenizer)
 
 
-def app_of(stream, chunk=8192, **limits):
+def app_of(stream, **limits):
     """An app whose every session gets stream(); the streams made so far are in app.state.streams."""
     streams = []
 
     def begin():
         streams.append(stream())
-        return Conversation(engine, streams[-1], chunk)
+        return Conversation(engine, streams[-1])
 
     app = make_app(FakeLoaded(), begin, True, Limits(**limits))
     app.state.streams = streams
@@ -205,7 +205,7 @@ def test_a_real_session_remembers_a_history_far_over_its_budget():
     torch.manual_seed(0)
     gpt, gistnet, lensnet = build(GPTConfig(tokenizer.vocab_size, 512, layers=2, heads=2, kv_heads=2, width=64), memory=True)
     loaded = Loaded(gpt.eval(), gistnet.eval(), lensnet.eval(), tokenizer, {"step": 0}, "sft", "tiny")
-    with TestClient(make_app(loaded, lambda: Conversation(engine, open_stream(loaded, True, 256), 8192))) as client:
+    with TestClient(make_app(loaded, lambda: Conversation(engine, open_stream(loaded, True, 256)))) as client:
         name = post(client, "x = 1\n" * 3300, max_tokens=40)[0]["session"]
         first = client.get(f"/memory/{name}").json()
         assert first["tokens"] > 19_800 and first["used"] <= first["budget"] == 256
@@ -273,7 +273,7 @@ def test_hanging_up_stops_the_answer_and_the_next_turn_goes_on(served):
 
 
 def test_hanging_up_stops_the_reading_of_a_long_paste(served):
-    app = app_of(lambda: FakeMemory("ok", pause=0.05), chunk=100)
+    app = app_of(lambda: FakeMemory("ok", pause=0.05, stretch=100))
     url = served(app)
     with httpx.stream("POST", f"{url}/chat/completions", json=ask("x" * 100_000)) as response:
         for line in response.iter_lines():

@@ -16,10 +16,16 @@ END = tokenizer.special("<|assistant_end|>")
 
 
 class Answers:
-    """A stream that gives a fixed answer after every assistant_start, and remembers all it was fed."""
+    """A stream that gives a fixed answer after every assistant_start, and remembers all it was given. A prompt is taken in by stretches but for the last."""
 
-    def __init__(self, answer):
-        self.answer, self.fed, self.feeds, self.length = [*tokenizer.encode(answer), END], [], [], 0
+    def __init__(self, answer, stretch=10 ** 6):
+        self.answer, self.fed, self.feeds, self.length, self.stretch = [*tokenizer.encode(answer), END], [], [], 0, stretch
+
+    def skim(self, ids):
+        for done in range(self.stretch, len(ids), self.stretch):
+            self.fed += ids[done - self.stretch:done]
+            self.length += self.stretch
+            yield done
 
     def feed(self, ids):
         self.fed += ids
@@ -38,10 +44,10 @@ def text_of(pieces):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_turn_by_turn_feeds_what_is_rendered_at_once(seed):
-    """With answers cut short, readers that walk away, and chunks: the stream's ids are always those of the whole conversation."""
+    """With answers cut short, readers that walk away, and prompts that are not all read: the stream's ids are always those of the whole conversation."""
     rng = random.Random(seed)
-    stream = Answers("hello €")
-    conversation = Conversation(engine, stream, chunk=rng.choice([None, 4, 7]))
+    stream = Answers("hello €", stretch=rng.choice([10 ** 6, 4, 7]))
+    conversation = Conversation(engine, stream)
     messages = []
     for turn in range(4):
         user = "".join(rng.choice("abc €<|bos|>") for _ in range(rng.randrange(20)))
@@ -97,17 +103,17 @@ def test_what_is_no_question_is_refused_and_changes_nothing(messages):
     assert (conversation.turns, conversation.waiting, conversation.unfinished) == (0, [], False)
 
 
-def test_progress_counts_up_and_leaves_the_last_chunk_to_the_answer():
-    stream = Answers("hello")
-    events = list(Conversation(engine, stream, chunk=10).reply("x" * 55, temperature=0))
+def test_progress_counts_up_and_what_is_left_is_fed_in_one_go():
+    stream = Answers("hello", stretch=10)
+    events = list(Conversation(engine, stream).reply("x" * 55, temperature=0))
     assert events[:5] == [Progress(done, 59) for done in (10, 20, 30, 40, 50)]
-    assert [len(feed) for feed in stream.feeds[:6]] == [10, 10, 10, 10, 10, 9]
+    assert [len(feed) for feed in stream.feeds[:2]] == [9, 1]
     assert text_of(events) == "hello"
 
 
 def test_leaving_while_a_long_message_is_read_loses_none_of_it():
-    stream = Answers("hello")
-    conversation = Conversation(engine, stream, chunk=10)
+    stream = Answers("hello", stretch=10)
+    conversation = Conversation(engine, stream)
     for event in conversation.reply("x" * 55):
         break
     assert stream.length == 10
