@@ -97,6 +97,7 @@ class Tick(NamedTuple):
     spans: list  # as they were scored, before the edits
     scores: list
     edits: list
+    asked: bool  # by a search of the whole history for what a question asks, which is over when nothing is edited any more
 
 
 class Watched(Session):
@@ -128,7 +129,7 @@ class Watched(Session):
     def refocus(self, margin=None, found=None):
         self.watch()
         edits = super().refocus(margin, found)
-        self.ticks.append(Tick(self.length, *self.scored, edits))
+        self.ticks.append(Tick(self.length, *self.scored, edits, found is not None))
         self.watch()
         return edits
 
@@ -158,7 +159,7 @@ def show_tree(tree):
 
 
 def show_scores(code, tick):
-    """Highest and lowest of the scores that the edits were made from."""
+    """Highest and lowest of the scores of a tick."""
     order = sorted((i for i, span in enumerate(tick.spans) if not span.live), key=lambda i: -tick.scores[i])
     say("scores", f"{len(order)} spans, {sum(tick.scores[i] > 0 for i in order)} want detail; the {SHOWN} highest and the {SHOWN} lowest, in nats")
     for i in order[:SHOWN] + order[-SHOWN:]:
@@ -171,12 +172,13 @@ def counted(ticks):
     return f"{kinds['expand']} expand, {kinds['collapse']} collapse in {len(ticks)} ticks"
 
 
-def show_edits(code, ticks):
-    """The edits of the tick that heard the whole question one by one, those before it counted."""
-    *before, last = ticks
-    say("edits", f"{len(last.edits)} at {last.length:,} tokens, when the question was read"
+def show_edits(code, session, ticks):
+    """The edits that the question made, when it was read, one by one in their order; those before it counted."""
+    asked, before = ([tick for tick in ticks if tick.asked == kind] for kind in (True, False))
+    edits = [edit for tick in asked for edit in tick.edits]
+    say("edits", f"{len(edits)} at {session.length:,} tokens in {len(asked)} ticks, when the question was read"
                  + (f"; while reading it: {counted(before)}" if before else ""))
-    for edit in last.edits:
+    for edit in edits:
         place, text = code.place(edit.node.start)
         say("", f"{edit.kind:<8}  {name_of(edit.node)} {place:<33} {text}")
 
@@ -236,7 +238,7 @@ def take_turn(n, turn, code, conversation, settings):
     tick, heard, blocks = session.ticks[-1], session.spans, code.blocks(turn.first, turn.last - 1)
     show_tree(tree)
     show_scores(code, tick)
-    show_edits(code, session.ticks[ticks:])
+    show_edits(code, session, session.ticks[ticks:])
     show_context(code, session, blocks)
     spent = {stage: session.stats[f"{stage}_ms"] - stats[f"{stage}_ms"] for stage in STAGES}
     ticks = len(session.ticks)

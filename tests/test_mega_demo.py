@@ -85,8 +85,9 @@ def test_the_same_seed_gives_the_same_page(page):
     assert same(first) == same(again) != same(other)
 
 
-def test_a_lensnet_that_knows_the_answer_opens_it(page, monkeypatch):
-    """The demo says "opened: yes" where it is so: here LensNet is told which blocks hold the answers, once they are known."""
+@pytest.fixture
+def tell_lensnet(monkeypatch):
+    """LensNet is told which blocks hold the answers, once they are known: after the first turn."""
     made = []
     scenario = demo.scenario
     monkeypatch.setattr(demo, "scenario", lambda code, seed: made.append((code, scenario(code, seed))) or made[0][1])
@@ -97,8 +98,25 @@ def test_a_lensnet_that_knows_the_answer_opens_it(page, monkeypatch):
         return [0.0 if span.live else 5.0 if any(span.start <= block * BLOCK < span.stop for block in wanted) else -1.0 for span in self.spans]
 
     monkeypatch.setattr(Session, "score", score)
+
+
+def test_a_lensnet_that_knows_the_answer_opens_it(page, tell_lensnet):
+    """The demo says "opened: yes" where it is so."""
     fates = [check_turn(turn, 448) for turn in page("--tokens", "8000", "--budget", "448").split("\n--- ")[1:6]]
     assert not fates[0][0] and fates[4][0] and all(rank == 1 for _, rank in fates[1:])
+
+
+def test_the_edits_that_a_question_made_are_listed(page, tell_lensnet, monkeypatch):
+    """It listed those of the last refocus, which by then has nothing left to edit: every turn said that there were none. `session.edits` has them all."""
+    asked, settle = [], Session._settle
+    monkeypatch.setattr(Session, "_settle", lambda self: (settle(self), asked.append(self.edits))[0])
+    turns = page("--tokens", "8000", "--budget", "448").split("\n--- ")[1:6]
+    assert len(asked) == 5 and len(asked[1]) > 4, "more than a refocus makes at once"
+    for turn, edits in zip(turns, asked):
+        assert numbers(r"edits +([\d,]+) at [\d,]+ tokens", turn) == [len(edits)]
+        listed = re.findall(r"^ +(expand|collapse) +L(\d) +([\d,]+)\.\.([\d,]+) ", turn, re.M)
+        assert [(kind, int(level), number(start), number(last)) for kind, level, start, last in listed] == [
+            (edit.kind, edit.node.level, edit.node.start, edit.node.stop - 1) for edit in edits]
 
 
 def test_a_token_has_the_place_that_counting_gives():
