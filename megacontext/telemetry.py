@@ -1,12 +1,14 @@
 """
 What a session did, in numbers that stay small: one call per tick in; JSON lines, a function told of each, a summary and samples for a Prometheus page out.
-Memory is bounded whatever the length of the session: counters and histograms of fixed size, and for single nodes the most
+All aggregates are made from the lines, so that a file of them gives the same summary as the session that wrote it (summaries). Memory is bounded whatever the length of the session: counters and histograms of fixed size, and for single nodes the most
 accessed NODES of them (the Space-Saving sketch of Metwally et al., 2005: a newcomer takes the place and the count of the rarest).
 
 swap_rate   edits of a tick per span in view
 budget_use  entries in view per entry of budget
 residency   entries in view by level; and for how many ticks an opened node stayed open
-access      how often a node of a level was opened
+access      how often a node was opened: each line names the nodes, as [level, index]
+
+What an edit is worth in nats is not among them: it takes the tokens that follow, read with the edit and without. megacontext/probes.py and labels.py measure that.
 """
 
 import json
@@ -27,8 +29,9 @@ METRICS = {    # of the Prometheus page: name -> (type, help)
     "edits_total": ("counter", "Edits by kind and level of the gist."),
     "stage_ms": ("summary", "Milliseconds per stage."),
     "stayed_ticks": ("summary", "Ticks from opening to closing."),
-    "measured": ("gauge", "Numbers measured now and then, newest."),
+    "opened": ("gauge", "Times that a node was opened, of those opened most."),
 }
+MOST = 10      # nodes that a summary and a page tell of
 
 
 class Histogram:
@@ -75,41 +78,41 @@ class Telemetry:
         self.ticks, self.length = 0, 0
         self.sums = Counter()        # "swap_rate", "budget_use" or a level -> its sum over all ticks
         self.edits = Counter()       # (kind, level of the node) -> edits
-        self.accessed = Counter()    # node -> times opened, at most NODES of them
+        self.accessed = Counter()    # node, as (level, index) -> times opened, at most NODES of them
         self.opened = {}             # node -> tick of its opening, for the OLDEST newest that are open
         self.stayed = {}             # level -> Histogram of ticks from opening to closing
         self.stages = {}             # stage -> Histogram of ms
-        self.measured = {}           # name -> (count, sum, newest), e.g. delta_nll
         self.newest = {}             # the last tick's line
 
-    def tick(self, length, spans, budget, edits, ms, **measured):
-        """
-        One tick. length: tokens of history; spans, edits: as refocus gave them; ms: {stage: milliseconds}; measured: numbers
-        that are known at some ticks only (delta_nll=...). Returns the line that was written.
-        """
+    def tick(self, length, spans, budget, edits, ms):
+        """One tick. length: tokens of history; spans, edits: as refocus gave them; ms: {stage: milliseconds}. Returns the line that was written."""
         levels = Counter([span.level for span in spans])
         raw = sum(span.cost for span in spans if span.level == 0)
         used = len(spans) - levels[0] + raw
-        self.ticks, self.length = self.ticks + 1, length
-        for kind, node in edits:
-            self.edits[kind, node.level] += 1
-            self._open(node) if kind == "expand" else self._close(node)
-        for stage, x in ms.items():
-            self.stages.setdefault(stage, Histogram()).add(x)
-        for name, x in measured.items():
-            n, total, _ = self.measured.get(name, (0, 0.0, 0.0))
-            self.measured[name] = n + 1, total + x, x
-        residency = {level: raw if level == 0 else n for level, n in sorted(levels.items())}
-        rates = {"budget_use": used / budget, "swap_rate": len(edits) / max(len(spans), 1)}
-        self.sums.update(rates | residency)
-        self.newest = {"session": self.session, "tick": self.ticks, "length": length, "entries": used, **rates, "edits": len(edits),
-                       "residency": residency, "ms": {stage: round(x, 4) for stage, x in ms.items()}, **measured}
+        opened, closed = ([[node.level, node.index] for kind, node in edits if kind == wanted] for wanted in ("expand", "collapse"))
+        line = {"session": self.session, "tick": self.ticks + 1, "length": length, "entries": used, "budget_use": used / budget,
+                "swap_rate": len(edits) / max(len(spans), 1), "edits": len(edits), "opened": opened, "closed": closed,
+                "residency": {level: raw if level == 0 else n for level, n in sorted(levels.items())}, "ms": {stage: round(x, 4) for stage, x in ms.items()}}
+        self.count(line)
         if self.file:
-            self.file.write(json.dumps(self.newest) + "\n")
+            self.file.write(json.dumps(line) + "\n")
             self.file.flush()
         if self.tell:
-            self.tell(self.newest)
-        return self.newest
+            self.tell(line)
+        return line
+
+    def count(self, line):
+        """Add a tick's line to the aggregates."""
+        self.ticks, self.length, self.newest = self.ticks + 1, line["length"], line
+        for level, index in line["opened"]:
+            self.edits["expand", level] += 1
+            self._open((level, index))
+        for level, index in line["closed"]:
+            self.edits["collapse", level] += 1
+            self._close((level, index))
+        for stage, x in line["ms"].items():
+            self.stages.setdefault(stage, Histogram()).add(x)
+        self.sums.update({"budget_use": line["budget_use"], "swap_rate": line["swap_rate"]} | line["residency"])
 
     def next_session(self):
         """What follows belongs to another session: another name, and other nodes behind the same numbers. The aggregates go on."""
@@ -127,8 +130,7 @@ class Telemetry:
             "edits": {f"{kind} {level}": n for (kind, level), n in sorted(self.edits.items())},
             "stayed_ticks": {level: histogram.summary() for level, histogram in sorted(self.stayed.items())},
             "ms": {stage: histogram.summary() for stage, histogram in self.stages.items()},
-            "measured": {name: {"count": n, "mean": total / n, "newest": newest} for name, (n, total, newest) in self.measured.items()},
-            "most_accessed": [[node.level, node.index, n] for node, n in self.accessed.most_common(10)],
+            "most_accessed": [[*node, n] for node, n in self.accessed.most_common(MOST)],
         }
 
     def metrics(self):
@@ -138,7 +140,7 @@ class Telemetry:
             "budget_use": [("", {}, self.newest.get("budget_use", 0))], "swap_rate": [("", {}, self.newest.get("swap_rate", 0))],
             "entries": [("", {"level": level}, n) for level, n in self.newest.get("residency", {}).items()],
             "edits_total": [("", {"kind": kind, "level": level}, n) for (kind, level), n in sorted(self.edits.items())],
-            "measured": [("", {"name": name}, newest) for name, (_, _, newest) in self.measured.items()],
+            "opened": [("", {"level": level, "index": index}, n) for (level, index), n in self.accessed.most_common(MOST)],
         }
         for name, label, histograms in (("stage_ms", "stage", self.stages), ("stayed_ticks", "level", self.stayed)):
             samples[name] = []
@@ -166,7 +168,23 @@ class Telemetry:
 
     def _close(self, node):
         if node in self.opened:  # blocks that came in raw were never opened
-            self.stayed.setdefault(node.level, Histogram()).add(self.ticks - self.opened.pop(node))
+            self.stayed.setdefault(node[0], Histogram()).add(self.ticks - self.opened.pop(node))
+
+
+def summaries(path):
+    """A file of ticks, as `path` of Telemetry writes it -> {session: summary()}, in the order of their first lines."""
+    told = {}
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            for n, text in enumerate(file, 1):
+                line = json.loads(text)
+                line["residency"] = {int(level): entries for level, entries in line["residency"].items()} # JSON has no numbers as keys
+                told.setdefault(line["session"], Telemetry()).count(line)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"line {n} of {path} is no tick of a memory: expected the JSON that --telemetry of this version writes, got {text[:80]!r} ({error})") from None
+    return {session: telemetry.summary() for session, telemetry in told.items()}
 
 
 def page(sessions):

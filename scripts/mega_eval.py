@@ -9,10 +9,12 @@ Does the memory pay? Tables, pictures, and one JSON line with all of their numbe
     LensNet          correlation with measured gains, signs, and how much of the oracle's gain it gets, beside other ways to choose: on text, and on
                      questions about what was said far back (conversation stages; scripts/asked.py)
     recall           questions about what was said far back, by length and depth (conversation stages; scripts/recall.py)
-    telemetry        what the sessions of that recall did: swaps, budget in use, entries and openings by level, ms per stage
+    telemetry        what the sessions of that recall did: swaps, budget in use, entries and openings by level, ms per stage; with --telemetry FILE
+                     what those of a chat did, from the lines that they wrote, and nothing else: no checkpoint is needed
 
 python -m scripts.mega_eval --stage sft
 python -m scripts.mega_eval --checkpoint base/d4 --source dir:books --seq-len 2048 --budget 256 --documents 24
+python -m scripts.mega_eval --telemetry ticks.jsonl    # after chat_cli --telemetry ticks.jsonl, or chat_web or mega_demo
 """
 import argparse
 import json
@@ -25,13 +27,14 @@ import torch
 from megacontext import probes
 from megacontext.evaluate import METHODS, WAYS, Networks, Rows, by_budget, lens_quality, opened, oracle, pooled, trailing
 from megacontext.span import BLOCK
+from megacontext.telemetry import summaries
 from nanochat import plots, report
 from nanochat.common import UserError, pick_device_type, print0, run_main
 from nanochat.dataset import add_data_dir, open_source, use_data_dir
 from nanochat.run import Log
 from scripts.asked import SLACK, answer_rows, ask
 from scripts.load import load_stage
-from scripts.recall import Questions, add_recall_flags, numbers, picture, recall_tables, settle_recall, spread, telemetry_numbers
+from scripts.recall import Questions, add_recall_flags, numbers, picture, recall_tables, settle_recall, spread, telemetry_numbers, telemetry_table
 
 parser = argparse.ArgumentParser(description="Measure what the memory is worth", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 parser.add_argument("--stage", default="sft", help="base, mid or sft")
@@ -45,6 +48,7 @@ parser.add_argument("--documents", type=int, default=12, help="rows for each see
 parser.add_argument("--measured-rows", type=int, default=4, help="rows of each seed with every edit measured: oracle, LensNet, dNLL, one gist")
 parser.add_argument("--seeds", type=int, default=3, help="samples of rows and questions; the spread is over them")
 add_recall_flags(parser)
+parser.add_argument("--telemetry", default=None, help="sum up this file, which chat_cli, chat_web or mega_demo wrote with the same flag, and measure nothing")
 parser.add_argument("--run", default="", help="name of a wandb run (empty = no wandb)")
 parser.add_argument("--device", default="")
 add_data_dir(parser)
@@ -207,8 +211,19 @@ def told(number, digits=4):
     return None if number is None else f"{number['mean']:.{digits}f}" + ("" if number["spread"] is None else f" +- {number['spread']:.{digits}f}")
 
 
+def tell_sessions(path):
+    """The table and the numbers of a file of ticks, by session."""
+    told = summaries(path)
+    if not told:
+        raise UserError(f"{path} has no ticks: a session tells of its first when it has read {BLOCK} tokens")
+    print0(telemetry_table({f"{session}/{summary['length']}": summary for session, summary in told.items()}) + "\n")
+    print0(json.dumps(told))
+
+
 def main():
     args = parser.parse_args()
+    if args.telemetry is not None:
+        return tell_sessions(args.telemetry)
     if args.checkpoint:
         args.stage, _, args.tag = args.checkpoint.partition("/")
     use_data_dir(args.data_dir)

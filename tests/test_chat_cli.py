@@ -16,6 +16,7 @@ from megacontext.working_context import check
 from nanochat.common import UserError
 from nanochat.conversation import Conversation
 from nanochat.engine import Engine
+from scripts import mega_eval
 from scripts.load import load_stage, open_stream
 from tests.fakes import ByteTokenizer, FakeLoaded, FakeMemory, ScriptedStream
 from tests.tiny_run import make_run
@@ -110,7 +111,7 @@ def test_back_takes_the_last_message_back(monkeypatch, capsys, tmp_path):
 
 
 def test_every_tick_is_a_line_of_the_telemetry_file(base, monkeypatch, capsys, tmp_path):
-    """A real session: 3,000 characters read, then another conversation in the same process."""
+    """A real session: 3,000 characters read, then another conversation in the same process. mega_eval sums the file up, without a checkpoint."""
     make_run("sft")
     (tmp_path / "a.txt").write_text("def f(x): return x + 1\n" * 130)
     lines = iter([f"/read {tmp_path / 'a.txt'}", "what?", "/new", f"/read {tmp_path / 'a.txt'}", "and now?", "/quit"])
@@ -124,6 +125,23 @@ def test_every_tick_is_a_line_of_the_telemetry_file(base, monkeypatch, capsys, t
         lengths = [tick["length"] for tick in ticks if tick["session"] == name]
         assert len(lengths) > 2 and lengths == sorted(lengths) and lengths[0] > 400
     assert all(0 < tick["budget_use"] <= 1 and set(tick["ms"]) == set(STAGES) for tick in ticks)
+
+    monkeypatch.setattr(mega_eval, "load_stage", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(sys, "argv", ["mega_eval", "--telemetry", str(tmp_path / "ticks.jsonl")])
+    mega_eval.main()
+    *table, _, numbers = capsys.readouterr().out.splitlines()
+    told = json.loads(numbers)
+    assert list(told) == sessions and len(table) == 2 + len(sessions)
+    for row, name in zip(table[2:], sessions):
+        mine = [tick for tick in ticks if tick["session"] == name]
+        cells = [cell.strip() for cell in row.split("|")[1:-1]]
+        assert cells[:2] == [f"{mine[-1]['length']} tokens, {name}", f"{len(mine)}"] and len(cells) == 6 + len(STAGES)
+        assert told[name]["swap_rate"] == pytest.approx(sum(tick["swap_rate"] for tick in mine) / len(mine))
+        assert told[name]["edits"].get("expand 1", 0) == sum(level == 1 for tick in mine for level, _ in tick["opened"])
+    (tmp_path / "empty.jsonl").touch()
+    monkeypatch.setattr(sys, "argv", ["mega_eval", "--telemetry", str(tmp_path / "empty.jsonl")])
+    with pytest.raises(UserError, match="has no ticks"):
+        mega_eval.main()
 
 
 def test_a_long_paste_is_searched_for_once(base, monkeypatch, capsys, tmp_path):

@@ -13,7 +13,7 @@ import pytest
 
 from megacontext.allocator import Edit, Focus, refocus
 from megacontext.span import BLOCK, Span
-from megacontext.telemetry import METRICS, NODES, OLDEST, Histogram, Telemetry, page
+from megacontext.telemetry import METRICS, NODES, OLDEST, Histogram, Telemetry, page, summaries
 from megacontext.working_context import advance, assemble, cost
 from nanochat.common import UserError
 from scripts.load import telemetry_maker
@@ -22,9 +22,9 @@ from scripts.load import telemetry_maker
 def test_one_tick_by_hand(tmp_path):
     telemetry = Telemetry(tmp_path / "ticks.jsonl")
     spans = [Span(2, 0), Span(1, 32), Span(0, 33), Span(0, 34, live=3)]
-    line = telemetry.tick(1091, spans, 74, [Edit("expand", Span(1, 33))], {"refocus": 2.0, "read": 0.5}, delta_nll=0.25)
+    line = telemetry.tick(1091, spans, 74, [Edit("expand", Span(1, 33))], {"refocus": 2.0, "read": 0.5})
     assert line["entries"] == cost(spans) == 37 and line["budget_use"] == 0.5 and line["swap_rate"] == 0.25
-    assert line["residency"] == {0: 35, 1: 1, 2: 1}
+    assert line["residency"] == {0: 35, 1: 1, 2: 1} and (line["edits"], line["opened"], line["closed"]) == (1, [[1, 33]], [])
     for _ in range(4):
         telemetry.tick(1091, spans, 74, [], {"refocus": 4.0})
     telemetry.tick(1091, spans, 74, [Edit("collapse", Span(1, 33)), Edit("collapse", Span(1, 34))], {"refocus": 4.0})
@@ -32,12 +32,37 @@ def test_one_tick_by_hand(tmp_path):
     summary = telemetry.summary()
     assert summary["edits"] == {"collapse 1": 2, "expand 1": 1} and summary["edits_per_tick"] == 0.5
     assert summary["stayed_ticks"][1]["count"] == 1 and summary["stayed_ticks"][1]["max"] == 5  # opened at tick 1, closed at tick 6
-    assert summary["measured"] == {"delta_nll": {"count": 1, "mean": 0.25, "newest": 0.25}}
     assert summary["most_accessed"] == [[1, 33, 1]]
     lines = [json.loads(line) for line in (tmp_path / "ticks.jsonl").read_text().splitlines()]
     assert len(lines) == 6 and lines[0] == json.loads(json.dumps(line))
     assert summary["swap_rate"] == (0.25 + 0.5) / 6 and summary["budget_use"] == 0.5 and summary["residency"] == {0: 35, 1: 1, 2: 1}
+    assert lines[-1]["opened"] == [] and lines[-1]["closed"] == [[1, 33], [1, 34]]
     json.dumps(summary)
+
+
+def test_a_file_of_ticks_gives_the_summaries_of_its_sessions(tmp_path):
+    """Two sessions share it; all that each of them knew at its end is in it: who asks later needs neither of them."""
+    path, rng, known = tmp_path / "ticks.jsonl", random.Random(0), [Telemetry(tmp_path / "ticks.jsonl") for _ in range(2)]
+    contexts = [(assemble(100_000, 1000), Focus()) for _ in known]
+    for i in range(60):
+        for n, telemetry in enumerate(known):
+            spans, edits, focus = refocus(contexts[n][0], [rng.uniform(-1, 1) for _ in contexts[n][0]], 1000, contexts[n][1])
+            contexts[n] = advance(spans, 100_000 + BLOCK * (i + 1), 1000), focus
+            telemetry.tick(100_000 + BLOCK * i, spans, 1000, edits, {"refocus": rng.random(), "read": 3.0})
+    told = summaries(path)
+    assert list(told) == [telemetry.session for telemetry in known]
+    for telemetry in known:
+        assert told[telemetry.session] == telemetry.summary() and telemetry.summary()["stayed_ticks"] and telemetry.summary()["most_accessed"][0][2] > 1
+
+
+@pytest.mark.parametrize("text, told", [(b"{\n", "line 1 .* is no tick"), (b"\xff\n", "line 1 .* is no tick"), (b"7\n", "is no tick"), (b'{"session": "a", "residency": {}}\n', "no tick .*'length'"),
+                                        (None, "cannot read")])
+def test_a_file_of_something_else_is_told(tmp_path, text, told):
+    path = tmp_path / "ticks.jsonl"
+    if text is not None:
+        path.write_bytes(text)
+    with pytest.raises(UserError, match=told):
+        summaries(path)
 
 
 def test_sessions_that_share_a_file_can_be_told_apart(tmp_path):
@@ -113,7 +138,7 @@ def test_a_node_that_becomes_busy_late_is_found_too():
     for i in range(200):
         telemetry.tick(0, [], 64, [Edit("expand", late), Edit("expand", Span(1, NODES + i))], {})
     assert telemetry.summary()["most_accessed"][0][:2] == [2, 5]
-    assert 200 <= telemetry.accessed[late] <= 203
+    assert 200 <= telemetry.accessed[2, 5] <= 203
 
 
 @pytest.mark.parametrize("sessions", [0, 1, 3])
@@ -125,7 +150,7 @@ def test_prometheus_page_follows_the_text_format(sessions):
         for i in range(30):
             spans, edits, focus = refocus(spans, [rng.uniform(-1, 1) for _ in spans], 1000, focus)
             spans = advance(spans, 100_000 + BLOCK * (i + 1), 1000)
-            telemetry.tick(spans[-1].stop, spans, 1000, edits, {"refocus": rng.random(), "read": 3.0}, delta_nll=-0.1)
+            telemetry.tick(spans[-1].stop, spans, 1000, edits, {"refocus": rng.random(), "read": 3.0})
         told.append(telemetry)
     text = page([telemetry.metrics() for telemetry in told])
     sample = re.compile(r'(megacontext_[a-z_]+\{session="[0-9a-f]{8}"(,[a-z]+="[^"]*")*\}) -?[0-9.e+-]+')
@@ -141,6 +166,8 @@ def test_prometheus_page_follows_the_text_format(sessions):
     for telemetry in told:
         assert f'megacontext_stage_ms{{session="{telemetry.session}",stage="read",quantile="0.5"}} 3\n' in text
         assert f'megacontext_ticks_total{{session="{telemetry.session}"}} 30\n' in text
+        level, index, n = telemetry.summary()["most_accessed"][0]
+        assert f'megacontext_opened{{session="{telemetry.session}",level="{level}",index="{index}"}} {n}\n' in text
         assert f'megacontext_history_tokens{{session="{telemetry.session}"}} 100960\n' in text
     assert text.endswith("\n")
 
