@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set-up, then all tests: the Rust ones, then pytest without those marked slow or gpu. Arguments go to pytest:
+# Set-up, then the tests: the Rust ones, then pytest without those marked slow or gpu. Arguments go to pytest:
 #   bash runtests.sh -k laws
 #   bash runtests.sh -m slow
 set -euo pipefail
