@@ -27,7 +27,7 @@ TURNS = 20 # that /back can go back: each keeps what the model had in view
 
 HELP = """/read FILE   put a text file in front of your next message
 /memory      the working context: how many entries of each level, where
-/back        forget your last message and its answer
+/back        forget your last message and its answer; what was said before this start stays
 /new         forget this conversation and start another
 /help        this list
 /quit        leave (so does Ctrl-D; Ctrl-C stops an answer)"""
@@ -173,8 +173,11 @@ def main():
                 conversation.rewind(marks.pop())
                 keep(conversation)
                 print(f"back to {conversation.stream.length:,} tokens")
+            elif conversation.turns:
+                print(f"the last {TURNS} messages are gone: no further back")
             else:
-                print("nothing to go back to: no message was said here yet" if not conversation.turns else f"the last {TURNS} messages are gone: no further back")
+                older = conversation.stream.length
+                print("nothing to go back to: no message was said here yet" + (f". The {older:,} tokens in memory are from before this start, and stay" if older else ""))
         elif command == "/read":
             try:
                 before += read_text(rest.strip()) + "\n\n"

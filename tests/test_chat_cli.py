@@ -110,6 +110,16 @@ def test_back_takes_the_last_message_back(monkeypatch, capsys, tmp_path):
     assert len(stream.saved) == 4 + 3, "what was taken back is taken back on disk too"
 
 
+def test_back_says_that_it_does_not_go_behind_a_restart(monkeypatch, capsys, tmp_path):
+    """A memory that was continued has messages, yet /back said that none was said; its marks are of this start only."""
+    memory = FakeMemory("ok")
+    memory.fed = [*tokenizer.encode("what was said yesterday")]
+    out, _ = run(monkeypatch, capsys, "--tree", str(tmp_path / "memory"), lines=["one", "/back", "/back"], streams=lambda tree: memory)
+    assert "back to 23 tokens" in out and "no message was said here yet. The 23 tokens in memory are from before this start, and stay\n" in out
+    out, _ = run(monkeypatch, capsys, lines=["/back"])
+    assert "no message was said here yet\n" in out
+
+
 def test_every_tick_is_a_line_of_the_telemetry_file(base, monkeypatch, capsys, tmp_path):
     """A real session: 3,000 characters read, then another conversation in the same process. mega_eval sums the file up, without a checkpoint."""
     make_run("sft")
