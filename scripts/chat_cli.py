@@ -16,6 +16,7 @@ import sys
 import threading
 from collections import deque
 from contextlib import contextmanager
+from dataclasses import replace
 
 from nanochat import hardware
 from nanochat.common import UserError, run_main, setup
@@ -27,6 +28,8 @@ TURNS = 20 # that /back can go back: each keeps what the model had in view
 
 HELP = """/read FILE   put a text file in front of your next message
 /memory      the working context: how many entries of each level, where
+/pin A B     keep tokens A up to B of the history in view as tokens (/memory tells places)
+/unpin       let go of all that is pinned
 /back        forget your last message and its answer; what was said before this start stays
 /new         forget this conversation and start another
 /help        this list
@@ -115,6 +118,46 @@ def summary(view):
     return "\n".join(lines)
 
 
+def pin(session, text):
+    """Keep a range of the history raw, "A B", beside those that are. UserError where it is none, or takes more than pins may whatever the history becomes."""
+    from megacontext.span import BLOCK, GAIN
+    words = text.replace(",", "").split()
+    if len(words) != 2 or not all(word.isdecimal() for word in words):
+        raise UserError(f"expected /pin A B, two places in the history, got {text!r}")
+    start, stop = map(int, words)
+    if not start < stop <= session.length:
+        raise UserError(f"expected /pin A B with A below B, and B at most {session.length}, where the history ends, got {start} and {stop}")
+    ranges = (*session.pins.raw, (start, stop))
+    blocks = {block for a, b in ranges for block in range(a // BLOCK, (b - 1) // BLOCK + 1)}
+    # beside a raw block its family's gists stay, on each level: two of them as far as ten million tokens
+    price = BLOCK * len(blocks) + GAIN * sum(len({block // BLOCK ** level for block in blocks}) for level in (1, 2))
+    room = session.budget - session.budget // 2 - session.tail - BLOCK # half for gists of everything, the raw tail, the next block
+    if price > room:
+        raise UserError(f"{len(blocks)} blocks of {BLOCK} tokens and the gists beside them take {price} entries, pins have room for {room} of {session.budget}: pin less, /unpin, or raise --budget")
+    session.pins = replace(session.pins, raw=ranges)
+    session.refocus()
+
+
+def change_pins(session, command, text):
+    """What /pin or /unpin does, told in a line."""
+    if command == "/unpin":
+        session.pins = replace(session.pins, raw=())
+        return "nothing is pinned any more"
+    try:
+        pin(session, text)
+    except UserError as error:
+        return str(error)
+    return "pinned: " + ", ".join(f"{start:,} to {stop:,}" for start, stop in session.pins.raw)
+
+
+def no_way_back(conversation):
+    """Why there is no message that /back could take back."""
+    if conversation.turns:
+        return f"the last {TURNS} messages are gone: no further back"
+    older = conversation.stream.length
+    return "nothing to go back to: no message was said here yet" + (f". The {older:,} tokens in memory are from before this start, and stay" if older else "")
+
+
 def main():
     args = parser.parse_args()
     settings = settings_of(args)
@@ -173,11 +216,11 @@ def main():
                 conversation.rewind(marks.pop())
                 keep(conversation)
                 print(f"back to {conversation.stream.length:,} tokens")
-            elif conversation.turns:
-                print(f"the last {TURNS} messages are gone: no further back")
             else:
-                older = conversation.stream.length
-                print("nothing to go back to: no message was said here yet" + (f". The {older:,} tokens in memory are from before this start, and stay" if older else ""))
+                print(no_way_back(conversation))
+        elif command in ("/pin", "/unpin"):
+            print("--no-memory has nothing to pin" if args.no_memory else change_pins(conversation.stream, command, rest))
+            keep(conversation)
         elif command == "/read":
             try:
                 before += read_text(rest.strip()) + "\n\n"

@@ -3,16 +3,20 @@
 import io
 import json
 import os
+import random
 import signal
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 import scripts.chat_cli as cli
 from megacontext import runtime
+from megacontext.allocator import Focus, refocus
 from megacontext.ingest import ingest
 from megacontext.runtime import STAGES
-from megacontext.working_context import check
+from megacontext.span import BLOCK
+from megacontext.working_context import Pins, advance, assemble, check
 from nanochat.common import UserError
 from nanochat.conversation import Conversation
 from nanochat.engine import Engine
@@ -195,6 +199,66 @@ def test_ctrl_c_is_heard_while_a_long_paste_is_read(base, monkeypatch, capsys, t
     asked = [*prompt, special("<|assistant_end|>"), *loaded.tokenizer.render_prompt({"messages": [dict(role="user", content="and?")]})[1:]]
     assert session.tree.tokens(0, len(asked)).tolist() == asked and searches == [len(asked)]
     check(session.spans, session.length, 192)
+
+
+def test_without_memory_nothing_is_pinned(monkeypatch, capsys):
+    out, (stream,) = run(monkeypatch, capsys, "--no-memory", lines=["one", "/pin 0 1", "/unpin"])
+    assert out.count("--no-memory has nothing to pin") == 2 and not hasattr(stream, "pins")
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_what_may_be_pinned_fits_whatever_the_history_becomes(seed):
+    """As much as /pin takes, at any places, under a LensNet of random mind: no later tick is without room, which would end the program in the middle of an answer."""
+    rng = random.Random(seed)
+    budget, length = rng.choice([512, 1024, 2048]), int(10 ** rng.uniform(4, 7))
+    tail = runtime.raw_tail(budget)
+    session = SimpleNamespace(pins=Pins(), length=length, budget=budget, tail=tail, refocus=lambda: None)
+    for _ in range(30):
+        start = rng.randrange(length - 1)
+        try:
+            cli.pin(session, f"{start} {rng.randrange(start + 1, min(length, start + 300) + 1)}")
+        except UserError:
+            pass
+    assert session.pins.raw
+    while length < 14_000_000:
+        spans, focus = assemble(length, budget - BLOCK, tail=tail), Focus()
+        for _ in range(20):
+            scores = [0.0 if span.live else rng.uniform(-5, 5) for span in spans]
+            spans, _, focus = refocus(spans, scores, budget, focus, margin=0.25, tail=tail, pins=session.pins, top=runtime.coarsest(length, budget), room=BLOCK - length % BLOCK)
+            length = (length // BLOCK + 1) * BLOCK
+            spans = advance(spans, length, budget)
+            check(spans, length, budget)
+        length *= rng.choice([2, 3, 10])
+
+
+def test_what_is_pinned_stays_raw_until_it_is_let_go(base, monkeypatch, capsys, tmp_path):
+    """Far back in a real session, over many ticks and a restart; what cannot be pinned is a line, and changes nothing."""
+    make_run("sft")
+    (tmp_path / "a.txt").write_text("def f(x): return x + 1\n" * 600)
+    flags = ["chat_cli", "--device", "cpu", "--dtype", "fp32", "--budget", "512", "--max-tokens", "70", "--tree", str(tmp_path / "memory")]
+    raw, opened, begin, answer = [], [], cli.open_stream, cli.answer
+    shown = lambda: any(span.level == 0 and span.index == 31 for span in opened[-1].spans)
+    monkeypatch.setattr(cli, "open_stream", lambda *args: opened.append(begin(*args)) or opened[-1])
+    monkeypatch.setattr(cli, "answer", lambda *args: (answer(*args), raw.append(shown()))[0])
+
+    def talk(*lines):
+        lines = iter([*lines, "/quit"])
+        monkeypatch.setattr(cli, "input", lambda prompt: next(lines), raising=False)
+        monkeypatch.setattr(sys, "argv", flags)
+        cli.main()
+        opened[-1].tree.close()
+        return capsys.readouterr().out
+
+    out = talk(f"/read {tmp_path / 'a.txt'}", "what?", "/pin", "/pin 10 x", "/pin 50 50", "/pin 0 10000000", "/pin 0 3,000", "/pin 1,000 1,020", "/pin 1020 1040", 
+                f"/read {tmp_path / 'a.txt'}", "and?")
+    for line in ("expected /pin A B, two places in the history, got ''", "got '10 x'", "got 50 and 50", "where the history ends, got 0 and 10000000", "pins have room for 96 of 512",
+                 "2 blocks of 32 tokens and the gists beside them take 157 entries", "pinned: 1,000 to 1,020\n"):
+        assert line in out
+    assert opened[0].pins.raw == ((1000, 1020),) and raw == [False, True]
+    talk("still?", "/unpin")
+    assert raw == [False, True, True] and not opened[1].pins.raw
+    talk("/memory")
+    assert not opened[2].pins.raw
 
 
 @pytest.mark.parametrize("flags, message", [
