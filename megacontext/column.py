@@ -135,6 +135,8 @@ class FileColumn:
             self.fd = os.open(path, (os.O_RDWR | os.O_CREAT) if writable else os.O_RDONLY, 0o644)
         except FileNotFoundError:
             raise TreeError(f"{path}: expected {rows} rows, found no file. Restore it from a copy of the tree") from None
+        except OSError as error:
+            raise full(path, row, error)
         self.size = os.fstat(self.fd).st_size
         self.map, self.resident = None, 0
         self.trusted = {}  # chunk -> bytes of it known to be good: checked, or written by us
@@ -178,7 +180,7 @@ class FileColumn:
             try:
                 done += os.pwrite(self.fd, view[done:], at + done)
             except OSError as error:
-                raise _full(self.path, len(data) - done, error)
+                raise full(self.path, len(data) - done, error)
         while len(view):
             chunk, inside = divmod(at, CHUNK)
             piece = view[:CHUNK - inside]
@@ -283,7 +285,7 @@ class FileColumn:
             else:
                 os.ftruncate(self.fd, size)  # macOS: a sparse file; a full disk then shows in pwrite
         except OSError as error:
-            raise _full(self.path, size - self.size, error)
+            raise full(self.path, size - self.size, error)
         self.size = size
 
     def _trust(self, chunk, needed):
@@ -314,7 +316,7 @@ class FileColumn:
         self.trusted[chunk] = max(size, self.trusted.get(chunk, 0))  # we may have written beyond what is committed
 
 
-def _full(path, size, error):
+def full(path, size, error):
     """The error to raise when `size` more bytes could not be had."""
     if error.errno not in DISK_FULL:
         return error

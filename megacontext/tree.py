@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megacontext.column import CODECS, FileColumn, MemoryColumn, TreeError, decode, encode, row_bytes
-from megacontext.record import Record
+from megacontext.column import CODECS, DISK_FULL, FileColumn, MemoryColumn, TreeError, decode, encode, row_bytes
+from megacontext.record import LEFTOVERS, Record, flush_folder, tree_at
 from megacontext.span import BLOCK
 
 FORMAT = "megacontext-tree"
@@ -52,18 +52,28 @@ class MegaTree:
         """A tree that lives and dies with the process."""
         return cls(header)
 
+    @staticmethod
+    def exists(path):
+        """Whether there is a tree in the folder `path`, whole or damaged. What a creation leaves that was broken off is none."""
+        return tree_at(Path(path))
+
     @classmethod
     def create(cls, path, header):
-        """A new, empty tree in the folder `path`, open for writing."""
+        """A new, empty tree in the folder `path`, open for writing. One that was broken off is made again."""
         folder = Path(path)
-        if folder.exists() and any(folder.iterdir()):
-            raise TreeError(f"cannot make a tree in {folder}: expected an empty or new folder, found {len(list(folder.iterdir()))} files. Open it, or name another")
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "level0.ids").touch()  # before the record that names it
-        tree = cls(header, folder, Record(folder, True, create={"header": header, "rows": {"level0.ids": 0}, "high": {}, "rewinds": 0}))
-        _flush_folder(folder.parent)
-        tree.commit()
-        return tree
+        if tree_at(folder):
+            raise TreeError(f"cannot make a tree in {folder}: expected an empty or new folder, found a tree. Open it, or name another")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            found = [file.name for file in folder.iterdir() if file.name not in LEFTOVERS]
+            if found:
+                raise TreeError(f"cannot make a tree in {folder}: expected an empty or new folder, found {len(found)} files. Name another")
+            (folder / "level0.ids").touch()  # before the record that names it
+            flush_folder(folder.parent)
+            record = Record(folder, True, create={"header": header, "rows": {"level0.ids": 0}, "high": {}, "rewinds": 0})
+        except OSError as error:
+            raise _cannot("make", folder, error) from None
+        return cls(header, folder, record)
 
     @classmethod
     def open(cls, path, mode="a", **identity):
@@ -74,7 +84,10 @@ class MegaTree:
         if mode not in ("a", "r"):
             raise ValueError(f"mode is \"a\" (append) or \"r\" (read), got {mode!r}")
         folder = Path(path)
-        record = Record(folder, mode == "a")
+        try:
+            record = Record(folder, mode == "a")
+        except OSError as error:
+            raise _cannot("open", folder, error) from None
         try:
             header = record.state["header"]
             for name, expected in {"format": FORMAT, "version": VERSION, "block": BLOCK, **identity}.items():
@@ -83,7 +96,7 @@ class MegaTree:
                                     f"Use what it was made with, or ingest its text again into a new tree")
             tree = cls(header, folder, record, mode == "a")
             tree._check_counts()
-        except TreeError:
+        except BaseException:
             record.close()
             raise
         return tree
@@ -179,7 +192,7 @@ class MegaTree:
         for column in self.columns.values():
             column.flush()
         if any(column.is_new for column in self.columns.values()):
-            _flush_folder(self.folder)
+            flush_folder(self.folder)
         named = {f"level{level}.{kind}": column for (level, kind), column in self.columns.items()}
         rows = {name: column.rows for name, column in named.items()}
         high = {name: max(n, self.record.state["high"].get(name, 0)) for name, n in rows.items()}
@@ -266,7 +279,7 @@ class MegaTree:
             name = f"level {level}" if level else "ids"
             sizes[name] = sizes.get(name, 0) + column.rows * column.row
         if self.record:
-            sizes["record"] = sum(path.stat().st_size for path in (self.folder / "tree.db", self.folder / "tree.db-wal") if path.exists())
+            sizes["record"] = sum(path.stat().st_size for path in (self.folder / "tree.db", self.folder / "tree.db-journal", self.folder / "commits") if path.exists())
         return sizes
 
     def close(self, commit=True):
@@ -361,7 +374,8 @@ def _parse(name):
     return int(level), kind
 
 
-def _flush_folder(folder):
-    fd = os.open(folder, os.O_RDONLY)
-    os.fsync(fd)
-    os.close(fd)
+def _cannot(what, folder, error):
+    """The error to raise where the system said no to a tree as a whole."""
+    if error.errno in DISK_FULL:
+        return TreeError(f"cannot {what} a tree in {folder}: the disk is full ({error.strerror}). Free some space, or name a folder on another disk, and do it again")
+    return TreeError(f"cannot {what} a tree in {folder} ({error.strerror}): expected a folder that may be written to. Name another, or change who may")

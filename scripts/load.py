@@ -127,7 +127,7 @@ def open_tree(loaded, path=None, mode="a", gist_dtype=None):
     gist_dtype None = as it is, bfloat16 in a new one.
     """
     from megacontext.tree import MegaTree, make_header
-    if path is None or not Path(path).exists():
+    if path is None or not MegaTree.exists(path):
         header = make_header(loaded.gpt.config.width, 0, gist_dtype or "bfloat16", model=loaded.identity, tokenizer=loaded.tokenizer.fingerprint[:16])
         return MegaTree.in_memory(header) if path is None else MegaTree.create(path, header)
     tree = MegaTree.open(path, mode, tokenizer=loaded.tokenizer.fingerprint[:16])

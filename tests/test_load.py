@@ -26,6 +26,23 @@ def test_the_budget_of_a_saved_memory(base, tmp_path, asked, opened, same):
     again.tree.close()
 
 
+def test_a_memory_whose_making_was_broken_off_is_made(base, tmp_path):
+    """A kill after the folder was made once left one that no command would go on with. A file in its place was a traceback."""
+    make_run("sft")
+    (tmp_path / "memory/tree").mkdir(parents=True)
+    (tmp_path / "memory/tree/level0.ids").touch()
+    stream = open_stream(load_stage("sft"), tree=tmp_path / "memory")
+    stream.feed([5, 6, 7])
+    stream.save(tmp_path / "memory")
+    stream.tree.close()
+    again = open_stream(load_stage("sft"), tree=tmp_path / "memory")
+    assert again.length == 3
+    again.tree.close()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file/tree .Not a directory.: expected a folder"):
+        open_stream(load_stage("sft"), tree=tmp_path / "file")
+
+
 def test_a_model_in_bf16_is_the_same_model(base, tmp_path):
     """mega_ingest reads the weights in fp32, chat in what the machine is best at; each once took the other's memory for another model's."""
     make_run("sft")

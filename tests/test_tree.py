@@ -5,8 +5,11 @@ On disk and in memory it is the same tree.
 
 import os
 import random
+import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -294,6 +297,44 @@ def test_a_second_writer_is_told_who_the_first_one_is(tmp_path):
     with pytest.raises(TreeError, match=f"written by process {os.getpid()}"):
         MegaTree.open(tmp_path / "t")
     tree.close()
+
+
+READ_ONLY = """
+import os, sys, numpy.testing
+sys.path[:0] = [".", "tests"]
+from tree_truth import check_tree
+from megacontext.tree import MegaTree
+if os.getuid() == 0:
+    os.setuid(65534)  # root may write anywhere
+with MegaTree.open(sys.argv[1], mode="r") as tree:
+    check_tree(tree, int(sys.argv[2]))
+    tree.verify()
+try:
+    MegaTree.open(sys.argv[1])
+except Exception as error:
+    print(error)
+"""
+
+
+def test_who_may_not_write_reads_beside_a_writer_and_after_its_death():
+    """Such a reader once took files for unchanging and left the write-ahead log out: an intact tree was 'damaged: no such table: state'."""
+    with tempfile.TemporaryDirectory() as folder:  # not tmp_path, which lets nobody else in
+        os.chmod(folder, 0o755)
+        folder = Path(folder)
+        writer = MegaTree.create(folder / "live", HEADER)
+        ingest(writer, 10_000)
+        writer.commit()
+        shutil.copytree(folder / "live", folder / "killed")
+        with MegaTree.create(folder / "closed", HEADER) as tree:
+            ingest(tree, 10_000)
+        for name in ("live", "killed", "closed"):
+            for path in (folder / name).iterdir():
+                path.chmod(0o444)
+            (folder / name).chmod(0o555)
+            out = subprocess.run([sys.executable, "-c", READ_ONLY, folder / name, "10000"], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+            assert f"cannot open a tree in {folder / name} (Permission denied)" in out.stdout, out
+            (folder / name).chmod(0o755)
+        writer.close()
 
 
 def test_a_tree_is_made_only_where_there_is_nothing(tmp_path, sample):

@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 
 from megacontext import column as column_file
+from megacontext import record as record_file
 from megacontext import tree as tree_file
 from megacontext.tree import MegaTree
 
@@ -30,7 +32,7 @@ class Instants:
         self.before(monkeypatch, os, "pwrite")
         self.before(monkeypatch, os, "posix_fallocate")
         self.before(monkeypatch, column_file, "_flush")
-        self.before(monkeypatch, tree_file, "_flush_folder")
+        self.before(monkeypatch, tree_file, "flush_folder")
         db = tree.record.db
         tree.record.db = self  # stands in for the connection: same methods, with a copy before each statement
         self.db = db
@@ -88,7 +90,7 @@ def test_at_every_instant_of_a_commit_the_tree_is_the_old_or_the_new_one(tmp_pat
             assert (crashed.tokens(0, salt_free) == ids(0, salt_free)).all()
             ingest(crashed, 100, gists=False)  # and it goes on
     assert lengths[:marker] == [40_000] * lengths.count(40_000) + [65_000] * (marker - lengths.count(40_000))
-    assert set(lengths) == {40_000, 65_000, 33_333}, lengths  # the last commit is the end of the run: no instant comes after it
+    assert set(lengths) == {40_000, 65_000, 33_333, 50_000} and lengths[-1] == 50_000, lengths  # an instant after each commit: they are counted then
 
 
 def test_at_every_instant_of_a_reset_the_gists_are_the_old_or_the_new_ones(tmp_path, monkeypatch):
@@ -114,7 +116,7 @@ def test_at_every_instant_of_a_reset_the_gists_are_the_old_or_the_new_ones(tmp_p
             else:
                 assert count in (0, 1250) and (crashed.gists(1, 0, count) == 2.0).all() and crashed.count(2) == 0
         seen += [(model, count)] if (model, count) not in seen else []
-    assert seen == [("gpt-1", 1250), ("gpt-2", 0)], seen  # the last commit is the end of the run: no instant comes after it
+    assert seen == [("gpt-1", 1250), ("gpt-2", 0), ("gpt-2", 1250)], seen
 
 
 def test_data_is_flushed_before_the_record_speaks_of_it(tmp_path, monkeypatch):
@@ -128,12 +130,47 @@ def test_data_is_flushed_before_the_record_speaks_of_it(tmp_path, monkeypatch):
         tree.record.db = instants.db
     events = instants.events
     commit, begin = events.index("commit"), events.index("begin")
-    writes = [i for i, event in enumerate(events) if event in ("pwrite", "posix_fallocate")]
+    assert events[commit:] == ["commit", "pwrite"]  # the number of commits, when the commit is done
+    writes = [i for i, event in enumerate(events[:commit]) if event in ("pwrite", "posix_fallocate")]
     flushes = [i for i, event in enumerate(events) if event == "_flush"]
     assert len(flushes) == 5  # ids, and gists and keys of two levels
-    assert max(writes) < min(flushes) <= max(flushes) < events.index("_flush_folder") < begin < commit
-    assert instants.db.execute("pragma synchronous").fetchone() == (2,)  # full: SQLite flushes its own log at commit
+    assert max(writes) < min(flushes) <= max(flushes) < events.index("flush_folder") < begin < commit
+    assert instants.db.execute("pragma synchronous").fetchone() == (2,)  # full: SQLite flushes its own journal, and that it is void again
     tree.close()
+
+
+def test_killed_before_any_step_of_its_making_a_tree_is_made_again(tmp_path, monkeypatch):
+    """It once had a folder, its files and an empty record one after the other: whoever came back was told to make it, and then that it was there."""
+    (tmp_path / "at").mkdir()
+    copies, folder = [], tmp_path / "t"
+
+    def before(module, name):
+        call = getattr(module, name)
+
+        def step(*args, **settings):
+            if folder.exists():
+                copies.append(tmp_path / "at" / str(len(copies)))
+                shutil.copytree(folder, copies[-1])
+            return call(*args, **settings)
+        monkeypatch.setattr(module, name, step)
+
+    with monkeypatch.context() as monkeypatch:
+        for name in ("open", "pwrite", "fsync", "rename", "ftruncate"):
+            before(os, name)
+        for name in ("touch", "rename", "unlink"):
+            before(type(tmp_path), name)
+        before(sqlite3, "connect")
+        before(record_file, "_checked")
+        MegaTree.create(folder, HEADER).close(commit=False)
+    assert len(copies) > 10
+    made = [MegaTree.exists(copy) for copy in copies]
+    assert made == sorted(made) and not made[10]
+    for copy in copies:
+        with MegaTree.open(copy) if MegaTree.exists(copy) else MegaTree.create(copy, HEADER) as tree:
+            ingest(tree, 100)
+        with MegaTree.open(copy, model="gpt-1") as tree:
+            check_tree(tree, 100)
+        assert not (copy / "tree.db.new").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

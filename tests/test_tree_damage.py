@@ -1,16 +1,18 @@
-"""A tree that is not what it says is refused, with what was expected and what was found."""
+"""A tree that is not what it says is refused, with what was expected and what was found; so is one whose writer was killed."""
 
+import json
 import os
 import random
 import shutil
 import sqlite3
+import zlib
 
 import pytest
 
 from megacontext.column import CHUNK
 from megacontext.tree import MegaTree, TreeError
 
-from tree_truth import HEADER, check_tree
+from tree_truth import HEADER, check_tree, ingest
 
 
 def damaged(sample, tmp_path, name, change):
@@ -85,6 +87,130 @@ def test_a_damaged_record_is_refused_or_harmless(sample, tmp_path):
         with pytest.raises(TreeError, match="tree.db"):
             with MegaTree.open(damaged(sample, tmp_path, "tree.db", change), mode="r") as tree:
                 tree.verify()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The writer was killed
+
+RECORD = ("tree.db", "tree.db-journal", "tree.db-wal", "tree.db-shm", "commits")
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """{what: (folder as a kill leaves it, tokens committed in it)}: after a commit, and in the middle of one, when SQLite has changed its file in part."""
+    root = tmp_path_factory.mktemp("killed")
+    tree = MegaTree.create(root / "t", HEADER)
+    for _ in range(3):
+        ingest(tree, 10_000)
+        tree.commit()
+    shutil.copytree(root / "t", root / "after")
+    tree.truncate(20_000)
+    ingest(tree, 10_000)
+    tree.commit()
+    db = tree.record.db
+    db.execute("pragma cache_size = 1")  # pages are written early
+
+    class Watched:
+        in_transaction = True
+        executemany = db.executemany
+
+        def execute(self, statement, *args):
+            if statement == "commit":
+                shutil.copytree(root / "t", root / "amid")
+            return db.execute(statement, *args)
+    ingest(tree, 4_000_000, gists=False)
+    tree.record.db = Watched()
+    tree.commit()
+    tree.record.db = db
+    tree.close()
+    for name in ("level0.ids", "lock"):  # what is beyond the commit is not needed
+        with open(root / "amid" / name, "r+b") as file:
+            file.truncate(min(file.seek(0, 2), 200_000))
+    return {"after": (root / "after", 30_000), "amid": (root / "amid", 30_000)}
+
+
+@pytest.mark.parametrize("what", ["after", "amid"])
+def test_a_killed_tree_is_whole_or_refused_and_never_less(killed, tmp_path, what):
+    """
+    A flipped bit in SQLite's write-ahead log was the end of it: 10,000 committed tokens were none, verify() passed, and the next append would have
+    written over them. Every file of the record, flipped, cut and removed: what opens and is verified has all that was committed.
+    """
+    sample, length = killed[what]
+    rng, refused = random.Random(0), 0
+    assert what == "after" or os.path.getsize(sample / "tree.db-journal") > 4096
+    for name in filter(lambda name: (sample / name).exists(), RECORD):
+        size = os.path.getsize(sample / name)
+        places = sorted({*range(0, min(size, 100), 5), *(rng.randrange(size) for _ in range(50))}) if size else []
+
+        def flip(at):
+            def change(data):
+                data[at] ^= 1 << rng.randrange(8)
+                return data
+            return change
+        changes = [flip(at) for at in places] + [lambda data, left=left: data[:left] for left in {0, size // 3, max(size - 1, 0)}] + [lambda data: None]
+        for change in changes:
+            path = damaged(sample, tmp_path, name, change)
+            try:
+                with MegaTree.open(path, mode="r") as tree:
+                    tree.verify()
+                    check_tree(tree, length)
+            except TreeError:
+                refused += 1
+    assert refused > 20
+
+
+@pytest.mark.parametrize("name, message", [
+    ("commits", "expected its number of commits in the file commits, found none"), ("tree.db", "expected the commit record tree.db beside .* bytes of level0.ids, found none")])
+def test_what_a_killed_tree_has_lost_of_its_record_is_named_and_not_made_anew(killed, tmp_path, name, message):
+    """A missing log was once 'no such table: state'."""
+    path = damaged(killed["after"][0], tmp_path, name, lambda data: None)
+    before = (path / "level0.ids").read_bytes()
+    for attempt in [lambda: MegaTree.open(path), lambda: MegaTree.open(path, mode="r")] + [lambda: MegaTree.create(path, HEADER)] * (name == "tree.db"):
+        with pytest.raises(TreeError, match=message):
+            attempt()
+    assert (path / "level0.ids").read_bytes() == before
+
+
+def test_a_record_that_is_older_than_its_tree_is_refused(tmp_path):
+    """An older copy of tree.db, whole in itself: what was committed since would look like what a crash leaves, and be written over."""
+    with MegaTree.create(tmp_path / "t", HEADER) as tree:
+        ingest(tree, 1000)
+        tree.commit()
+        older = (tmp_path / "t" / "tree.db").read_bytes()
+        reader = MegaTree.open(tmp_path / "t", mode="r")
+        ingest(tree, 1000)
+        tree.commit()
+        assert reader.verify() and reader.length == 1000  # a reader may know of less, for it has not looked again
+        reader.close()
+    (tmp_path / "t" / "tree.db").write_bytes(older)
+    for mode in ("a", "r"):
+        with pytest.raises(TreeError, match="not the newest: expected commit 3 or a later one, found 1"):
+            MegaTree.open(tmp_path / "t", mode)
+
+
+def test_a_tree_made_before_commits_were_counted_is_gone_on_with(tmp_path):
+    """Such trees have a write-ahead log too. A reader leaves them as they are, and the first commit counts."""
+    with MegaTree.create(tmp_path / "t", HEADER) as tree:
+        ingest(tree, 1000)
+    with sqlite3.connect(tmp_path / "t" / "tree.db") as db:
+        state = json.loads(db.execute("select body from state").fetchone()[0])
+        body = json.dumps({key: state[key] for key in state if key != "commits"})
+        db.execute("update state set body = ?, crc = ?", (body, zlib.crc32(body.encode())))
+    db.execute("pragma journal_mode = wal")
+    db.close()
+    (tmp_path / "t" / "commits").unlink()
+    with MegaTree.open(tmp_path / "t", mode="r") as tree:
+        check_tree(tree, 1000)
+    with MegaTree.open(tmp_path / "t") as tree:
+        check_tree(tree, 1000)
+        ingest(tree, 1000)
+    with MegaTree.open(tmp_path / "t") as tree:
+        check_tree(tree, 2000)
+        assert tree.record.state["commits"] == 1 and tree.record.db.execute("pragma journal_mode").fetchone() == ("truncate",)
+    assert sorted(path.name for path in (tmp_path / "t").glob("tree.db*")) in (["tree.db"], ["tree.db", "tree.db-journal"])
+    (tmp_path / "t" / "commits").unlink()
+    with pytest.raises(TreeError, match="number of commits"):
+        MegaTree.open(tmp_path / "t")
 
 
 @pytest.mark.parametrize("change", ["rows", "chunk"])
