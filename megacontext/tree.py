@@ -236,11 +236,15 @@ class MegaTree:
         if not 0 <= tokens <= self.length:
             raise TreeError(f"cannot fork at {tokens} tokens: the tree has {self.length}")
         copy = MegaTree.in_memory(self.header) if path is None else MegaTree.create(path, self.header)
-        for (level, kind), column in self.columns.items():
-            rows, step = min(column.rows, tokens // BLOCK ** level), max(1, 2 ** 20 // column.row)
-            for a in range(0, rows, step):
-                copy._column(level, kind).append(column.read(a, min(a + step, rows)).tobytes())
-        copy.commit()
+        try:
+            for (level, kind), column in self.columns.items():
+                rows, step = min(column.rows, tokens // BLOCK ** level), max(1, 2 ** 20 // column.row)
+                for a in range(0, rows, step):
+                    copy._column(level, kind).append(column.read(a, min(a + step, rows)).tobytes())
+            copy.commit()
+        except BaseException:
+            copy.close(commit=False)
+            raise
         return copy
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -283,17 +287,20 @@ class MegaTree:
         return sizes
 
     def close(self, commit=True):
-        """Commit (unless told not to) and let go of the files and the lock."""
+        """Commit (unless told not to) and let go of the files and the lock, of these also if the commit fails."""
         if self.record is None:
             return
-        if self.writable and commit:
-            self.commit()
-        for (level, kind), column in self.columns.items():
+        try:
+            if self.writable and commit:
+                self.commit()
             if self.writable:
-                column.trim(self.record.state["high"].get(f"level{level}.{kind}", 0))
-            column.close()
-        self.record.close()
-        self.columns = {}
+                for (level, kind), column in self.columns.items():
+                    column.trim(self.record.state["high"].get(f"level{level}.{kind}", 0))
+        finally:  # a full disk keeps nothing open
+            for column in self.columns.values():
+                column.close()
+            self.record.close()
+            self.columns = {}
 
     def __enter__(self):
         return self

@@ -3,8 +3,10 @@
 import os
 import random
 import shutil
+import sqlite3
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -149,6 +151,47 @@ def test_a_rewind_that_could_not_be_committed_overwrites_nothing(tmp_path, monke
     tree.close(commit=False)
     with MegaTree.open(tmp_path / "t") as tree:
         check_tree(tree, 3000)
+
+
+def test_a_close_that_finds_no_space_lets_go_of_the_tree(tmp_path, monkeypatch):
+    """It once kept the lock, and the process was told that it was itself the other writer."""
+    tree = MegaTree.create(tmp_path / "t", HEADER)
+    ingest(tree, 3000)
+    tree.commit()
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            tree.append_tokens([1, 2, 3])
+            FullDisk(patch, 0, partial=False)
+            with pytest.raises(TreeError, match="no space for .* more bytes"):
+                tree.close()
+        tree = MegaTree.open(tmp_path / "t")
+        check_tree(tree, 3000)
+    with monkeypatch.context() as patch:
+        FullDisk(patch, 3, partial=False)
+        with pytest.raises(TreeError, match="no space for .* more bytes"):
+            tree.fork(tmp_path / "fork")
+    MegaTree.open(tmp_path / "fork").close()  # a fork that finds none lets go of it too
+    tree.close()
+
+
+@pytest.mark.parametrize("module, name", [(os, "open"), (os, "pwrite"), (os, "ftruncate"), (Path, "mkdir"), (Path, "touch"), (Path, "rename"), (sqlite3, "connect")])
+def test_a_disk_that_is_full_when_a_tree_is_made_is_told_and_the_tree_is_made_when_it_is_not(tmp_path, monkeypatch, module, name):
+    """It was 'damaged: restore it from a copy', and stayed so."""
+    def full(*_, **__):
+        raise sqlite3.OperationalError("database or disk is full") if module is sqlite3 else OSError(28, "No space left on device")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, full)
+        with pytest.raises(TreeError, match="disk is full.* Free some space"):
+            MegaTree.create(tmp_path / "t", HEADER)
+    with MegaTree.create(tmp_path / "t", HEADER) as tree:
+        ingest(tree, 100)
+
+
+@pytest.mark.parametrize("path, message", [("file", "File exists"), ("file/tree", "Not a directory")])
+def test_a_file_where_the_folder_should_be_is_told(tmp_path, path, message):
+    (tmp_path / "file").write_text("a file")
+    with pytest.raises(TreeError, match=f"cannot make a tree in .*{message}.* expected a folder"):
+        MegaTree.create(tmp_path / path, HEADER)
 
 
 FILE_LIMIT = """
