@@ -132,7 +132,7 @@ def open_tree(loaded, path=None, mode="a", gist_dtype=None):
         return MegaTree.in_memory(header) if path is None else MegaTree.create(path, header)
     tree = MegaTree.open(path, mode, tokenizer=loaded.tokenizer.fingerprint[:16])
     model, kept, wrong = tree.header.get("model"), tree.header["gist_dtype"], None
-    again = f"write them again: python -m scripts.mega_ingest --tree {Path(path).parent} --renew --stage {loaded.stage} --tag {loaded.tag}"
+    again = f"write them again: {renew_command(loaded, Path(path).parent)}"
     if model != loaded.identity:
         wrong = f"another model wrote the gists of {path}: expected {loaded.identity} ({loaded.stage}/{loaded.tag}), found {model}. Use the checkpoint that wrote them, or {again}"
     elif gist_dtype not in (None, kept):
@@ -141,6 +141,11 @@ def open_tree(loaded, path=None, mode="a", gist_dtype=None):
         tree.close(commit=False)
         raise UserError(wrong)
     return tree
+
+
+def renew_command(loaded, folder):
+    """What to type for the gists of the memory in a folder to be written by these networks, and no others."""
+    return f"python -m scripts.mega_ingest --tree {folder} --renew --stage {loaded.stage} --tag {loaded.tag} --step {loaded.meta['step']}"
 
 
 def renew_tree(loaded, folder, gist_dtype=None):
@@ -192,7 +197,7 @@ def open_stream(loaded, memory=True, budget=None, tree=None, telemetry=None):
     first, last = held.pending(1) # a session that was killed leaves the blocks of its raw tail, and the next one writes their gists
     if last - first > NODES_AT_ONCE:
         held.close(commit=False)
-        raise UserError(f"the gists in {tree} are not all written, a --renew was interrupted. Go on with it: python -m scripts.mega_ingest --tree {tree} --renew")
+        raise UserError(f"the gists in {tree} are not all written, a --renew was interrupted. Go on with it: {renew_command(loaded, tree)}")
     saved = tree and saved_in(tree)
     if saved and saved["model"] == held.header["model"] and saved["length"] == held.length and budget in (None, saved["budget"]):
         return Session.open(tree, loaded.gpt, loaded.gistnet, loaded.lensnet, held, telemetry=telemetry)

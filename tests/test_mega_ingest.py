@@ -1,5 +1,6 @@
 """Files into a memory, gists written again by another model, and the accounts: what a kill leaves is gone on with, bit by bit."""
 
+import os
 import re
 import shutil
 import sys
@@ -15,6 +16,7 @@ from megacontext.ingest import catch_up, ingest
 from megacontext.tree import MegaTree, make_header
 from nanochat.common import UserError
 from scripts.load import load_stage, open_stream
+from tests import tiny_run
 from tests.tiny import VOCAB, tiny_networks
 from tests.tiny_run import make_run, make_text, tiny_tokenizer
 
@@ -171,6 +173,10 @@ def folder_of_all_kinds(root):
         (root / name).write_text(text, encoding="utf-8")
     (root / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
     (root / "b/image.png").write_bytes(bytes(range(256)))
+    (root / "b/dead").symlink_to("nowhere")
+    (root / "b/round").symlink_to("round")
+    (root / "linked").symlink_to(root / "b")
+    os.mkfifo(root / "b/pipe")
     for hidden in (".git/config", "b/.secret"):
         (root / hidden).parent.mkdir(exist_ok=True)
         (root / hidden).write_text("HIDDEN")
@@ -184,9 +190,11 @@ def test_a_folder_is_all_its_text_in_order_and_the_rest_is_told(base, tmp_path, 
     arguments = [tmp_path / "named", tmp_path / "f", "--tree", tmp_path / "f" / "memory"] # the memory lies in the folder: not remembered itself
     for _ in range(2):
         out = run(monkeypatch, capsys, *arguments)
-        assert [line.split(" is not")[0] for line in out.splitlines() if line.startswith("left out")] == [
-            f"left out: {tmp_path}/f/b/image.png", f"left out: {tmp_path}/f/latin.txt"]
-        assert "2 files were left out, 6 are read" in out
+        assert [line.split(" (")[0].split(":")[1] for line in out.splitlines() if line.startswith("left out")] == [
+            f" {tmp_path}/f/b/dead is a link to nothing", f" {tmp_path}/f/b/image.png is not UTF-8 text", f" {tmp_path}/f/b/pipe is no file",
+            f" {tmp_path}/f/b/round is a link to nothing",
+            f" {tmp_path}/f/latin.txt is not UTF-8 text", f" {tmp_path}/f/linked is a link to a folder"]
+        assert "6 files were left out, 6 are read" in out
     assert "6 files, 6 of them already there" in out
     with MegaTree.open(tmp_path / "f/memory/tree", mode="r") as tree:
         ids = [tokenizer.bos] + [token for text in ["named first\n", *expected] for token in tokenizer.encode(text)]
@@ -200,7 +208,8 @@ def test_what_cannot_be_read_is_told_before_a_model_is_loaded(tmp_path, monkeypa
         run(monkeypatch, capsys, make(tmp_path / "f"), "--tree", tmp_path / "m")
 
 
-@pytest.mark.parametrize("arguments, message", [([], "nothing to ingest"), (["--renew"], "no memory in"), (["--stat"], "no memory in"), (["--stat", "--renew"], "command of its own")])
+@pytest.mark.parametrize("arguments, message", [([], "nothing to ingest"), (["--renew"], "no memory in"), (["--stat"], "no memory in"), (["--stat", "--renew"], "command of its own"),
+                                                (["--append"], "nothing to ingest"), (["--dump", "-3"], "no memory in")])
 def test_a_command_that_makes_no_sense_is_told(tmp_path, monkeypatch, capsys, arguments, message):
     with pytest.raises(UserError, match=message):
         run(monkeypatch, capsys, *arguments, "--tree", tmp_path / "m")
@@ -218,6 +227,49 @@ def test_many_small_files_are_one_stream(base, tmp_path, monkeypatch, capsys):
     (tmp_path / "text/module_10.py").write_text("changed since")
     with pytest.raises(UserError, match="module_10.py is not what stands at token"):
         run(monkeypatch, capsys, tmp_path / "text", "--tree", tmp_path / "m")
+
+
+@pytest.mark.parametrize("killed", [0, 8192])
+def test_files_come_after_a_conversation(base, tmp_path, monkeypatch, capsys, killed):
+    """A conversation once shut a memory to files: those behind it were 'not what stands at token 20', and nothing said what to do. Again after a kill, nothing is there twice."""
+    make_run("sft")
+    tokenizer, (a, b, c) = tiny_tokenizer(), (tmp_path / name for name in "abc")
+    a.write_text("Where it began. ")
+    b.write_text("".join(f"Line {i} of {i * i % 97}.\n" for i in range(5000)))
+    c.write_text("The end. ")
+    run(monkeypatch, capsys, a, "--tree", tmp_path / "m")
+    stream = open_stream(load_stage("sft"), tree=tmp_path / "m")
+    stream.feed([5, 6, 7])
+    stream.tree.close()
+    with pytest.raises(UserError, match="b is not what stands at token .* or a conversation.* --append"):
+        run(monkeypatch, capsys, a, b, "--tree", tmp_path / "m")
+    first = [tokenizer.bos, *tokenizer.encode(a.read_text()), 5, 6, 7]
+    expected = first + [tokenizer.bos, *tokenizer.encode(b.read_text()), *tokenizer.encode(c.read_text())]
+    if killed:
+        with MegaTree.open(tmp_path / "m/tree") as tree:
+            tree.append_tokens(expected[len(first):killed])
+    for there in (0, 2):
+        assert f"2 files, {there} of them already there" in run(monkeypatch, capsys, b, c, "--tree", tmp_path / "m", "--append")
+        assert contents(tmp_path / "m/tree")[1] == expected
+    with MegaTree.open(tmp_path / "m/tree") as tree:
+        tree.append_tokens([8])
+    run(monkeypatch, capsys, c, "--tree", tmp_path / "m", "--append")
+    assert contents(tmp_path / "m/tree")[1] == expected + [8, tokenizer.bos, *tokenizer.encode(c.read_text())]
+
+
+def test_the_checkpoint_of_a_step_writes_its_gists_again(base, tmp_path, monkeypatch, capsys):
+    """Whoever talks to --step 1 was told to renew with a command that took the last step: the next --step 1 was refused again."""
+    make_run("sft", seed=1)
+    make_text(tmp_path / "text", files=1)
+    run(monkeypatch, capsys, tmp_path / "text", "--tree", tmp_path / "m")
+    step = tiny_run.STEP
+    monkeypatch.setattr(tiny_run, "STEP", step + 1)
+    make_run("sft", seed=2)
+    run(monkeypatch, capsys, "--tree", tmp_path / "m", "--renew")
+    with pytest.raises(UserError, match="another model") as refused:
+        open_stream(load_stage("sft", step=step), tree=tmp_path / "m")
+    run(monkeypatch, capsys, *str(refused.value).split("mega_ingest ")[1].split())
+    open_stream(load_stage("sft", step=step), tree=tmp_path / "m").tree.close()
 
 
 @pytest.mark.parametrize("kill", [1, 2, 3])
@@ -248,22 +300,61 @@ def test_a_killed_ingest_is_continued_by_the_same_command(base, tmp_path, monkey
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Looks
+
+def test_a_dump_has_all_tokens_and_needs_no_model(base, tmp_path, monkeypatch, capsys):
+    """Ten tokens were dumped as nothing, level -3 was 'nothing to ingest', and all looks wanted the very checkpoint that wrote the gists."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.save(base / "tokenizer")
+    ids = tokenizer.encode("A few words. " * 40)
+    assert len(ids) % 32
+    with MegaTree.create(tmp_path / "m/tree", make_header(32, 0, model="not here", tokenizer=tokenizer.fingerprint[:16])) as tree:
+        tree.append_tokens(ids)
+        tree.append_gists(1, np.ones((len(ids) // 32 - 1, 32)))
+    lines = run(monkeypatch, capsys, "--tree", tmp_path / "m", "--dump", 0).splitlines()
+    assert "".join(eval(line.split(None, 1)[1]) for line in lines) == "A few words. " * 40 and len(lines) == len(ids) // 32 + 1
+    assert run(monkeypatch, capsys, "--tree", tmp_path / "m", "--dump", 1).splitlines() == lines[:-2], "gists that are there"
+    assert f"{len(ids)} tokens, gists written by model not here" in run(monkeypatch, capsys, "--tree", tmp_path / "m", "--stat")
+    assert f"verified {4 * len(ids) + 64 * (len(ids) // 32 - 1):,} bytes" in run(monkeypatch, capsys, "--tree", tmp_path / "m", "--verify")
+    with pytest.raises(UserError, match="no level -3: this tree has levels 0..1"):
+        run(monkeypatch, capsys, "--tree", tmp_path / "m", "--dump", -3)
+    with pytest.raises(UserError, match="change nothing"):
+        run(monkeypatch, capsys, "--tree", tmp_path / "m", "--stat", "--gist-dtype", "int8")
+
+
+def test_who_has_seen_enough_of_a_dump_ends_it(base, tmp_path, monkeypatch):
+    """`--dump 0 | head -1` ended in a traceback. Here nobody reads at all."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.save(base / "tokenizer")
+    with MegaTree.create(tmp_path / "m/tree", make_header(32, 0, tokenizer=tokenizer.fingerprint[:16])) as tree:
+        tree.append_tokens(tokenizer.encode("A few words. "))
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as pipe, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", pipe)
+        patch.setattr(sys, "argv", ["mega_ingest", "--tree", str(tmp_path / "m"), "--dump", "0"])
+        script.main()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The accounts
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_stat_adds_up(base, tmp_path, monkeypatch, capsys, dtype):
     gpt, *_ = make_run("sft")
     (tmp_path / "a.txt").write_text("The quick brown fox. " * 900)
-    run(monkeypatch, capsys, tmp_path / "a.txt", "--tree", tmp_path / "m", "--gist-dtype", dtype)
+    told = run(monkeypatch, capsys, tmp_path / "a.txt", "--tree", tmp_path / "m", "--gist-dtype", dtype)
+    cache = int(re.search(r"^\| a KV cache of sft/t in bf16 \| [\d,]+ \| ([\d,]+).000 \|$", told, re.M)[1].replace(",", ""))
     out = run(monkeypatch, capsys, "--tree", tmp_path / "m", "--stat")
     rows = {cells[0]: (int(cells[1].replace(",", "")), float(cells[2].replace(",", ""))) for cells in re.findall(r"^\| (.+?) \| ([\d,]+) \| ([\d.,]+) \|$", out, re.M)}
     length = int(re.search(r"^([\d,]+) tokens", out, re.M)[1].replace(",", ""))
     assert length > 1024
-    ids, one, two, record, total, files, alone, cache = rows.values()
+    assert not any(name.startswith("a KV cache") for name in rows), "no model was named, so there is none to compare with"
+    ids, one, two, record, total, files, alone = rows.values()
     row = row_bytes(32, dtype)
     assert (ids[0], one[0], two[0]) == (4 * length, length // 32 * row, length // 1024 * row) and [name[:7] for name in rows][1:3] == ["level 1", "level 2"]
     assert record[0] == sum((tmp_path / "m/tree" / name).stat().st_size for name in ("tree.db", "commits")) and total[0] == ids[0] + one[0] + two[0] + record[0]
     assert files[0] == total[0] + (tmp_path / "m/tree/lock").stat().st_size == sum(path.stat().st_size for path in (tmp_path / "m/tree").iterdir())
-    assert alone == ids and cache[1] == 2 * 2 * gpt.config.layers * 32  # a key and a value of 2 bytes for each of 32 channels a layer, by hand
+    assert alone == ids and cache == 2 * 2 * gpt.config.layers * 32  # a key and a value of 2 bytes for each of 32 channels a layer, by hand
     for size, per_token in rows.values():
         assert per_token == pytest.approx(size / length, abs=6e-4)
