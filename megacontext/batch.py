@@ -26,11 +26,16 @@ class Batch:
 
     @torch.no_grad()
     def feed(self, tokens):
-        """tokens: one id for each session -> logits (B, V) of the tokens that follow. A session whose token is None waits: its logits mean nothing."""
+        """
+        tokens: one id for each session -> logits (B, V) of the tokens that follow. A session whose token is None waits: its logits mean nothing.
+        If it fails, the length of each session tells whether its token was read; all of them can go on.
+        """
         start, device = time.perf_counter(), self.gpt.device
         assert len(tokens) == len(self.sessions), f"one token, or None, for each of {len(self.sessions)} sessions, got {len(tokens)}"
-        places = [session.length for session in self.sessions]
         going = [row for row, token in enumerate(tokens) if token is not None]
+        for row in going:
+            self.sessions[row].ready()
+        places = [session.length for session in self.sessions]
         ids = torch.tensor([[token or 0] for token in tokens], device=device)
         entries = self.gpt.embed(ids, torch.cat([session.before() for session in self.sessions]))
         positions = torch.cat([session.shown.mapped_token(place) for session, place in zip(self.sessions, places)])
@@ -39,11 +44,12 @@ class Batch:
         share = (time.perf_counter() - start) / len(tokens)
         for row in going:
             session = self.sessions[row]
-            session.tree.append_tokens([tokens[row]])
-            session.shown.note(session.shown.cache.length, [places[row]])
-            session.shown.cache.advance(1)
-            session._count("read", time.perf_counter() - share, read_tokens=1)
-            session.grown(ids[row:row + 1])
+            with session.changing():
+                session.tree.append_tokens([tokens[row]])
+                session.shown.note(session.shown.cache.length, [places[row]])
+                session.shown.cache.advance(1)
+                session._count("read", time.perf_counter() - share, read_tokens=1)
+                session.grown(ids[row:row + 1])
         return logits
 
     def _weighed(self, rows):

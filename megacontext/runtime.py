@@ -18,6 +18,7 @@ at all but its end: GistNet summarises it, and LensNet opens what the question a
 L = layers, H = kv heads, d = head width, n = entries
 """
 import time
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -78,12 +79,9 @@ class Session:
             raise UserError(f"a working context of {budget} entries is too small: expected at least {LEAST_BUDGET}, raise --budget")
         self.gpt, self.gistnet, self.lensnet, self.tree = gpt, gistnet, lensnet, tree
         self.budget, self.n_diff, self.margin, self.pins, self.exact = budget, n_diff, margin, pins, exact
-        self.tail = raw_tail(budget)
+        self.kept, self.kept_in_ram, self.tail = kept, kept_in_ram, raw_tail(budget)
         self.shown = Shown(gpt, budget, positions)
-        self.store = KVStore(gpt.device, kept * budget, kept_in_ram * budget)
-        self.spans, self.newest_scores, self.edits, self.focus = [], {}, [], Focus() # newest_scores: span -> what LensNet said of it at the last tick
-        self.matches = Matches()
-        self.last = None # ids of the newest tokens, (1, P); None where they have to be looked up
+        self._forget()
         self.telemetry, self.told = telemetry or Telemetry(), {}
         self.stats = dict(ticks=0, edits=0, read_tokens=0, ingested_tokens=0) | {f"{stage}_ms": 0.0 for stage in STAGES}
         if state is not None:
@@ -115,6 +113,34 @@ class Session:
         return [self.newest_scores.get(span, 0.0) for span in self.spans]
 
     # ------------------------------------------------------------------------------------------------------------------
+    # The tree is the only truth: after a failure, what is in view is made from it again
+
+    @contextmanager
+    def changing(self):
+        """For all that changes tree and view together. What fails in here may leave them apart, so then nothing is in view: ready() starts over."""
+        try:
+            yield
+        except BaseException:
+            self._forget()
+            raise
+
+    def ready(self):
+        """Nothing is in view before the first token, or after a failure: then show what the tree holds, as a new session on it would."""
+        if not self.shown.cache.length:
+            with self.changing():
+                self.tree.commit() # it may be what failed, and no token may follow a rewind that was not committed
+                if self.tree.length:
+                    self._assemble()
+
+    def _forget(self):
+        """Nothing is in view, and nothing is kept but the tree."""
+        self.shown.clear()
+        self.store = KVStore(self.gpt.device, self.kept * self.budget, self.kept_in_ram * self.budget)
+        self.spans, self.newest_scores, self.edits, self.focus = [], {}, [], Focus() # newest_scores: span -> what LensNet said of it at the last tick
+        self.matches = Matches()
+        self.last = None # ids of the newest tokens, (1, P); None where they have to be looked up
+
+    # ------------------------------------------------------------------------------------------------------------------
     # Reading
 
     @torch.no_grad()
@@ -122,13 +148,22 @@ class Session:
         """
         ids, at least one -> logits (V,) of the token that follows. One token is decoding. Several are a prompt: after it the
         context is refocused on what it asks, as often as levels have to be opened, and its end is read again in that light.
+        If it fails, `length` tells how many of the ids are in the tree: those have been fed, the next feed goes on behind them.
         """
         if len(ids) == 0:
             raise ValueError("nothing to feed: expected at least one token id")
-        ids = list(ids)
+        self.ready()
+        with self.changing():
+            return self._feed(list(ids))
+
+    def _feed(self, ids):
         prompt, done = len(ids) > 1, 0
         for done in self.skim(ids):
             pass
+        if done:
+            start = time.perf_counter()
+            self.ready()
+            self._count("splice", start)
         ids = ids[done:]
         while ids:
             length = self.tree.length
@@ -142,24 +177,20 @@ class Session:
     def skim(self, ids):
         """
         Take in what of a prompt the GPT need not read, only remember: all but a raw tail, where the prompt is longer than two. A generator of the
-        tokens taken in so far, a stretch at a time; feed() takes the rest. Whoever stops it has those in the history. Between stretches the working
-        context is still that of before the prompt.
+        tokens taken in so far, a stretch at a time; feed() takes the rest. Whoever stops it has those in the history. Until the next feed or mark nothing
+        is in view: a context of before the prompt is of no more use.
         """
         skip, done, stretch = len(ids) - self.tail, 0, NODES_AT_ONCE * BLOCK
         if skip <= self.tail:
             return
-        try:
-            while done < skip:
-                start = time.perf_counter()
-                stop = min(done + stretch - self.tree.length % stretch, skip)
-                ingest(self.gpt, self.gistnet, self.tree, ids[done:stop])
-                self._count("ingest", start, ingested_tokens=stop - done)
-                done = stop
-                yield done
-        finally: # also where it is stopped
+        self._forget()
+        while done < skip:
             start = time.perf_counter()
-            self._assemble()
-            self._count("splice", start)
+            stop = min(done + stretch - self.tree.length % stretch, skip)
+            ingest(self.gpt, self.gistnet, self.tree, ids[done:stop])
+            self._count("ingest", start, ingested_tokens=stop - done)
+            done = stop
+            yield done
 
     def _settle(self):
         """
@@ -384,6 +415,7 @@ class Session:
 
     def mark(self):
         """This moment as a State: what rewind() and fork() start from. Costs one copy of the keys and values in view."""
+        self.ready()
         shown = self.shown
         k, v, _ = loose = shown.lift()
         shown.lay(*loose)
@@ -394,10 +426,10 @@ class Session:
         """Back to a mark of this session: what was read since is forgotten, and the next tokens are those that followed the mark."""
         if state.length > self.length:
             raise UserError(f"cannot rewind to {state.length} tokens: this session has {self.length}")
-        self.tree.truncate(state.length)
-        self.shown, self.matches, self.last = Shown(self.gpt, self.budget, self.shown.policy), Matches(), None
-        self.store = KVStore(self.gpt.device, self.store.near.size, self.store.far.size) # blocks past the mark will be other blocks
-        self._restore(state)
+        with self.changing():
+            self._forget() # keys and values too: blocks past the mark will be other blocks
+            self.tree.truncate(state.length)
+            self._restore(state)
 
     def fork(self, path=None):
         """Another session that starts where this one stands, on a tree of its own: in the new folder `path`, or in memory."""
@@ -409,8 +441,9 @@ class Session:
         Write the session beside its tree: which spans are in view, and their keys and values, so that the next token is the same.
         The tree itself is on disk already if it was created there.
         """
+        state = self.mark()
         self.flush()
-        save_state(self.mark(), folder)
+        save_state(state, folder)
 
     @classmethod
     def open(cls, folder, gpt, gistnet, lensnet, tree, **settings):

@@ -33,13 +33,18 @@ class Shown:
         self.cache = KVCache(config, 1, capacity, gpt.device, gpt.dtype)
         self.unturned = torch.zeros_like(self.cache.k[:, 0]) # (L, H, capacity, d)
         self.places = np.zeros(capacity)                     # of each entry on the timeline
-        self.spans = []                                      # in the order of the cache; loose entries follow
-        self.settled = 0                                     # entries of the spans
         self.usual = max(1, config.seq_len // BLOCK)         # gists in a trained row
         self.weights = torch.zeros(capacity, device=gpt.device, dtype=gpt.dtype) # of each entry, added to its attention scores
-        self.crowded = False                                 # are there more gists than usual? Else all weights are 0
         self.hold = max(BLOCK, config.seq_len // 16 // BLOCK * BLOCK) # tokens that a frame lasts
         self.trained = config.seq_len - self.hold - BLOCK             # so that positions past the frame are trained ones too
+        self.clear()
+
+    def clear(self):
+        """Nothing is in view. The memory stays the same, so a session of a batch stays in its row."""
+        self.cache.rewind(0)
+        self.spans = []  # in the order of the cache; loose entries follow
+        self.settled = 0 # entries of the spans
+        self._weigh()
         self.set_frame(0)
 
     @property
@@ -136,7 +141,7 @@ class Shown:
     def _weigh(self):
         """Gists together weigh no more than the usual number of them."""
         gists = sum(span.level > 0 for span in self.spans)
-        self.crowded = gists > self.usual
+        self.crowded = gists > self.usual # else all weights are 0
         self.weights.zero_()
         if self.crowded:
             less = log(self.usual / gists)

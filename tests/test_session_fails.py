@@ -1,0 +1,156 @@
+"""
+Sessions whose tree fails: a disk that is full, once, at each place where the tree is asked for something. The tree is the only truth, so what
+follows must be what a new session on that tree says, whatever the old one had in view when it failed.
+"""
+import numpy as np
+import pytest
+import torch
+
+from megacontext import runtime
+from megacontext.batch import Batch
+from megacontext.ingest import ingest
+from megacontext.runtime import Session
+from megacontext.span import BLOCK
+from megacontext.tree import MegaTree, TreeError, make_header
+from megacontext.working_context import check, cost
+from tests.test_runtime import some_ids
+from tests.tiny import tiny_networks
+
+HEADER = make_header(32, 0, gist_dtype="float32")
+
+
+class FailsOnce(MegaTree):
+    """A tree that raises when it is asked for the n-th time from now (`left`), before it does what it was asked for or, if `late`, after it."""
+
+    left, late, asked = 0, False, 0
+
+    def ask(self, name, args):
+        self.asked, self.left = self.asked + 1, self.left - 1
+        fails = self.left == 0
+        if fails and not self.late:
+            raise TreeError("no space")
+        result = getattr(MegaTree, name)(self, *args)
+        if fails:
+            raise TreeError("no space, it was seen late")
+        return result
+
+
+for name in ("append_tokens", "append_gists", "commit", "truncate", "tokens", "gists", "gists_of"):
+    setattr(FailsOnce, name, lambda self, *args, name=name: self.ask(name, args))
+
+
+def on_a_tree_that_fails(networks, ids, left=0, late=False):
+    """A session on a history, whose tree fails the `left`-th time that it is asked for something from then on (0 = never)."""
+    tree = FailsOnce.in_memory(HEADER)
+    ingest(*networks[:2], tree, ids)
+    memory = Session(*networks, tree, 192)
+    tree.left, tree.late, tree.asked = left, late, 0
+    return memory
+
+
+def check_it_goes_on(memory, networks):
+    """It says what a new session on a copy of its tree says, and holds in view what that one holds."""
+    twin = Session(*networks, memory.tree.fork(), memory.budget)
+    for n in (1, 40, 1):
+        assert torch.allclose(memory.feed(some_ids(n, seed=9)), twin.feed(some_ids(n, seed=9)), atol=1e-4)
+        assert memory.spans == twin.spans and memory.shown.cache.length == cost(memory.spans)
+        check(memory.spans, memory.length, memory.budget)
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("history, n", [(1279, 1), (1250, 60), (1250, 300)])
+def test_a_session_goes_on_after_a_failure_at_any_place(history, n, late, monkeypatch):
+    """
+    A full disk once ended a session: a failed commit kept the refocus of that tick from running, a failed ingest left what was in view behind the
+    tree, and some tokens later every feed ended in "the KV cache holds 192 entries and 193 are needed", though there was space again.
+    Here: a token that completes a block with a commit, a prompt with ticks, a prompt that is ingested but for its end.
+    """
+    networks, before, ids = tiny_networks(), some_ids(history), some_ids(n, seed=1)
+    monkeypatch.setattr(runtime, "COMMIT", 2 * BLOCK)
+    memory = on_a_tree_that_fails(networks, before)
+    memory.feed(ids)
+    times = memory.tree.asked
+    for left in sorted({*range(1, min(times, 4) + 1), *np.linspace(1, times, 7, dtype=int).tolist()}):
+        memory = on_a_tree_that_fails(networks, before, left, late)
+        with pytest.raises(TreeError, match="no space"):
+            memory.feed(ids)
+        assert memory.tree.tokens(0, memory.length).tolist() == (before + ids)[:memory.length], "length tells what has been fed"
+        check_it_goes_on(memory, networks)
+
+
+def test_a_session_goes_on_after_its_network_failed_or_its_reader_left(monkeypatch):
+    """Memory that runs out in the middle of a forward, and a progress that raises: the tree is whole, what was in view is not."""
+    networks = tiny_networks()
+    for failing in ("_read_blocks", "_read_gists", "_read_again", "score"):
+        memory = on_a_tree_that_fails(networks, some_ids(1250))
+        with monkeypatch.context() as patch:
+            patch.setattr(memory, failing, lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                while True:
+                    memory.feed(some_ids(300, memory.length))
+        check_it_goes_on(memory, networks)
+    memory = on_a_tree_that_fails(networks, some_ids(1250))
+    with pytest.raises(KeyboardInterrupt):
+        memory.feed(some_ids(300), progress=lambda done: (_ for _ in ()).throw(KeyboardInterrupt))
+    check_it_goes_on(memory, networks)
+
+
+def stopped_in_a_tick(networks, monkeypatch):
+    """A session that failed between its plan and its splice: what it had in view was no longer what its working context said."""
+    memory = on_a_tree_that_fails(networks, some_ids(1247))
+    for t in some_ids(BLOCK):
+        memory.feed([t]) # so that the next tick has to collapse something
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "_splice", lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            memory.feed([1])
+    return memory
+
+
+def test_what_is_saved_after_a_failure_is_whole(tmp_path, monkeypatch):
+    """chat saves when it ends, however it ends: a session with nothing in view is assembled before it is marked, forked or saved."""
+    networks = tiny_networks()
+    memory = stopped_in_a_tick(networks, monkeypatch)
+    memory.save(tmp_path)
+    assert memory.view()["used"] == cost(memory.spans) == memory.shown.cache.length > 0
+    again = Session.open(tmp_path, *networks, memory.tree.fork())
+    assert torch.allclose(again.feed([1]), memory.feed([1]), atol=1e-4)
+
+
+def test_a_rewind_that_could_not_be_committed_is_committed_before_the_next_token(tmp_path):
+    """The tree refuses to write behind such a rewind: the session said so at every token."""
+    networks, ids = tiny_networks(), some_ids(1300)
+    with MegaTree.create(tmp_path / "tree", HEADER) as tree:
+        memory = Session(*networks, tree, 192)
+        marks = [memory.mark()]
+        memory.feed(ids)
+        marks.append(memory.mark())
+        for mark in reversed(marks):
+            memory.feed(some_ids(70, seed=1))
+            tree.commit()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(tree.record, "write", lambda *_: (_ for _ in ()).throw(TreeError("no space")))
+                for attempt in (lambda: memory.rewind(mark), lambda: memory.feed([1])):
+                    with pytest.raises(TreeError, match="no space"):
+                        attempt()
+            assert memory.length == mark.length
+            check_it_goes_on(memory, networks)
+
+
+def test_a_batch_goes_on_when_one_of_its_sessions_failed(monkeypatch):
+    """Two rows of three tick, the middle one fails in it. The first has read its token, the last has not, and all stay in their rows."""
+    networks, histories = tiny_networks(), [some_ids(n, seed=n) for n in (1279, 1247, 90)]
+    sessions = [on_a_tree_that_fails(networks, history) for history in histories]
+    for t in some_ids(BLOCK):
+        sessions[1].feed([t]) # so that the next token makes a tick that has to collapse something
+    batch = Batch(sessions)
+    with monkeypatch.context() as patch:
+        patch.setattr(sessions[1], "_splice", lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            batch.feed([1, 2, 3])
+    assert [memory.length for memory in sessions] == [1280, 1280, 90]
+    twins = [Session(*networks, sessions[1].tree.fork(), 192) if row == 1 else memory.fork() for row, memory in enumerate(sessions)]
+    for step in range(40):
+        logits = batch.feed([5, 6, 7])
+        for row, twin in enumerate(twins):
+            assert torch.allclose(logits[row], twin.feed([5 + row]), atol=1e-3), f"step {step}, row {row}"
