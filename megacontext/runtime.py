@@ -419,8 +419,8 @@ class Session:
         shown = self.shown
         k, v, _ = loose = shown.lift()
         shown.lay(*loose)
-        return State(model=self.tree.header.get("model"), length=self.length, budget=self.budget, n_diff=self.n_diff, margin=self.margin, pins=self.pins,
-                     spans=list(self.spans), scores=self.scores, focus=self.focus, frame=shown.frame, stats=dict(self.stats), kv=shown.pairs(), loose=(k, v))
+        return State(model=self.tree.header.get("model"), length=self.length, budget=self.budget, n_diff=self.n_diff, margin=self.margin, pins=self.pins, exact=self.exact,
+                     positions=shown.policy, spans=list(self.spans), scores=self.scores, focus=self.focus, frame=shown.frame, stats=dict(self.stats), kv=shown.pairs(), loose=(k, v))
 
     def rewind(self, state):
         """Back to a mark of this session: what was read since is forgotten, and the next tokens are those that followed the mark."""
@@ -433,8 +433,8 @@ class Session:
 
     def fork(self, path=None):
         """Another session that starts where this one stands, on a tree of its own: in the new folder `path`, or in memory."""
-        return Session(self.gpt, self.gistnet, self.lensnet, self.tree.fork(path), self.budget, n_diff=self.n_diff, margin=self.margin, pins=self.pins,
-                       exact=self.exact, positions=self.shown.policy, state=self.mark())
+        state = self.mark()
+        return Session(self.gpt, self.gistnet, self.lensnet, self.tree.fork(path), self.budget, kept=self.kept, kept_in_ram=self.kept_in_ram, state=state, **state.settings())
 
     def save(self, folder):
         """
@@ -451,7 +451,7 @@ class Session:
         state = load_state(folder, gpt.device)
         if (state.model, state.length) != (tree.header.get("model"), tree.length):
             raise UserError(f"the session in {folder} was saved at {state.length} tokens of model {state.model}, its tree holds {tree.length} of {tree.header.get('model')}: they do not belong together")
-        return cls(gpt, gistnet, lensnet, tree, state.budget, state=state, **dict(n_diff=state.n_diff, margin=state.margin, pins=state.pins) | settings)
+        return cls(gpt, gistnet, lensnet, tree, state.budget, state=state, **state.settings() | settings)
 
     def _restore(self, state):
         self.spans, self.newest_scores, self.focus, self.edits = list(state.spans), dict(zip(state.spans, state.scores)), state.focus, []

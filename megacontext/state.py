@@ -1,23 +1,30 @@
 """
 What a session is at one moment, beside its tree: which spans are in view, with their keys and values, and what the allocator remembers.
 A State stays in memory to go back to, or is written to a folder to go on from in another process: one file, replaced whole, with the keys
-and values as tensors and the rest as JSON in its header.
+and values as tensors and the rest as JSON in its header. Both have a checksum: what is read is what was written, or it is refused.
 
 L = layers, H = kv heads, n = entries of a span, d = head width
 """
 import json
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Callable
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from megacontext.allocator import Focus
+from megacontext.positions import POLICIES
 from megacontext.span import Span
 from megacontext.working_context import Pins
+from nanochat.checkpoint import flush
 from nanochat.common import UserError
 
 FILE = "session.safetensors"
+FORMAT = "megacontext-session 1" # the number goes up when what is written changes
+ANEW = "Delete it: the session is then assembled anew from its tree"
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,8 @@ class State:
     n_diff: int
     margin: float
     pins: Pins
+    exact: bool
+    positions: Callable # the policy, one of positions.POLICIES
     spans: list   # the working context
     scores: list
     focus: Focus
@@ -36,17 +45,32 @@ class State:
     kv: dict      # finished span -> k, v, each (L, H, n, d), keys unturned; in the order of the cache
     loose: tuple  # k, v of the live block's tokens
 
+    def settings(self):
+        """What a Session that goes on from here is made with, beside its budget."""
+        return {name: getattr(self, name) for name in ("n_diff", "margin", "pins", "exact", "positions")}
+
 
 def save_state(state, folder):
+    """Write it into a folder, durably: after a crash at any instant the folder holds this one or the one before, whole."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    path, new = folder / FILE, folder / (FILE + ".new")
     named = {"loose": state.loose} | {f"{span.level}.{span.index}": pair for span, pair in state.kv.items()}
-    tensors = {f"{kind}.{name}": tensor.contiguous() for name, pair in named.items() for kind, tensor in zip("kv", pair)}
-    plain = {name: getattr(state, name) for name in ("model", "length", "budget", "n_diff", "margin", "scores", "frame", "stats")}
+    tensors = {f"{kind}.{name}": tensor.cpu().contiguous() for name, pair in named.items() for kind, tensor in zip("kv", pair)}
+    plain = {name: getattr(state, name) for name in ("model", "length", "budget", "n_diff", "margin", "exact", "scores", "frame", "stats")}
     plain |= dict(pins=asdict(state.pins), spans=[[s.level, s.index, s.live] for s in state.spans], order=[[s.level, s.index] for s in state.kv],
-                  tick=state.focus.tick, edited=[[node.level, node.index, tick] for node, tick in state.focus.edited.items()])
-    save_file(tensors, folder / (FILE + ".new"), metadata={"session": json.dumps(plain)})
-    (folder / (FILE + ".new")).replace(folder / FILE)
+                  positions={policy: name for name, policy in POLICIES.items()}[state.positions],
+                  tick=state.focus.tick, edited=[[node.level, node.index, tick] for node, tick in state.focus.edited.items()], crc=_checksum(tensors))
+    session = json.dumps(plain)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, new, metadata={"format": FORMAT, "session": session, "crc": str(zlib.crc32(session.encode()))})
+        flush(new)
+        new.replace(path)
+        flush(folder)
+    except (OSError, SafetensorError) as error:
+        if new.exists():
+            new.unlink()
+        raise UserError(f"the session could not be written to {path} ({error}). What was saved there before is intact, and the tree has all tokens: make room there and save again") from error
 
 
 def saved(folder):
@@ -56,20 +80,39 @@ def saved(folder):
         return None
     try:
         with safe_open(path, "pt") as file:
-            return json.loads(file.metadata()["session"])
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged ({error}): delete it, the session is then assembled anew from its tree") from None
+            found = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is damaged: expected a saved session, found what cannot be read ({error}). {ANEW}") from None
+    if found.get("format") != FORMAT:
+        raise UserError(f"{path} cannot be read: expected the format {FORMAT!r}, found {found.get('format')!r}, so it is damaged or was written by other code. {ANEW}")
+    session = found.get("session", "")
+    _check(path, found.get("crc"), str(zlib.crc32(session.encode())))
+    return json.loads(session)
 
 
 def load_state(folder, device="cpu"):
-    plain = saved(folder)
+    path, plain = Path(folder) / FILE, saved(folder)
     if plain is None:
         raise UserError(f"no saved session in {folder}: expected {FILE} there")
-    tensors = load_file(Path(folder) / FILE, device=str(device))
-    pair = lambda name: (tensors[f"k.{name}"], tensors[f"v.{name}"])
+    tensors = load_file(path)
+    _check(path, plain["crc"], _checksum(tensors))
+    pair = lambda name: (tensors[f"k.{name}"].to(device), tensors[f"v.{name}"].to(device))
     kv = {Span(level, index): pair(f"{level}.{index}") for level, index in plain["order"]}
     return State(model=plain["model"], length=plain["length"], budget=plain["budget"], n_diff=plain["n_diff"], margin=plain["margin"],
-                 pins=Pins(**{kind: tuple(map(tuple, ranges)) for kind, ranges in plain["pins"].items()}),
+                 pins=Pins(**{kind: tuple(map(tuple, ranges)) for kind, ranges in plain["pins"].items()}), exact=plain["exact"], positions=POLICIES[plain["positions"]],
                  spans=[Span(*span) for span in plain["spans"]], scores=plain["scores"],
                  focus=Focus(plain["tick"], {Span(level, index): tick for level, index, tick in plain["edited"]}),
                  frame=plain["frame"], stats=plain["stats"], kv=kv, loose=pair("loose"))
+
+
+def _checksum(tensors):
+    """crc32 of tensors on the CPU, {name: tensor}: of names, shapes, types and every byte."""
+    crc = 0
+    for name, tensor in sorted(tensors.items()):
+        crc = zlib.crc32(tensor.flatten().view(torch.uint8).numpy(), zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), crc))
+    return crc
+
+
+def _check(path, expected, found):
+    if expected != found:
+        raise UserError(f"{path} is damaged: expected checksum {expected}, found {found}. {ANEW}")

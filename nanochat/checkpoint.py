@@ -67,8 +67,8 @@ def save(folder, step, modules, optimizer=None, meta=None, keep=None, main=True)
                   torch=torch.__version__, time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
     (tmp / "meta.json").write_text(json.dumps(record, indent=1) + "\n")
     for path in tmp.iterdir():
-        _flush(path)
-    _flush(tmp)
+        flush(path)
+    flush(tmp)
     _move_in(tmp, target)
     if keep is not None:
         for old in steps(folder)[:-keep]:
@@ -82,7 +82,7 @@ def _plain(module):
             for name, tensor in module.state_dict().items()}
 
 
-def _flush(path):
+def flush(path):
     """Force a file, or the list of names in a folder, down to the disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
@@ -102,7 +102,7 @@ def _move_in(tmp, target):
             shutil.rmtree(aside)
         target.rename(aside)
     tmp.rename(target)
-    _flush(target.parent)
+    flush(target.parent)
     if aside.exists():
         shutil.rmtree(aside)
 

@@ -10,6 +10,7 @@ from megacontext.allocator import Focus, refocus
 from megacontext.layout import GIST, HIDDEN, NODE, RAW, entry_positions, visibility
 from megacontext.losses import lens_scores, row_entries
 from megacontext.matches import LEAD, Matches
+from megacontext.positions import POLICIES
 from megacontext.batch import Batch
 from megacontext.runtime import LEAST_BUDGET, Session, coarsest, raw_tail
 from megacontext.shown import Shown
@@ -280,6 +281,14 @@ def test_a_fork_goes_its_own_way(on_disk, tmp_path):
         assert torch.allclose(memory.feed([t]), twin.feed([t]), atol=1e-4)
     assert memory.tree.tokens(1500, 1570).tolist() == one and other.tree.tokens(1500, 1570).tolist() == two
     other.tree.close()
+
+
+def test_a_fork_is_made_with_the_settings_of_its_session():
+    """A fork had a store of the usual size, whatever its session was given: four budgets of keys and values for each fork, where memory was scarce."""
+    memory = session(budget=192, n_diff=2, margin=1.0, pins=Pins(raw=((0, 9),)), exact=True, positions=POLICIES["clamped"], kept=0.5, kept_in_ram=2)
+    other, settings = memory.fork(), ("budget", "n_diff", "margin", "pins", "exact", "kept", "kept_in_ram")
+    assert [getattr(other, name) for name in settings] == [getattr(memory, name) for name in settings]
+    assert other.store.near.size == 96 and other.shown.policy is POLICIES["clamped"]
 
 
 def test_a_batch_is_its_sessions_one_by_one():
