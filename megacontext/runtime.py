@@ -19,6 +19,7 @@ L = layers, H = kv heads, d = head width, n = entries
 """
 import time
 from contextlib import contextmanager
+from math import inf
 
 import numpy as np
 import torch
@@ -315,11 +316,13 @@ class Session:
 
     @torch.no_grad()
     def _assemble(self):
-        """A fresh working context for the tree as it is, by recency."""
+        """A fresh working context for the tree as it is, by recency and as the pins order."""
         self.last = None
         complete(self.gpt, self.gistnet, self.tree)
         self.shown.lift() # the live block as far as it went: what follows is read with it
-        self.spans = assemble(self.tree.length, self.budget - BLOCK, tail=self.tail)
+        spans = assemble(self.tree.length, self.budget - BLOCK, tail=self.tail)
+        self.spans = refocus(spans, [span.start + 1.0 for span in spans], self.budget, n_diff=len(spans), margin=inf, tail=self.tail, pins=self.pins,
+                             top=coarsest(self.tree.length, self.budget)).spans # does what is pinned: the oldest pay for it, the newest get what it frees
         self.newest_scores = {}
         self._splice(now=True)
         if self.spans[-1].live:
@@ -460,3 +463,5 @@ class Session:
         self.shown.add([(span, k, v) for span, (k, v) in state.kv.items()])
         k, v = state.loose
         self.shown.lay(k, v, np.arange(state.length - k.size(2), state.length))
+        if self.pins != state.pins:
+            self.refocus() # orders are obeyed before anything is read

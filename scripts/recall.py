@@ -96,8 +96,6 @@ def answers(loaded, engine, conversation, budget, most, telemetry):
     pins = dict(gists=Pins(never=((0, head),)), told=Pins(raw=tuple((start, min(stop, head)) for start, stop in evidence if start < head))) if head else {}
     for way in SESSIONS:
         session = Session(loaded.gpt, loaded.gistnet, loaded.lensnet, tree, budget, n_diff=4 if way in ("lensnet", "gists") else 0, telemetry=telemetry[way], pins=pins.get(way, Pins()))
-        if way in pins:
-            session.refocus() # opens and closes what is pinned before anything is read behind it
         answer = iter(engine.generate(session, prompt[head:], max_tokens=most, temperature=0))
         first = list(islice(answer, 1))
         if way == "lensnet":

@@ -187,10 +187,78 @@ def test_a_budget_too_small_and_a_foreign_session_are_refused(tmp_path):
         Session.open(tmp_path, *tiny_networks(), None)
 
 
-def test_pins_are_obeyed():
-    memory = session(budget=320, pins=Pins(raw=((0, 20),)))
+def watch_pins(monkeypatch, pins):
+    """From now on, every forward of every session sees pinned blocks as tokens, no token of a finished block that is never raw, and at most its budget. Returns counts."""
+    read, seen = Shown.read, dict(forwards=0, raw=0, never=0)
+
+    def watched(shown, entries, timeline, see):
+        places = np.concatenate([shown.places[:shown.cache.length], timeline])
+        raw = {int(place) // BLOCK for place in places if place == int(place)} # a gist's centre lies between two tokens
+        last = int(max(places)) // BLOCK # this one is being written
+        orders = {kind: {block for start, stop in getattr(pins, kind) for block in range(start // BLOCK, (stop - 1) // BLOCK + 1) if block < last} for kind in ("raw", "never")}
+        assert orders["raw"] <= raw and not orders["never"] & raw, f"{orders} were ordered, {sorted(raw)} are raw"
+        assert len(places) <= shown.cache.capacity
+        for kind in orders:
+            seen[kind] += len(orders[kind]) > 0
+        seen["forwards"] += 1
+        return read(shown, entries, timeline, see)
+
+    monkeypatch.setattr(Shown, "read", watched)
+    return seen
+
+
+@pytest.mark.parametrize("pins", [Pins(raw=((0, 20), (600, 650), (1490, 1500))), Pins(never=((0, 64), (700, 1450), (1470, 1600))), Pins(raw=((100, 101),), never=((0, 32), (1200, 9999)))])
+def test_pins_are_obeyed_at_every_forward(pins, monkeypatch, tmp_path):
+    """
+    What is assembled anew did not know of pins, so up to 31 tokens after a long prompt, or of a session opened again, were read with a pinned block
+    as a gist, or a block that must not be seen in full view. Here: growth, a long prompt, a tree opened anew, a saved session, a rewind, a failure.
+    """
+    networks, ids = tiny_networks(), some_ids(1500)
+    seen = watch_pins(monkeypatch, pins)
+    memory = session(networks, budget=320, margin=0.0, pins=pins)
+    memory.feed(ids[:40])
+    memory.feed(ids[40:1473])
+    mark = memory.mark()
+    for t in ids[1473:]:
+        memory.feed([t])
+    check(memory.spans, 1500, 320)
+    memory.save(tmp_path)
+    before = seen["forwards"]
+    for again in (Session(*networks, memory.tree.fork(), 320, pins=pins), Session.open(tmp_path, *networks, memory.tree.fork())):
+        check(again.spans, 1500, 320)
+        again.feed(ids[:1])
+        again.feed(ids[:70])
+    memory.rewind(mark)
+    memory._forget()
+    memory.feed(ids[1473:])
+    assert seen["forwards"] > before and all(seen[kind] > 20 for kind in seen if kind == "forwards" or getattr(pins, kind))
+
+
+def test_other_pins_than_those_that_were_saved_are_obeyed_at_once(monkeypatch, tmp_path):
+    networks, pins = tiny_networks(), Pins(raw=((0, 20),), never=((1300, 1400),))
+    memory = session(networks, budget=320)
     memory.feed(some_ids(1500))
-    assert memory.spans[0] == Span(0, 0)
+    memory.save(tmp_path)
+    watch_pins(monkeypatch, pins)
+    again = Session.open(tmp_path, *networks, memory.tree.fork(), pins=pins)
+    assert again.spans[0] == Span(0, 0)
+    again.feed([1])
+
+
+def test_what_pins_free_is_spent_on_the_newest():
+    """Blocks that are never raw leave room, in which gists of gists are opened: a context of the same cost as without pins, but for less than one expansion."""
+    memory = session(budget=192, pins=Pins(never=((0, 40_000),)))
+    memory.feed(some_ids(6000))
+    again = Session(*tiny_networks(), memory.tree, 192, pins=memory.pins)
+    assert {span.level for span in again.spans if not span.live} == {1, 2} and cost(again.spans) > 192 - BLOCK - 31
+
+
+@pytest.mark.parametrize("pins", [Pins(raw=((0, 400),)), Pins(raw=((2000, 2300), (5000, 5010)))])
+def test_pins_that_do_not_fit_are_refused_before_anything_is_read(pins):
+    memory = session(budget=192)
+    memory.feed(some_ids(6000))
+    with pytest.raises(UserError, match="(unpin some|lower tail or pins)"):
+        Session(*tiny_networks(), memory.tree, 192, pins=pins)
 
 
 def test_half_precision_weights_do():
