@@ -23,9 +23,9 @@ from math import inf
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from megacontext.allocator import Focus, refocus
+from megacontext.gist_reading import read_gists
 from megacontext.ingest import NODES_AT_ONCE, complete, embed_tokens, ids_before, ingest
 from megacontext.kv_store import KVStore
 from megacontext.matches import Matches
@@ -38,10 +38,8 @@ from megacontext.shown import Shown
 from megacontext.working_context import TAIL, Pins, advance, assemble, check, cost
 from nanochat.common import UserError
 from nanochat.gpt import Entries, causal_after
-from nanochat.kv_cache import KVCache
 
 COMMIT = 4096         # tokens between commits while reading: a commit waits for the disk, 13 to 100 ms. save() commits too
-LOOKED_AT = 1024      # tokens that a gist's value embeddings are the mean of, at most
 MARGIN = 4.0         # nats a block: what an expansion must be better by than the collapse that pays for it (LOG.md, 2026-11-21)
 ASKED_MARGIN = 0.25  # the same after a prompt: a question is asked once, and what it does not open nobody will
 TURNS = 10           # refocuses after a prompt for each level in view, as long as they find something to edit: a level is opened at a time, two gists a refocus
@@ -352,30 +350,13 @@ class Session:
 
     def _read_gists(self, spans):
         """
-        Keys and values of gists, as a list of (span, k, v): each is read alone, because a gist sees itself only. Those that raw blocks in view
-        will have when they collapse are read along, into the store: a forward of many costs hardly more than a forward of one.
+        Keys and values of gists, as a list of (span, k, v). Those that raw blocks in view will have when they collapse are read along, into the store.
         """
-        gpt = self.gpt
         ahead = [span.parent() for span in self.spans if span.level == 0 and span.index < self.tree.count(1)]
-        both = spans + [span for span in ahead if span not in self.store]
-        x = torch.as_tensor(self.tree.gists_of(both), dtype=gpt.dtype, device=gpt.device)
-        values = [means[:, None] for means in self._value_means(both)]
-        alone = KVCache(gpt.config, len(both), 1, gpt.device, gpt.dtype)
-        gpt.trunk(Entries(x[:, None], values), torch.zeros(1, 1, device=gpt.device), "all", alone) # at position 0 keys are unturned
-        read = [(span, alone.k[:, i].clone(), alone.v[:, i].clone()) for i, span in enumerate(both)]
+        read = read_gists(self.gpt, self.tree, spans + [span for span in ahead if span not in self.store])
         for span, k, v in read[len(spans):]:
             self.store.put(span, k, v)
         return read[:len(spans)]
-
-    def _value_means(self, spans):
-        """
-        Gists' value embeddings are the means of their tokens': (n, value_width) a value layer. Above level 2, where training never goes, of
-        LOOKED_AT tokens at even distances: the mean of a million rows would stop the session for seconds.
-        """
-        ids = [self.tree.tokens(span.start, span.stop)[::max(1, span.width // LOOKED_AT)] for span in spans]
-        starts = torch.tensor([0] + [len(some) for some in ids[:-1]], device=self.gpt.device).cumsum(0)
-        ids = torch.as_tensor(np.concatenate(ids), dtype=torch.long, device=self.gpt.device)
-        return [F.embedding_bag(ids, table.weight, starts, mode="mean") for table in self.gpt.value_tables]
 
     def _read_blocks(self, blocks):
         """Read raw blocks behind what is in view, all in one forward: each sees what lies before it on the timeline."""

@@ -7,6 +7,7 @@ import torch
 
 from megacontext import runtime
 from megacontext.allocator import Focus, refocus
+from megacontext.gist_reading import value_means
 from megacontext.layout import GIST, HIDDEN, NODE, RAW, entry_positions, visibility
 from megacontext.losses import lens_scores, row_entries
 from megacontext.matches import LEAD, Matches
@@ -291,7 +292,7 @@ def test_a_gist_of_many_tokens_looks_at_some_of_them():
     memory.feed(some_ids(40_000))
     tables, ids = memory.gpt.value_tables, memory.tree.tokens(0, 32 ** 3)
     for level, seen in ((1, ids[:32]), (2, ids[:1024]), (3, ids[::32])):
-        for table, means in zip(tables, memory._value_means([Span(1, 7), Span(level, 0)])):
+        for table, means in zip(tables, value_means(memory.gpt, memory.tree, [Span(1, 7), Span(level, 0)])):
             assert torch.allclose(means[1], table.weight[torch.as_tensor(seen, dtype=torch.long)].mean(dim=0), atol=1e-6)
 
 
