@@ -32,7 +32,7 @@ from megacontext.matches import Matches
 from megacontext.positions import compressed
 from megacontext.search import best_of, block_scores
 from megacontext.span import BLOCK
-from megacontext.state import State, load_state, save_state
+from megacontext.state import ANEW, State, history, load_state, save_state
 from megacontext.telemetry import Telemetry
 from megacontext.shown import Shown
 from megacontext.working_context import TAIL, Pins, advance, assemble, check, cost
@@ -398,18 +398,20 @@ class Session:
     # Marks: go back to one, go on from one elsewhere, keep one on disk
 
     def mark(self):
-        """This moment as a State: what rewind() and fork() start from. Costs one copy of the keys and values in view."""
+        """This moment as a State: what rewind() and fork() start from. Costs one copy of the keys and values in view, and a look at all ids."""
         self.ready()
         shown = self.shown
         k, v, _ = loose = shown.lift()
         shown.lay(*loose)
-        return State(model=self.tree.header.get("model"), length=self.length, budget=self.budget, n_diff=self.n_diff, margin=self.margin, pins=self.pins, exact=self.exact,
-                     positions=shown.policy, spans=list(self.spans), scores=self.scores, focus=self.focus, frame=shown.frame, stats=dict(self.stats), kv=shown.pairs(), loose=(k, v))
+        return State(model=self.tree.header.get("model"), length=self.length, history=history(self.tree, self.length), budget=self.budget,
+                     n_diff=self.n_diff, margin=self.margin, pins=self.pins, exact=self.exact, positions=shown.policy, spans=list(self.spans), scores=self.scores, focus=self.focus, frame=shown.frame, stats=dict(self.stats), kv=shown.pairs(), loose=(k, v))
 
     def rewind(self, state):
         """Back to a mark of this session: what was read since is forgotten, and the next tokens are those that followed the mark."""
         if state.length > self.length:
             raise UserError(f"cannot rewind to {state.length} tokens: this session has {self.length}")
+        if state.history != history(self.tree, state.length):
+            raise UserError(f"cannot rewind to a mark of {state.length} tokens: this session was rewound further since, and has read other tokens there. Use an older mark")
         with self.changing():
             self._forget() # keys and values too: blocks past the mark will be other blocks
             self.tree.truncate(state.length)
@@ -433,8 +435,10 @@ class Session:
     def open(cls, folder, gpt, gistnet, lensnet, tree, **settings):
         """Continue a saved session: the same next tokens, in another process. settings: those that are to differ from the saved ones."""
         state = load_state(folder, gpt.device)
-        if (state.model, state.length) != (tree.header.get("model"), tree.length):
-            raise UserError(f"the session in {folder} was saved at {state.length} tokens of model {state.model}, its tree holds {tree.length} of {tree.header.get('model')}: they do not belong together")
+        here = tree.header.get("model"), tree.length, history(tree, tree.length)
+        if (state.model, state.length, state.history) != here:
+            raise UserError(f"the session in {folder} and its tree do not belong together: expected model {state.model}, {state.length} tokens and their checksum {state.history}, "
+                            f"found model {here[0]}, {here[1]} and {here[2]}. {ANEW}")
         return cls(gpt, gistnet, lensnet, tree, state.budget, state=state, **state.settings() | settings)
 
     def _restore(self, state):

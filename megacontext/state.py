@@ -24,6 +24,7 @@ from nanochat.common import UserError
 
 FILE = "session.safetensors"
 FORMAT = "megacontext-session 1" # the number goes up when what is written changes
+AT_ONCE = 1 << 20                # tokens of a history that are looked at together
 ANEW = "Delete it: the session is then assembled anew from its tree"
 
 
@@ -31,6 +32,7 @@ ANEW = "Delete it: the session is then assembled anew from its tree"
 class State:
     model: str    # as the tree's header names who wrote its gists; None where it does not
     length: int   # tokens of history
+    history: int  # their checksum
     budget: int
     n_diff: int
     margin: float
@@ -50,13 +52,21 @@ class State:
         return {name: getattr(self, name) for name in ("n_diff", "margin", "pins", "exact", "positions")}
 
 
+def history(tree, length):
+    """crc32 of the first `length` token ids of a tree, which tells histories of one length apart. A million take some milliseconds."""
+    crc = 0
+    for start in range(0, length, AT_ONCE):
+        crc = zlib.crc32(tree.tokens(start, min(start + AT_ONCE, length)), crc)
+    return crc
+
+
 def save_state(state, folder):
     """Write it into a folder, durably: after a crash at any instant the folder holds this one or the one before, whole."""
     folder = Path(folder)
     path, new = folder / FILE, folder / (FILE + ".new")
     named = {"loose": state.loose} | {f"{span.level}.{span.index}": pair for span, pair in state.kv.items()}
     tensors = {f"{kind}.{name}": tensor.cpu().contiguous() for name, pair in named.items() for kind, tensor in zip("kv", pair)}
-    plain = {name: getattr(state, name) for name in ("model", "length", "budget", "n_diff", "margin", "exact", "scores", "frame", "stats")}
+    plain = {name: getattr(state, name) for name in ("model", "length", "history", "budget", "n_diff", "margin", "exact", "scores", "frame", "stats")}
     plain |= dict(pins=asdict(state.pins), spans=[[s.level, s.index, s.live] for s in state.spans], order=[[s.level, s.index] for s in state.kv],
                   positions={policy: name for name, policy in POLICIES.items()}[state.positions],
                   tick=state.focus.tick, edited=[[node.level, node.index, tick] for node, tick in state.focus.edited.items()], crc=_checksum(tensors))
@@ -98,7 +108,7 @@ def load_state(folder, device="cpu"):
     _check(path, plain["crc"], _checksum(tensors))
     pair = lambda name: (tensors[f"k.{name}"].to(device), tensors[f"v.{name}"].to(device))
     kv = {Span(level, index): pair(f"{level}.{index}") for level, index in plain["order"]}
-    return State(model=plain["model"], length=plain["length"], budget=plain["budget"], n_diff=plain["n_diff"], margin=plain["margin"],
+    return State(model=plain["model"], length=plain["length"], history=plain["history"], budget=plain["budget"], n_diff=plain["n_diff"], margin=plain["margin"],
                  pins=Pins(**{kind: tuple(map(tuple, ranges)) for kind, ranges in plain["pins"].items()}), exact=plain["exact"], positions=POLICIES[plain["positions"]],
                  spans=[Span(*span) for span in plain["spans"]], scores=plain["scores"],
                  focus=Focus(plain["tick"], {Span(level, index): tick for level, index, tick in plain["edited"]}),

@@ -336,6 +336,38 @@ def test_rewound_to_a_mark_the_next_tokens_are_the_same():
         memory.rewind(mark)
 
 
+def test_a_mark_of_tokens_that_were_replaced_is_refused():
+    """
+    Only lengths were compared: a mark taken before an earlier rewind was accepted, and its keys and values stood for tokens that the tree no longer had.
+    The same tokens read again make it good again. What is refused changes nothing.
+    """
+    memory, ids = session(budget=192), some_ids(1500)
+    memory.feed(ids[:1000])
+    early = memory.mark()
+    memory.feed(ids[1000:])
+    late, expected = memory.mark(), memory.feed([1])
+    memory.rewind(early)
+    memory.feed(some_ids(600, seed=1))
+    spans = memory.spans
+    with pytest.raises(UserError, match="mark of 1500 tokens: .* other tokens"):
+        memory.rewind(late)
+    assert memory.length == 1600 and memory.spans == spans
+    memory.rewind(early)
+    memory.feed(ids[1000:] + [9])
+    memory.rewind(late)
+    assert torch.allclose(memory.feed([1]), expected, atol=1e-4)
+
+
+def test_a_saved_session_and_a_tree_of_other_tokens_are_refused(tmp_path):
+    networks, memory = tiny_networks(), session(budget=192)
+    memory.feed(some_ids(500))
+    memory.save(tmp_path)
+    memory.tree.truncate(300)
+    memory.feed(some_ids(200, seed=1))
+    with pytest.raises(UserError, match="do not belong together: expected model None, 500 tokens .* Delete it"):
+        Session.open(tmp_path, *networks, memory.tree)
+
+
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_a_fork_goes_its_own_way(on_disk, tmp_path):
     memory = session(budget=192)
@@ -381,6 +413,22 @@ def test_a_batch_is_its_sessions_one_by_one():
     for a, b in zip(alone, together):
         assert a.spans == b.spans and a.tree.tokens(0, a.length).tolist() == b.tree.tokens(0, b.length).tolist()
         assert torch.allclose(a.feed(ids), b.feed(ids), atol=1e-3), "a session of a batch still reads alone"
+
+
+def test_a_session_of_a_batch_is_rewound_in_its_row():
+    """A rewind made a view of its own outside the batch: that row went on reading what had been there before, with logits off by 0.8 and no error."""
+    networks = tiny_networks()
+    sessions = [session(networks, budget=192) for _ in range(2)]
+    for memory in sessions:
+        memory.feed(some_ids(1500))
+    batch = Batch(sessions)
+    mark = sessions[1].mark()
+    expected = [batch.feed([t, t]) for t in some_ids(40, seed=1)]
+    for t in some_ids(100, seed=2):
+        batch.feed([t, t])
+    sessions[1].rewind(mark)
+    for t, logits in zip(some_ids(40, seed=1), expected):
+        assert torch.allclose(batch.feed([None, t])[1], logits[1], atol=1e-4)
 
 
 def test_a_store_that_is_too_small_costs_forwards_and_nothing_else():
