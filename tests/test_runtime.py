@@ -1,5 +1,8 @@
 """The session against slow twins: the plain GPT, the training layout, the exact re-reading; and histories far beyond the budget. Its view: test_shown.py."""
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +25,8 @@ from nanochat.common import UserError
 from nanochat.engine import PlainStream
 from tests.test_matches import held_by
 from tests.tiny import VOCAB, tiny_networks
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def session(networks=None, budget=256, kind=Session, **settings):
@@ -179,6 +184,34 @@ def test_saved_closed_and_reopened_the_next_tokens_are_the_same(tmp_path):
     for t, expected in zip(ids[:70], after):
         assert torch.allclose(again.feed([t]), expected, atol=1e-5)
     tree.close()
+
+
+ELSEWHERE = """
+import sys
+import torch
+from megacontext.runtime import Session
+from megacontext.tree import MegaTree
+from tests.tiny import tiny_networks
+
+folder, ids = sys.argv[1], [int(id) for id in sys.argv[2:]]
+with MegaTree.open(f"{folder}/tree", model="m") as tree:
+    session = Session.open(folder, *tiny_networks(), tree)
+    torch.save(torch.stack([session.feed([id]) for id in ids]), f"{folder}/logits.pt")
+"""
+
+
+def test_in_another_process_the_next_tokens_are_the_same(tmp_path):
+    """From the middle of a block, past the next tick, with nothing in common but the files."""
+    memory, ids = Session(*tiny_networks(), MegaTree.create(tmp_path / "tree", make_header(32, 0, model="m")), 192), some_ids(40, seed=1)
+    memory.feed(some_ids(1300))
+    for t in some_ids(30, seed=2):
+        memory.feed([t])
+    memory.save(tmp_path)
+    twin = memory.fork()
+    memory.tree.close()
+    subprocess.run([sys.executable, "-c", ELSEWHERE, str(tmp_path), *map(str, ids)], cwd=ROOT, check=True, timeout=120)
+    logits = torch.load(tmp_path / "logits.pt")
+    assert torch.allclose(logits, torch.stack([twin.feed([t]) for t in ids]), atol=1e-5)
 
 
 def test_a_budget_too_small_and_a_foreign_session_are_refused(tmp_path):
