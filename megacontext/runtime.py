@@ -404,7 +404,8 @@ class Session:
         k, v, _ = loose = shown.lift()
         shown.lay(*loose)
         return State(model=self.tree.header.get("model"), length=self.length, history=history(self.tree, self.length), budget=self.budget,
-                     n_diff=self.n_diff, margin=self.margin, pins=self.pins, exact=self.exact, positions=shown.policy, spans=list(self.spans), scores=self.scores, focus=self.focus, frame=shown.frame, stats=dict(self.stats), kv=shown.pairs(), loose=(k, v))
+                     n_diff=self.n_diff, margin=self.margin, pins=self.pins, exact=self.exact, positions=shown.policy,
+                     spans=list(self.spans), scores=self.scores, focus=self.focus, frame=shown.frame, stats=dict(self.stats), kv=shown.pairs(), loose=(k, v))
 
     def rewind(self, state):
         """Back to a mark of this session: what was read since is forgotten, and the next tokens are those that followed the mark."""
