@@ -113,8 +113,11 @@ class Conversation:
             self.waiting = self.waiting + [self.engine.tokenizer.special("<|assistant_end|>")]
             self.unfinished = False
         if self.waiting:
-            self.stream.feed(self.waiting)
-            self.waiting = []
+            start, ids = self.stream.length, self.waiting
+            try:
+                self.stream.feed(ids)
+            finally: # a stream that failed half-way has fed what it grew by
+                self.waiting = ids[self.stream.length - start:]
 
     def mark(self):
         """This moment, for rewind(): before a message is said, say."""
@@ -122,6 +125,6 @@ class Conversation:
 
     def rewind(self, mark):
         """Back to a mark: what was said since then was never said."""
-        state, waiting, self.unfinished, self.turns = mark
-        self.stream.rewind(state)
-        self.waiting = list(waiting)
+        state, waiting, unfinished, turns = mark
+        self.stream.rewind(state) # first: it may refuse the mark
+        self.waiting, self.unfinished, self.turns = list(waiting), unfinished, turns
