@@ -10,11 +10,13 @@ What keeps it there, layer on layer; `Result.guards` names those that held on th
     processes  Linux: a process namespace; it can see and signal nobody else, and nothing it starts outlives it
     files      Linux: a mount namespace where all is read-only but the folder, /proc is empty, the folder is 64 MB of memory
     landlock   Linux: the kernel refuses writes outside the folder, TCP, and signals to others, also where namespaces are forbidden
+    seccomp    Linux on x86-64 and 64-bit ARM: the kernel refuses new processes and programs, and memory that no limit counts
     audit      everywhere: a Python audit hook refuses sockets, processes, ctypes, and writes outside the folder
 
 What it does not cover. Files that our user may read can be read (with `network` held they cannot be sent anywhere). The audit
 hook lives in the process that it watches and can be undone from there: where only it held (macOS, Windows), it stops
-accidents, not attackers; landlock alone leaves UDP open. Windows has no memory limit, macOS none on address space.
+accidents, not attackers; landlock alone leaves UDP open. Windows has no memory limit, macOS none on address space. A memory limit
+is one process's, and holds as long as there is one: without seccomp a Unix is told to allow no other, which it does not hold root to.
 Processor caches, kernel bugs and code that guesses our end marker are out of scope: for code from strangers use a
 virtual machine. The standard library is there, installed packages are not.
 """
@@ -25,6 +27,7 @@ import sys
 
 FOLDER_MB = 64     # what the code may write, in memory
 OUTPUT_MB = 4      # longest file, stdout and stderr included
+OPEN_FILES = 64    # at once
 KEEP_CHARS = 20_000 # of stdout and of stderr that we hand back
 
 
@@ -124,6 +127,11 @@ def child():
     if sys.platform == "linux":
         guards += isolate(folder) # what follows may run in a forked process
         guards += landlock(folder)
+        guards += seccomp()
+    if os.name == "posix":
+        if "seccomp" not in guards:
+            no_processes()
+        refuse_fork_exec()
     os.chdir(folder)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     report = os.dup(2) # the code may close its stderr
@@ -155,6 +163,7 @@ def limit(memory_mb, timeout):
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (OUTPUT_MB * 2**20,) * 2)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, OPEN_FILES)) # a pipe holds memory too
     if sys.platform != "darwin": # macOS has the call but refuses it
         resource.setrlimit(resource.RLIMIT_AS, (memory_mb * 2**20,) * 2)
     return ["limits"]
@@ -227,6 +236,50 @@ def landlock(folder):
     held = libc.prctl(NO_NEW_PRIVS, 1, 0, 0, 0) == 0 and libc.syscall(RESTRICT, ruleset, 0) == 0
     os.close(ruleset)
     return ["landlock"] if held else []
+
+
+# By machine: its number for the kernel; clone, refused where it does not make a thread; clone3, whose flags a filter cannot see; what is
+# refused always: fork, vfork, execve, execveat, memfd_create, memfd_secret, shmget
+CALLS = {"x86_64": (0xC000003E, 56, 435, (57, 58, 59, 322, 319, 447, 29)), "aarch64": (0xC00000B7, 220, 435, (221, 281, 279, 447, 194))}
+
+
+def seccomp():
+    """A filter before every call to the kernel, for good: threads may start, processes and programs may not. [] on a machine not in CALLS."""
+    import ctypes
+    import struct
+    if os.uname().machine not in CALLS or sys.maxsize < 2**32:
+        return []
+    machine, clone, clone3, refused = CALLS[os.uname().machine]
+    LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+    ALLOW, REFUSE, UNKNOWN, THREAD = 0x7FFF0000, 0x50000 | 1, 0x50000 | 38, 0x10000 # EPERM; ENOSYS: the C library then takes clone
+    # (operation, steps skipped where it holds, where it does not, operand); a call's number is at 0, its machine at 4, its first argument at 16
+    steps = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, machine), (RETURN, 0, 0, REFUSE), (LOAD, 0, 0, 0)]
+    steps += [(AT_LEAST, 0, 1, 1 << 30), (RETURN, 0, 0, REFUSE)] # x86-64 has each call a second time, up there
+    for call in refused:
+        steps += [(EQUAL, 0, 1, call), (RETURN, 0, 0, REFUSE)]
+    steps += [(EQUAL, 0, 1, clone3), (RETURN, 0, 0, UNKNOWN)]
+    steps += [(EQUAL, 0, 3, clone), (LOAD, 0, 0, 16), (ANY_BIT, 1, 0, THREAD), (RETURN, 0, 0, REFUSE), (RETURN, 0, 0, ALLOW)]
+    packed = ctypes.create_string_buffer(b"".join(struct.pack("<HBBI", *step) for step in steps))
+    program = struct.pack("@HP", len(steps), ctypes.addressof(packed))
+    libc = ctypes.CDLL(None, use_errno=True)
+    NO_NEW_PRIVS, SECCOMP, FILTER = 38, 22, 2
+    held = libc.prctl(NO_NEW_PRIVS, 1, 0, 0, 0) == 0 and libc.prctl(SECCOMP, FILTER, program, 0, 0) == 0
+    return ["seccomp"] if held else []
+
+
+def no_processes():
+    """Where there is no seccomp: at most as many processes of our user as there are (on Linux also threads). Root may have more."""
+    import resource
+    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+
+
+def refuse_fork_exec():
+    """What subprocess and multiprocessing start programs with has no audit event: a refusal takes its place before they import it."""
+    import _posixsubprocess
+
+    def fork_exec(*arguments):
+        raise PermissionError("sandbox: _posixsubprocess.fork_exec is not allowed")
+    _posixsubprocess.fork_exec = fork_exec
 
 
 REFUSED = ("socket.", "subprocess.", "ctypes.", "pty.", "winreg.", "_winapi.", "webbrowser.", "os.system", "os.exec", "os.fork", "os.spawn",

@@ -16,6 +16,8 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="the kernel guards ar
 unix = pytest.mark.skipif(os.name != "posix", reason="limits are Unix's")
 # undo the audit hook from inside, as hostile code would, so that a test reaches the kernel's own guards
 PAST_THE_HOOK = "import sys; g = sys._getframe(1).f_globals; g['REFUSED'] = ('none of it',); g['CHANGES'] = {}; g['set'] = lambda x: frozenset(); "
+# and a second copy of what starts programs, without our refusal in it
+PAST_THE_REFUSAL = PAST_THE_HOOK + "del sys.modules['_posixsubprocess']; "
 
 
 def running(marker):
@@ -119,6 +121,52 @@ def test_no_processes_and_no_native_calls(attempt):
     assert "sandbox" in run_code(attempt, timeout=30).error
 
 
+SPAWN = "\nimport multiprocessing.util as u, os, time\nu.spawnv_passfds(b'/bin/sh', [b'sh', b'-c', b'echo out > escape'], [])"
+
+
+@unix
+@pytest.mark.parametrize("past", ["", PAST_THE_REFUSAL], ids=["python", "kernel"])
+def test_pythons_own_way_to_start_a_program_is_shut(past):
+    """
+    The fork_exec that multiprocessing calls raises no audit event: a shell ran and wrote a file, and six children had 1.1 GB between them under a
+    limit of 256 MB, which is one process's.
+    """
+    if past:
+        need("seccomp")
+    result = run_code(past + "import os\ntry:" + SPAWN.replace("\n", "\n    ") + "\nfinally:\n    import time; time.sleep(0.2); print(os.listdir())", timeout=30)
+    assert result.stdout == "[]\n" and ("not permitted" in result.error if past else "sandbox: _posixsubprocess.fork_exec" in result.error), result
+
+
+@linux
+@pytest.mark.parametrize("attempt", ["os.fork()", "os.posix_spawn('/bin/ls', ['ls'], {})", "os.execv('/bin/ls', ['ls'])", "os.memfd_create('memory that no limit counts')"])
+def test_the_kernel_refuses_processes_and_memory_beside_the_limit(attempt):
+    need("seccomp")
+    assert "Operation not permitted" in run_code(PAST_THE_HOOK + "\nimport os\n" + attempt, timeout=30).error
+
+
+@linux
+def test_no_other_number_or_flag_of_a_call_gets_through():
+    """A process by each name that the kernel has for it (clone3, clone without a thread's flag, x86-64's second numbers), and memory shared."""
+    need("seccomp")
+    calls = "libc.fork(), libc.vfork(), libc.shmget(0, 4096, 0o1600), libc.syscall(435, 0, 0)"
+    if os.uname().machine == "x86_64":
+        calls += ", libc.syscall(56, 17, 0, 0, 0, 0), libc.syscall(1 << 30 | 57)"
+    result = run_code(PAST_THE_HOOK + f"\nimport ctypes\nlibc = ctypes.CDLL(None)\nprint({{*({calls})}})", timeout=30)
+    assert result.stdout == "{-1}\n", result
+
+
+def test_threads_may_start():
+    result = run_code("from concurrent.futures import ThreadPoolExecutor\nprint(*ThreadPoolExecutor(3).map(abs, range(-3, 0)))", timeout=30)
+    assert result.ok and result.stdout == "3 2 1\n", result
+
+
+@unix
+def test_without_seccomp_a_limit_refuses_processes():
+    """Root is above it, so it is tried as somebody else."""
+    code = "import os, resource\nfrom nanochat.execution import no_processes\nos.getuid() or os.setuid(65534)\nno_processes()\ntry:\n    os.fork()\nexcept OSError:\n    print('refused')"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "refused\n"
+
+
 @linux
 def test_it_cannot_see_or_signal_us_and_leaves_no_orphans(tmp_path):
     need("processes", "files")
@@ -133,7 +181,8 @@ def test_it_cannot_see_or_signal_us_and_leaves_no_orphans(tmp_path):
         victim.wait()
     marker = "987654321.25"
     code = PAST_THE_HOOK + f"\nimport os, time\nif os.fork() == 0:\n    os.setsid()\n    os.execv('/bin/sleep', ['sleep', '{marker}'])\ntime.sleep(0.3)"
-    assert run_code(code, timeout=30).ok
+    result = run_code(code, timeout=30)
+    assert result.ok or "not permitted" in result.error # where there is seccomp it does not get as far as an orphan
     assert not running(marker)
 
 
