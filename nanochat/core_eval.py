@@ -34,10 +34,11 @@ import httpx
 import torch
 import torch.distributed as td
 import torch.nn.functional as F
+from filelock import FileLock
 from tqdm import tqdm
 
 from nanochat.common import Dist, UserError, base_dir, check_unicode
-from nanochat.download import fetch
+from nanochat.download import disk, fetch
 
 BUNDLE = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip" # nanochat's copy of DataComp-LM's files
 FIELDS = {"multiple_choice": {"query": str, "choices": list, "gold": int}, "schema": {"context_options": list, "continuation": str, "gold": int},
@@ -146,22 +147,27 @@ def is_sound(item, fields):
 
 
 def download_bundle():
-    """The public bundle in base_dir()/eval_bundle, fetched and unpacked once. Returns the folder that read_tasks takes."""
+    """The public bundle in base_dir()/eval_bundle, fetched and unpacked once, whoever else wants it. Returns the folder that read_tasks takes."""
     root = base_dir() / "eval_bundle"
-    if not root.is_dir():
-        archive = base_dir() / "eval_bundle.zip"
-        with httpx.Client(timeout=30) as client, tqdm(unit="B", unit_scale=True, desc="CORE bundle") as bar:
-            fetch(client, BUNDLE, archive, lambda have: bar.update(have - bar.n))
-        part = base_dir() / "eval_bundle.part"
-        try:
-            with zipfile.ZipFile(archive) as packed: # reading checks every file's CRC
-                packed.extractall(part)
-        except zipfile.BadZipFile as error:
-            archive.unlink()
-            raise UserError(f"{BUNDLE} arrived broken ({error}) and was thrown away: run again") from error
-        inner = part / "eval_bundle"
-        (inner if inner.is_dir() else part).rename(root)
+    with disk(root), FileLock(str(root) + ".lock"): # every rank of torchrun comes here at once
+        if not root.is_dir():
+            unpack_bundle(root)
     return root / "eval_data" if (root / "eval_data").is_dir() else root
+
+
+def unpack_bundle(root):
+    """Fetch the bundle and unpack it beside `root`, which appears when all of it is there."""
+    archive, part = root.with_name("eval_bundle.zip"), root.with_name("eval_bundle.part")
+    with httpx.Client(timeout=30) as client, tqdm(unit="B", unit_scale=True, desc="CORE bundle") as bar:
+        fetch(client, BUNDLE, archive, lambda have: bar.update(have - bar.n))
+    try:
+        with zipfile.ZipFile(archive) as packed: # reading checks every file's CRC
+            packed.extractall(part)
+    except zipfile.BadZipFile as error:
+        archive.unlink()
+        raise UserError(f"{BUNDLE} arrived broken ({error}) and was thrown away: run again") from error
+    inner = part / "eval_bundle"
+    (inner if inner.is_dir() else part).rename(root)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,9 @@ import json
 import math
 import os
 import random
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -304,6 +306,30 @@ def test_the_bundle_is_fetched_once_and_a_broken_one_is_thrown_away(base, tmp_pa
     folder = core_eval.download_bundle()
     assert (folder / "a" / "choice.jsonl").read_text() == "{}\n"
     assert core_eval.download_bundle() == folder and len(fetched) == 2
+
+
+def test_several_processes_want_the_bundle_at_once(base, monkeypatch):
+    """Only the fetch had a lock: under torchrun all ranks unpacked, one renamed, and the others ended with "Directory not empty"."""
+    fetched = []
+
+    def fetch(client, url, path, progress):
+        fetched.append(url)
+        time.sleep(0.1) # all have looked by then
+        with zipfile.ZipFile(path, "w") as packed:
+            packed.writestr("eval_bundle/eval_data/a/choice.jsonl", "{}\n")
+    monkeypatch.setattr(core_eval, "fetch", fetch)
+    with ThreadPoolExecutor(4) as pool:
+        folders = {future.result() for future in [pool.submit(core_eval.download_bundle) for _ in range(4)]}
+    assert len(folders) == len(fetched) == 1 and (folders.pop() / "a" / "choice.jsonl").is_file()
+
+
+def test_a_bundle_that_one_process_lacks_is_measured_by_none(base, monkeypatch):
+    """The other ranks would go on to the first task and wait there for the one that gave up."""
+    monkeypatch.setattr(core_eval, "download_bundle", lambda: Path("here"))
+    assert base_eval.download(Dist()) == (Path("here"), None)
+    for other, found in (("no way out", (None, "no way out")), (None, (Path("here"), None))):
+        monkeypatch.setattr(base_eval.td, "all_gather_object", lambda told, mine: told.__setitem__(slice(None), [mine, other]))
+        assert base_eval.download(Dist(world=2)) == found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
