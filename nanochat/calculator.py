@@ -93,7 +93,7 @@ class Parser:
             elif sign == "/":
                 value = bounded(value / right)
             elif sign == "//":
-                value = Fraction(value // right)
+                value = bounded(Fraction(value // right))
             else:
                 value = bounded(value % right)
         return value
@@ -116,7 +116,7 @@ class Parser:
             self.take("sign", "(")
             part = self.take("text")[1:-1]
             self.take("sign", ")")
-            return Fraction(whole.count(part))
+            return bounded(Fraction(whole.count(part)))
         self.take("sign", "(")
         value = self.sum(depth + 1)
         self.take("sign", ")")

@@ -85,6 +85,10 @@ def test_the_bounds_are_where_they_are_said_to_be():
     assert calculate("9" * MAX_DIGITS) == "9" * MAX_DIGITS
     assert calculate("(" * MAX_DEPTH + "1" + ")" * MAX_DEPTH) == "1"
     assert calculate("+".join(["1"] * 500)) == "500"
+    tiny = "." + "0" * (MAX_DIGITS - 2) + "1"
+    assert calculate(f"9//{tiny}") == "9" + "0" * (MAX_DIGITS - 1)
+    for sign in ("/", "//"): # // was past the bound: 79 digits
+        assert calculate(f"{'9' * MAX_DIGITS}{sign}{tiny}") is None
 
 
 def test_it_needs_no_clock_of_the_system_and_evaluates_nothing():
