@@ -46,7 +46,10 @@ class StaticDecode:
         return self.logits.clone() # the next step writes over them
 
     def _record(self):
-        """Run the step on a side stream first, as CUDA asks, then record it. Both write where the replay will write again."""
+        """
+        Run the step on a side stream first, as CUDA asks, then record it. Both write where the replay will write again. What autocast keeps of
+        converted weights ends with its block, so a recording makes its own; and what other threads ask of CUDA meanwhile is no part of it.
+        """
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -54,7 +57,8 @@ class StaticDecode:
                 self._forward()
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        autocast = torch.autocast("cuda", enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False)
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"), autocast:
             self.logits = self._forward()
 
     def _forward(self):
@@ -71,9 +75,9 @@ class StaticDecode:
         return self.at
 
     def append(self, layer, k, v):
-        """Write k and v (B, H, 1, d) at the place in `at`; return all of the cache, filled or not."""
-        self.cache.k[layer].index_copy_(2, self.at, k)
-        self.cache.v[layer].index_copy_(2, self.at, v)
+        """Write k and v (B, H, 1, d) at the place in `at`; return all of the cache, filled or not. Under autocast they come in another format."""
+        self.cache.k[layer].index_copy_(2, self.at, k.to(self.cache.k.dtype))
+        self.cache.v[layer].index_copy_(2, self.at, v.to(self.cache.v.dtype))
         return self.cache.k[layer], self.cache.v[layer]
 
     def advance(self, n):

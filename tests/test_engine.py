@@ -209,6 +209,16 @@ def test_steps_of_fixed_shape_equal_the_plain_ones(seed, device):
     assert static.kept == plain.kept
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")])])
+def test_a_step_of_fixed_shape_under_autocast(device):
+    """The cache is fp32 and autocast's keys are bf16: evaluating a base model on a GPU ended in its first continuation."""
+    gpt = random_gpt(bos=BOS).to(device)
+    plain, static = PlainStream(gpt, 48), PlainStream(gpt, 48, static=True)
+    for new in ([BOS, 1, 2], [3], [4], [5]):
+        with torch.autocast(device, dtype=torch.bfloat16): # what one block has converted is gone in the next
+            torch.testing.assert_close(static.feed(new), plain.feed(new), atol=0.05, rtol=0.05)
+
+
 def test_padded_rows_of_fixed_shape_equal_the_plain_ones():
     gpt, prompts = random_gpt(bos=BOS), [[BOS, 1, 2, 3], [BOS, 4]]
     plain, other = LeftPadded(gpt, prompts, 10), LeftPadded(gpt, prompts, 10)
