@@ -178,9 +178,12 @@ class LeftPadded:
     stands to their left is seen by nobody, and positions count from each row's own first token.
     """
 
-    def __init__(self, gpt, prompts, room):
-        """prompts: P lists of ids, read when `read()` is called; room: tokens that may follow the longest one."""
-        self.gpt = gpt
+    def __init__(self, gpt, prompts, room, static=False):
+        """
+        prompts: P lists of ids, read when `read()` is called; room: tokens that may follow the longest one; static: steps of fixed shape, as in
+        PlainStream, recorded anew for each choice of rows.
+        """
+        self.gpt, self.static, self.decode = gpt, static, None
         self.width = max(len(prompt) for prompt in prompts)
         self.pad = torch.tensor([self.width - len(prompt) for prompt in prompts], device=gpt.device) # (B,)
         self.ids = torch.tensor([[-1] * (self.width - len(prompt)) + list(prompt) for prompt in prompts], device=gpt.device)
@@ -196,9 +199,13 @@ class LeftPadded:
 
     def step(self, tokens):
         """One token for each row -> logits (B, V)."""
+        ids = torch.tensor(tokens, device=self.gpt.device)[:, None]
+        if self.static:
+            self.decode = self.decode or StaticDecode(self.gpt, self.cache, self.pad)
+            return self.decode.step(ids)
         place = torch.arange(self.cache.length + 1, device=self.gpt.device)
         seen = (place[None, :] >= self.pad[:, None])[:, None, None, :]
-        return self._forward(torch.tensor(tokens, device=self.gpt.device)[:, None], place[-1:], seen if self.ragged else "all")
+        return self._forward(ids, place[-1:], seen if self.ragged else "all")
 
     def _forward(self, ids, place, see):
         entries = self.gpt.embed(ids, self.cache.remember(ids))
@@ -210,6 +217,7 @@ class LeftPadded:
         rows, cache = torch.tensor(rows, device=self.gpt.device), self.cache
         self.pad, cache.ids = self.pad[rows], cache.ids[rows]
         cache.k, cache.v = cache.k[:, rows], cache.v[:, rows]
+        self.decode = None # it has the shape and the memory of the rows before
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -264,11 +272,12 @@ class Engine:
             yield token
 
     @torch.no_grad()
-    def generate_batch(self, gpt, prompts, num_samples=1, max_tokens=256, temperature=1.0, top_k=None, top_p=None, seed=0):
+    def generate_batch(self, gpt, prompts, num_samples=1, max_tokens=256, temperature=1.0, top_k=None, top_p=None, seed=0, static=None):
         """
         Every prompt num_samples times, all in lock-step -> for each prompt a list of num_samples Reply.
         The same tokens as generate() over a PlainStream, one by one, with row_seed(seed, prompt number, sample number).
         There is no overflow here: prompt and max_tokens together must fit into the model's context.
+        static: decode in steps of fixed shape (None = on CUDA, where they are recorded; elsewhere they are slower).
         """
         sampler, P = Sampler(temperature, top_k, top_p), len(prompts)
         longest = max((len(prompt) for prompt in prompts), default=0)
@@ -279,7 +288,7 @@ class Engine:
             raise ValueError(f"the longest prompt has {longest} tokens and {max_tokens} may follow, but the model reads "
                              f"{gpt.config.seq_len}: shorten the prompts or lower max_tokens")
         rows = [Row(self, random.Random(row_seed(seed, p, s))) for p in range(P) for s in range(num_samples)]
-        batch = LeftPadded(gpt, prompts, max_tokens)
+        batch = LeftPadded(gpt, prompts, max_tokens, gpt.device.type == "cuda" if static is None else static)
         spread = [p for p in range(P) for _ in range(num_samples)]
         logits = self.check(batch.read())[spread] # a prompt is read once, however many samples it has
         if num_samples > 1:

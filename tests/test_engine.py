@@ -1,10 +1,12 @@
 """The engine: sampling, the calculator between tokens, what is fed and when, and batches that equal one at a time."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import nanochat.engine as engine_module
 from nanochat.decode import StaticDecode
 from nanochat.engine import CalculatorTool, Engine, LeftPadded, PlainStream, Sampler, row_seed
 from nanochat.gpt import GPT
@@ -286,8 +288,10 @@ def talkative_gpt(seed):
     return gpt
 
 
+@pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("seed", range(8))
-def test_a_batch_equals_one_at_a_time(seed):
+def test_a_batch_equals_one_at_a_time(seed, static):
+    """Static: on a GPU batches were decoded step by step, a launch a kernel, where single texts were replayed."""
     rng = random.Random(seed)
     gpt = talkative_gpt(seed)
     prompts = [[BOS] + [rng.randrange(256) for _ in range(rng.choice([0, 1, 5, 30]))] for _ in range(rng.randrange(1, 6))]
@@ -295,13 +299,38 @@ def test_a_batch_equals_one_at_a_time(seed):
         prompts = [prompts[0]] * 3 # no padding at all: another road through the code
     settings = dict(max_tokens=40, temperature=rng.choice([0.0, 0.7, 1.0]), top_k=rng.choice([None, 40]), top_p=rng.choice([None, 0.98]))
     num_samples = rng.choice([1, 3])
-    batch = engine.generate_batch(gpt, prompts, num_samples, seed=seed, **settings)
+    batch = engine.generate_batch(gpt, prompts, num_samples, seed=seed, static=static, **settings)
     assert len(batch) == len(prompts) and all(len(replies) == num_samples for replies in batch)
     for p, prompt in enumerate(prompts):
         for s in range(num_samples):
             alone = list(engine.generate(PlainStream(gpt), prompt, seed=row_seed(seed, p, s), **settings))
             assert batch[p][s].ids == alone, (p, s)
             assert (batch[p][s].stop is None) == (len(alone) == settings["max_tokens"])
+
+
+def test_batches_on_a_gpu_are_recorded_once_for_each_choice_of_rows(monkeypatch):
+    made = []
+    monkeypatch.setattr(engine_module, "StaticDecode", lambda gpt, cache, pad: made.append(cache.k.size(1)) or StaticDecode(gpt, cache, pad))
+    gpt = talkative_gpt(3)
+    plain = engine.generate_batch(gpt, [[BOS]], 64, max_tokens=60)
+    assert not made, "not on a CPU, where it would only read more"
+    assert engine.generate_batch(gpt, [[BOS]], 64, max_tokens=60, static=True) == plain
+    assert made[0] == 64 and len(made) > 2 and all(after <= before // 2 for before, after in zip(made, made[1:]))
+
+    def told(gpt, prompts, room, static):
+        raise RuntimeError(f"{gpt.device} {static}")
+    monkeypatch.setattr(engine_module, "LeftPadded", told)
+    for says in ("cuda True", "cpu False"):
+        with pytest.raises(RuntimeError, match=says):
+            engine.generate_batch(SimpleNamespace(device=torch.device(says.split()[0]), config=gpt.config), [[BOS]], max_tokens=60)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("prompts", [[[BOS, 1, 2], [BOS]], [[BOS, 5]] * 3], ids=["ragged", "even"])
+def test_a_recorded_batch_says_what_a_plain_one_does(prompts):
+    gpt = random_gpt(seq_len=96, bos=BOS).to("cuda")
+    settings = dict(num_samples=4, max_tokens=40, temperature=0.7)
+    assert engine.generate_batch(gpt, prompts, **settings) == engine.generate_batch(gpt, prompts, static=False, **settings)
 
 
 def test_rows_of_a_batch_use_the_calculator_and_say_what_was_forced():
