@@ -6,7 +6,6 @@ that fit into its free memory. Nothing here is a guess in disguise: what cannot 
 """
 
 import os
-import resource
 import shutil
 import sys
 from contextlib import contextmanager
@@ -235,4 +234,8 @@ def peak_memory(device):
     """Most bytes in use so far: of the GPU where there is one, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        import psutil
+        return psutil.Process().memory_info().peak_wset
+    import resource # not on Windows
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

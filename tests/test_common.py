@@ -204,6 +204,15 @@ def test_this_machine_is_described(base):
     assert "no MFU" in str(here)
 
 
+def test_without_the_module_resource_it_loads_and_windows_tells_its_own_peak(monkeypatch):
+    """Windows has no such module: importing it at the top of hardware.py stopped every script there, a chat too."""
+    subprocess.run([sys.executable, "-c", "import sys\nsys.modules['resource'] = None\nimport scripts.chat_cli"], cwd=Path(__file__).parent.parent, check=True)
+    assert hardware.peak_memory(torch.device("cpu")) > 2**24, "of this process, in bytes"
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr("psutil.Process", lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(peak_wset=123)))
+    assert hardware.peak_memory(torch.device("cpu")) == 123
+
+
 def test_tiers_and_formats():
     assert [machine(devices=n).tier for n in (1, 4, 8)] == ["1gpu", "1gpu", "8gpu"]
     assert hardware.pick_dtype(machine())[0] == torch.bfloat16
