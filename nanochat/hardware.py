@@ -219,7 +219,7 @@ def device_rows(machine, config, counts, dtype, world=1, logit_tokens=None, chec
 # What did not fit
 
 @contextmanager
-def out_of_memory_told(where):
+def out_of_memory_told(where, advice="Lower --device-batch, turn on --checkpoint-activations, or lower --max-seq-len or --depth"):
     """Turn the ways in which PyTorch and Python run out of memory into one line that names the flags; all else passes through."""
     try:
         yield
@@ -227,7 +227,7 @@ def out_of_memory_told(where):
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "DefaultCPUAllocator" not in str(error):
             raise
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"memory ran out {where}. Lower --device-batch, turn on --checkpoint-activations, or lower --max-seq-len or --depth ({first})") from error
+        raise UserError(f"memory ran out {where}. {advice} ({first})") from error
 
 
 def peak_memory(device):

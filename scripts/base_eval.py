@@ -162,6 +162,8 @@ def main():
     for flag in ("tokens", "device_batch"):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected at least 1")
+    if args.core_max_per_task == 0:
+        raise UserError("--core-max-per-task 0: expected at least 1, or -1 for all. Without CORE: --core off")
     use_data_dir(args.data_dir)
     began = time.perf_counter()
     device, dist = setup(args.device)
@@ -171,7 +173,8 @@ def main():
         open_stream(loaded, budget=args.budget) # a budget that is too small is told now, not after CORE
     print0(f"model       {loaded.stage} {loaded.tag}, step {loaded.meta['step']}")
     entry = dict(tag=loaded.tag, step=loaded.meta["step"], source=args.source, tokens=args.tokens, core=None, core_missing=None, core_most=args.core_max_per_task, samples=[])
-    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+    autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+    with hardware.out_of_memory_told("while text was read", "Lower --device-batch"), autocast:
         for split in ("train", "val"):
             entry[f"{split}_bpb"] = text_bpb(loaded, args.source, split, args, device, dist)
             print0(f"{split:11} {entry[f'{split}_bpb']:.4f} bits per byte")
@@ -180,7 +183,7 @@ def main():
         print0(f"CORE        not measured, {entry['core_missing']}")
     if dist.main:
         if args.samples > 0:
-            with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            with hardware.out_of_memory_told("while a text was continued", "Lower --budget, or leave it out with --samples 0"), autocast:
                 entry["samples"] = continuations(loaded, args.source, args.samples, args.budget)
         entries = report.read_data("base") | {args.stage: entry}
         entries = {stage: entries[stage] for stage in STAGES if stage in entries}

@@ -58,7 +58,7 @@ parser.add_argument("--no-memory", action="store_true", help="the plain model on
 parser.add_argument("--both", action="store_true", help="with memory and without (default: with, where there is one)")
 parser.add_argument("--budget", type=int, default=None, help="entries that the memory reads at once (default: half its longest row)")
 parser.add_argument("--source", default="stdlib", help="long texts that facts are hidden in and questions are asked about")
-parser.add_argument("--device-batch", type=int, default=8, help="questions answered at once without memory")
+parser.add_argument("--device-batch", type=int, default=8, help="questions answered at once without memory; halve it when memory runs out")
 parser.add_argument("--seed", type=int, default=0, help="of the generated questions")
 parser.add_argument("--device", default="", help="cuda, mps or cpu (empty = the best there is)")
 parser.add_argument("--dtype", default="auto", help="of the weights: auto, bf16 or fp32")
@@ -264,7 +264,8 @@ def main():
             print0(f"{name:16} not measured, {error}")
             continue
         for column in columns:
-            result = exams[name][column] = sit(loaded, engine, exam, column == "memory", args, dist)
+            with hardware.out_of_memory_told(f"in {name}, {column}", "Lower --device-batch" if column == "plain" else "Lower --budget"):
+                result = exams[name][column] = sit(loaded, engine, exam, column == "memory", args, dist)
             print0(f"{name:16} {column:6} {100 * result['accuracy']:5.1f}% ({100 * result['low']:.0f}-{100 * result['high']:.0f}) of {result['n']:4} | {duration(result['seconds'])}")
     scores = {column: chatcore(exams, column) for column in COLUMNS}
     entry = dict(tag=loaded.tag, step=loaded.meta["step"], budget=args.budget, seed=args.seed, exams=exams, chatcore=scores, seconds=time.perf_counter() - began)

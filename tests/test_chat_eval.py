@@ -213,6 +213,15 @@ def test_a_wrong_flag_is_told_before_anything_is_asked(base, monkeypatch, argume
         run(monkeypatch, *arguments)
 
 
+@pytest.mark.parametrize("arguments, told", [(["--no-memory"], "in spelling, plain. Lower --device-batch"), ([], "in spelling, memory. Lower --budget")])
+def test_memory_that_runs_out_names_the_flag_that_helps(base, monkeypatch, arguments, told):
+    """It ended in PyTorch's own words, under a page of traceback."""
+    make_run("sft")
+    monkeypatch.setattr(chat_eval, "texts", lambda *_: torch.empty(2**58))
+    with pytest.raises(UserError, match=told):
+        run(monkeypatch, "--tasks", "spelling", *arguments)
+
+
 def test_a_plain_checkpoint_is_asked_plainly(base, monkeypatch):
     make_run("sft", memory=False)
     run(monkeypatch, "--tasks", "spelling", "--max-problems", "2")

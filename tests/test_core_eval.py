@@ -373,6 +373,20 @@ def test_why_core_was_not_measured(base, tmp_path, monkeypatch, core, told):
     assert found is None and told in why
 
 
+def test_no_question_at_all_is_refused(monkeypatch):
+    """It ended in a division by zero, after bits per byte had been measured."""
+    with pytest.raises(UserError, match="expected at least 1, or -1 for all"):
+        run_base_eval(monkeypatch, "--core-max-per-task", "0")
+
+
+@pytest.mark.parametrize("where, told", [("run_core", "Lower --device-batch"), ("continuations", "Lower --budget")])
+def test_memory_that_runs_out_names_the_flag_that_helps(base, tmp_path, monkeypatch, where, told):
+    make_run("base")
+    monkeypatch.setattr(base_eval, where, lambda *_: torch.empty(2**58))
+    with pytest.raises(UserError, match=f"memory ran out.*{told}"):
+        run_base_eval(monkeypatch, "--source", make_text(tmp_path / "text"), "--tokens", "2048", "--core", "off")
+
+
 def test_a_core_folder_that_is_not_there_is_a_mistake(base, tmp_path):
     with pytest.raises(UserError, match="expected a folder"):
         base_eval.run_core(None, base_eval.parser.parse_args(["--core", str(tmp_path / "none")]), Dist(), 100)
