@@ -61,13 +61,21 @@ class Sampler:
         if self.top_p is not None:
             p = p.masked_fill(p.cumsum(dim=-1) - p >= self.top_p, 0.0) # the mass before a token says whether it is needed
         mass = p.cumsum(dim=-1)
-        assert torch.isfinite(mass[:, -1]).all(), "the model gave logits that are not numbers"
-        aim = torch.tensor(draws, dtype=mass.dtype, device=mass.device)[:, None] * mass[:, -1:]
+        aim = sent(draws, mass.device).to(mass.dtype)[:, None] * mass[:, -1:]
         # right=True: the first token whose mass reaches past the aim, so never one of probability 0. In fp32 a draw can round
         # up to the whole mass, and would then point past the end
         place = torch.searchsorted(mass, aim, right=True)
         place = torch.minimum(place, (mass < mass[:, -1:]).sum(dim=-1, keepdim=True))
-        return (place if ids is None else ids.gather(-1, place)).squeeze(-1).tolist()
+        tokens = (place if ids is None else ids.gather(-1, place)).squeeze(-1)
+        tokens = tokens.masked_fill(~mass[:, -1].isfinite(), -1).tolist() # all that is asked of the device in one answer
+        assert min(tokens) >= 0, "the model gave logits that are not numbers"
+        return tokens
+
+
+def sent(numbers, device):
+    """A tensor of them on a device. Python does not wait until a GPU has come so far: that takes memory which cannot be moved."""
+    tensor = torch.tensor(numbers)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def row_seed(seed, prompt, sample):
@@ -150,7 +158,7 @@ class PlainStream:
             kept = new = kept[:1] + kept[1 - keep:]
             self.cache.rewind(0)
             self.kept = [] # as the cache, should what follows be interrupted
-        new = torch.tensor([new], device=self.gpt.device)
+        new = sent([new], self.gpt.device)
         decoding = self.decode is not None and new.size(1) == 1 and self.cache.length > 0
         logits = self.decode.step(new)[0] if decoding else self.gpt.extend(new, self.cache)[0]
         self.kept = kept
@@ -199,7 +207,7 @@ class LeftPadded:
 
     def step(self, tokens):
         """One token for each row -> logits (B, V)."""
-        ids = torch.tensor(tokens, device=self.gpt.device)[:, None]
+        ids = sent(tokens, self.gpt.device)[:, None]
         if self.static:
             self.decode = self.decode or StaticDecode(self.gpt, self.cache, self.pad)
             return self.decode.step(ids)

@@ -34,16 +34,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megacontext import allocator, ingest, matches, runtime, telemetry, working_context
 from megacontext.span import BLOCK
 from nanochat import attention, cost, cross_entropy, gpt, schedule
 from nanochat.dataloader import Loader
-from nanochat.decode import StaticDecode
-from nanochat.engine import LeftPadded, PlainStream
+from nanochat.engine import LeftPadded, PlainStream, Sampler
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.kv_cache import KVCache
 from nanochat.run import Progress
 from scripts import chat_sft
 from tests.fakes import random_gpt
@@ -118,13 +117,39 @@ def test_a_conversation_is_as_long_as_its_row():
 # ---------------------------------------------------------------------------------------------------------------------
 # B5
 
+class Calls(TorchFunctionMode):
+    """What a tensor on the CPU answers without any operation, or is made of in one: to Python, to NumPy, to a GPU."""
+
+    def __init__(self, asked):
+        super().__init__()
+        self.asked = asked
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        if name in ("tolist", "cpu", "numpy") or name in ("tensor", "as_tensor") and "device" in (kwargs or {}):
+            self.asked.append(name)
+        return function(*args, **(kwargs or {}))
+
+
 class Waits(TorchDispatchMode):
-    """Operations that on a GPU stop Python until the device has answered: a tensor turned into a number, or a shape that depends on values."""
+    """
+    What on a GPU stops Python until the device has answered: a tensor turned into numbers, a shape that depends on values, Python's numbers copied
+    there. A tensor put through .to(device) is not seen.
+    """
     ASKING = ("_local_scalar_dense", "nonzero", "masked_select", "equal")
 
     def __init__(self):
         super().__init__()
         self.asked = []
+        self.calls = Calls(self.asked)
+
+    def __enter__(self):
+        self.calls.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.calls.__exit__(*error)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.name().split("::")[1].split(".")[0]
@@ -134,6 +159,17 @@ class Waits(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def decoding_steps(bos, device="cpu"):
+    """[a step of one kind of decoding]"""
+    model = random_gpt(bos=bos).to(device)
+    stream, replayed = PlainStream(model), PlainStream(model, static=True)
+    replayed.feed([1, 2])
+    padded, other = LeftPadded(model, [[1, 2, 3], [4]], 20), LeftPadded(model, [[1, 2, 3], [4]], 20, static=True)
+    other.read()
+    return [lambda: stream.feed([1, 2, 3]), lambda: stream.feed([4]), lambda: stream.feed([5, 6]), padded.read, lambda: padded.step([5, 6]),
+            lambda: replayed.feed([7]), lambda: other.step([5, 6])]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("bos", [-1, 256])
 def test_a_decoding_step_waits_for_nothing(bos):
@@ -141,19 +177,35 @@ def test_a_decoding_step_waits_for_nothing(bos):
     nanochat's cache kept its length on the device and asked for it with .item() in every step, in the fallback without FlashAttention in every
     layer of every step: the launch of each kernel waited for the one before it. Here only the token itself comes back to Python.
     """
-    model = random_gpt(bos=bos)
-    stream, padded, cache = PlainStream(model), LeftPadded(model, [[1, 2, 3], [4]], 8), KVCache(model.config, 1, 16)
-    model.extend(torch.tensor([[1, 2]]), cache)
-    static = StaticDecode(model, cache)
-    steps = [lambda: stream.feed([1, 2, 3]), lambda: stream.feed([4]), lambda: stream.feed([5, 6]), padded.read, lambda: padded.step([5, 6]),
-             lambda: static.step(torch.tensor([[7]]))]
-    for step in steps:
+    for step in decoding_steps(bos):
         with Waits() as waits:
             step()
         assert waits.asked == []
+    for sampler in (Sampler(0.0), Sampler(0.8), Sampler(0.8, 5, 0.9)):
+        with Waits() as waits:
+            sampler.choose(torch.randn(2, 256), [0.3, 0.6])
+        assert waits.asked == ["tolist"], "the tokens, once"
     with Waits() as waits: # and the watcher does watch
         torch.ones(3)[torch.tensor([True, False, True])].sum().item()
-    assert waits.asked == ["index", "_local_scalar_dense"]
+        torch.tensor([1], device="cpu").cpu().numpy().tolist()
+    assert waits.asked == ["index", "_local_scalar_dense", "tensor", "cpu", "numpy"]
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_on_a_gpu_cuda_itself_says_that_a_decoding_step_waits_for_nothing():
+    """Ids were copied there from memory that the system may move, which waits for all that the device still does."""
+    steps = decoding_steps(256, "cuda")
+    for step in steps: # once to record and to tune
+        step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in steps[:3] + steps[4:]:
+            step()
+        with pytest.raises(RuntimeError, match="synchroniz"): # and it does watch
+            torch.ones(1, device="cuda").item()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
