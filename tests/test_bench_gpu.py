@@ -13,13 +13,17 @@ import pytest
 
 import bench.flex as flex
 import bench.gpu_check as gpu_check
+import bench.streams as streams
 import bench.train as train
 from bench.gpu_check import Section
 from megacontext.layout import FAN
+from megacontext.runtime import Session
 from nanochat import cost, hardware, schedule
 from nanochat.common import UserError
+from nanochat.engine import PlainStream
 from nanochat.gpt import GPTConfig
 from scripts.base_train import parser as training
+from scripts.load import open_stream
 
 TINY = ["--depth", "1", "--vocab-size", "256", "--max-seq-len", "128", "--batch-tokens", "1024", "--device-batch", "4", "--steps", "2", "--warm", "1", "--device", "cpu"]
 
@@ -95,6 +99,24 @@ def test_flex_beside_another_rule_is_told(monkeypatch, capsys, base):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# bench.streams
+
+@pytest.mark.parametrize("memory", [False, True])
+def test_a_chat_without_words(monkeypatch, capsys, base, memory):
+    """Whatever id is the likeliest, it ends nothing and calls nothing; and the stream is the one that a chat opens."""
+    opened = []
+    monkeypatch.setattr(streams, "open_stream", lambda *args: opened.append(open_stream(*args)) or opened[-1])
+    told, lines = run(monkeypatch, capsys, streams, "--depth", "1", "--vocab-size", "256", "--prompt", "300", "--new", "40", "--repeats", "2", "--device", "cpu",
+                      *(["--memory", "--budget", "192"] if memory else []))
+    assert told["memory"] == memory and len(opened) == 3 and all(stream.length == 339 for stream in opened)
+    assert {type(stream) for stream in opened} == {Session if memory else PlainStream}
+    assert told["ttft_ms"] > 0 and told["second_ms"] > 0 and told["tokens_s"] > 0 and f"{told['tokens_s']:,.1f} tokens/s" in lines[-2]
+    monkeypatch.setattr(sys, "argv", ["streams", "--new", "2"])
+    with pytest.raises(UserError, match="expected at least 1, 1 and 3"):
+        streams.main()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # bench.gpu_check
 
 def program(tmp_path, name, text):
@@ -159,7 +181,10 @@ def test_every_command_is_one_that_its_bench_takes(tiny):
                 assert args.batch_tokens == plan.batch_tokens // 8 and args.plain == ("memory" not in section.name) and f"d{args.depth} " in section.name
     names = [name for line in gpu_check.bars([]) for name in line[:1]]
     assert len(names) == len(set(names)) > 7
-    assert sum(section.limit for section in found[:6]) <= 570, "the sections that matter most fit into the time even at their limits"
+    trained = {f"train d{depth} {precision}{memory}" for depth in (12, 20) for precision in ("bf16", "fp8") for memory in ("", " memory")}
+    first = {section.name for section in found[:8]}
+    assert trained < {section.name for section in found} and {"train d20 bf16 memory", "chat d12", "chat d12 memory", "tests"} < first
+    assert sum(section.limit for section in found[:8]) <= 570, "the sections that matter most fit into the time even at their limits"
 
 
 def test_files_with_tests_for_a_gpu_are_found():
@@ -172,11 +197,12 @@ def line(section, **result):
 
 
 def test_bars_by_hand():
-    lines = [line("train d20 bf16", mfu=0.51, step_ms=100.0, tokens_s=1000.0), line("train d20 bf16 memory", step_ms=130.0), line("train d12 bf16", step_ms=10.0),
+    lines = [line("train d20 bf16", mfu=0.51, step_ms=100.0, tokens_s=1000.0), line("train d20 bf16 memory", step_ms=130.0, stages=[dict(step_ms=150.0), dict(step_ms=110.0)]),
+             line("train d20 fp8 memory", stages=[dict(step_ms=100.0)]), line("train d12 bf16", step_ms=10.0),
              dict(section="train d12 bf16 memory", ok=False, seconds=1.0, error="exit code 1", result=None), line("train d20 fp8", tokens_s=1200.0),
-             line("infer d12 static", rows=[dict(batch=8, tokens_s=9000.0), dict(batch=1, tokens_s=799.0)]), line("tests", passed=True), line("flex", worst=1.1),
+             line("chat d12", tokens_s=700.0), line("infer d12 static", rows=[dict(batch=8, tokens_s=9000.0), dict(batch=1, tokens_s=799.0)]), line("tests", passed=True), line("flex", worst=1.1),
              line("runtime d12", overhead=0.02, flatness=1.2)]
-    assert [met for *_, met in gpu_check.bars(lines)] == [True, None, False, True, False, True, True, True, False]
+    assert [met for *_, met in gpu_check.bars(lines)] == [True, None, False, True, True, False, False, True, True, True, False]
     assert all((measured, met) == ("not measured", None) for _, _, measured, met in gpu_check.bars([]))
     with pytest.raises(KeyError): # a bench that no longer tells what a bar needs is our mistake, not "not measured"
         gpu_check.bars([line("flex")])
