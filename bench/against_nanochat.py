@@ -11,7 +11,8 @@ derives its rates from the batch by its own rule and cuts rows with its own load
 val_bpb is what each trainer prints: of its own rows. Theirs hold beginnings of documents, ours whole documents, so that two columns more
 score every model, in fp32 and by one function, on the rows of nanochat's loader and on ours. tokens/s leaves out the first ten steps (or half,
 if there are fewer than twenty). Runs: nanochat (compiled, as it ships), eager (nanochat with TORCHDYNAMO_DISABLE=1), plain and memory (ours).
-The last line is JSON. Measure with nothing else running; OMP_NUM_THREADS sets the threads of both, NANOCHAT_DTYPE the precision of theirs.
+The last line is JSON. Measure with nothing else running, or with --cpu-time: then tokens/s are of a second of the processes' CPU time, and OMP_NUM_THREADS=1 makes
+that what the wall clock of a quiet machine would say. OMP_NUM_THREADS sets the threads of both, NANOCHAT_DTYPE the precision of theirs.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import os
 import pickle
 import random
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -44,6 +46,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SIDE = ROOT / "bench/nanochat_side.py"
 RUNS = ("nanochat", "eager", "plain", "memory")
 SHARDS = "base_data_climbmix"  # the folder that nanochat reads; base_data in older versions
+CPU_CLOCK = "import runpy, sys, time; time.perf_counter = time.process_time; del sys.argv[0]; runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
 
 parser = argparse.ArgumentParser(description="Beside nanochat's own trainer", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 parser.add_argument("checkout", help="folder of a nanochat checkout")
@@ -59,6 +62,7 @@ parser.add_argument("--eval-tokens", type=int, default=131072, help="validation 
 parser.add_argument("--seeds", default="0,1,2")
 parser.add_argument("--runs", default="nanochat,plain,memory", help=f"which of {', '.join(RUNS)}")
 parser.add_argument("--dtype", default="auto", help="of ours, as base_train takes it")
+parser.add_argument("--cpu-time", action="store_true", help="tokens a second of CPU time, of all threads, instead of the wall clock's")
 parser.add_argument("--out", default="/tmp/against_nanochat", help="base folder of both, made or added to")
 
 
@@ -120,7 +124,8 @@ def train_theirs(args, out, batch, seed, name):
                  device_batch_size=schedule.fit_rows(batch, args.device_batch, args.max_seq_len, 1), eval_tokens=args.eval_tokens,
                  core_metric_every=-1, sample_every=-1, save_every=-1)
     flags = [f"--{flag.replace('_', '-')}={value}" for flag, value in flags.items()]
-    said = run([SIDE, "train", seed, *flags], args.checkout, **({"TORCHDYNAMO_DISABLE": "1"} if name == "eager" else {}))
+    shutil.rmtree(out / "base_checkpoints" / tag, ignore_errors=True) # what an earlier call left: the newest model there is scored
+    said = run([SIDE, "train", seed, "process_time" if args.cpu_time else "time", *flags], args.checkout, **({"TORCHDYNAMO_DISABLE": "1"} if name == "eager" else {}))
     times = [float(ms) / 1000 for ms in re.findall(r"dt: ([\d.]+)ms", said)]
     val_bpb = re.findall(r"Validation bpb: ([\d.]+)", said)
     if len(times) != steps or not val_bpb:
@@ -130,7 +135,8 @@ def train_theirs(args, out, batch, seed, name):
 
 def train_ours(args, out, batch, seed, name):
     tag = f"{name}-{seed}"
-    run(["-m", "scripts.base_train", "--depth", args.depth, "--max-seq-len", args.max_seq_len, "--source", f"dir:{out / SHARDS}", "--num-tokens", args.num_tokens,
+    shutil.rmtree(out / "base_checkpoints" / tag, ignore_errors=True)
+    run([*(["-c", CPU_CLOCK] if args.cpu_time else ["-m"]), "scripts.base_train", "--depth", args.depth, "--max-seq-len", args.max_seq_len, "--source", f"dir:{out / SHARDS}", "--num-tokens", args.num_tokens,
          "--batch-tokens", batch, "--device-batch", args.device_batch, "--eval-tokens", args.eval_tokens, "--seed", seed, "--tag", tag, "--dtype", args.dtype,
          *["--plain"] * (name == "plain")], ROOT)
     last = json.loads((out / "base_checkpoints" / tag / "log.jsonl").read_text().splitlines()[-1])["summary"]

@@ -2,7 +2,7 @@
 The part of bench/against_nanochat.py that runs under a nanochat checkout's own packages, and so imports nothing of ours. Started by it with
 the checkout as the working directory:
 
-python bench/nanochat_side.py train SEED [flags of its base_train]   its trainer as it ships, from another seed
+python bench/nanochat_side.py train SEED CLOCK [flags of its base_train]   its trainer as it ships, from another seed, by time.CLOCK: time or process_time
 python bench/nanochat_side.py rows SEQ_LEN COUNT OUT                 {"inputs", "targets"} (COUNT, SEQ_LEN) of its validation loader
 python bench/nanochat_side.py score CHECKPOINTS ROWS OUT             {name: nats of each target} of the newest model, for {name: rows}
 """
@@ -11,6 +11,7 @@ import json
 import os
 import runpy
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -18,10 +19,11 @@ import torch
 sys.path[0] = os.getcwd()  # `nanochat` and `scripts` are the checkout's
 
 
-def train(seed, *flags):
-    """compute_init seeds with a constant: replace the number, leave the code alone."""
+def train(seed, clock, *flags):
+    """compute_init seeds with a constant: replace the number, leave the code alone. Its steps are timed by time.time()."""
     seed_all = torch.manual_seed
     torch.manual_seed = lambda constant: seed_all(int(seed))
+    time.time = getattr(time, clock)
     sys.argv = ["base_train", *flags]
     runpy.run_module("scripts.base_train", run_name="__main__", alter_sys=True)
 
@@ -43,7 +45,7 @@ def score(folder, rows, out, at_once=8):
         model = GPT(GPTConfig(**config))
     model.to_empty(device="cpu")
     model.init_weights()  # its rotary tables are not in the checkpoint
-    model.load_state_dict(torch.load(weights), strict=True, assign=True)
+    model.load_state_dict(torch.load(weights, map_location="cpu"), strict=True, assign=True)
     model.eval()
     nats = {}
     for name, part in torch.load(rows).items():

@@ -73,19 +73,26 @@ def test_nanochat_looks_at_the_depth_only(tokens):
 
 
 FAKE = """
-import sys, torch
+import sys, time, torch
 torch.manual_seed(42)
 assert sys.argv[1:] == ["--depth=4", "--run=x"] and __name__ == "__main__", sys.argv
-print(torch.initial_seed(), sys.path[0])
+print(torch.initial_seed(), sys.path[0], time.time is time.process_time)
 """
 
 
 def test_a_checkout_is_seeded_from_outside(tmp_path):
-    """Its own packages are found, not ours, and its constant seed is replaced."""
+    """Its own packages are found, not ours, and its constant seed and its clock are replaced."""
     (tmp_path / "scripts").mkdir()
     (tmp_path / "scripts/base_train.py").write_text(FAKE)
-    said = against.run([against.SIDE, "train", 7, "--depth=4", "--run=x"], tmp_path)
-    assert said.split() == ["7", os.path.realpath(tmp_path)]
+    for clock, told in (("time", "False"), ("process_time", "True")):
+        said = against.run([against.SIDE, "train", 7, clock, "--depth=4", "--run=x"], tmp_path)
+        assert said.split() == ["7", os.path.realpath(tmp_path), told]
+
+
+def test_ours_is_timed_by_the_cpu_clock_too(tmp_path):
+    """Progress takes its clock when nanochat.run is imported, so the clock is replaced before that; the module sees its own flags."""
+    (tmp_path / "clocked.py").write_text("import sys, time; from nanochat.run import Progress; print(sys.argv[1:], Progress.__init__.__defaults__[-1] is time.process_time)")
+    assert against.run(["-c", against.CPU_CLOCK, "clocked", "--tag", "a"], against.ROOT, PYTHONPATH=str(tmp_path)).split() == ["['--tag',", "'a']", "True"]
 
 
 def test_a_failing_run_is_told(tmp_path):
