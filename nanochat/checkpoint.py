@@ -42,7 +42,7 @@ def save(folder, step, modules, optimizer=None, meta=None, keep=None, main=True)
 
     modules     {"gpt": module, ...}
     meta        JSON-able: whatever the caller needs back. argv, commit and time are added here
-    keep        keep only this many newest checkpoints, this one included (None: all)
+    keep        keep only this many checkpoints: this one, and of the others those of the highest steps (None: all)
     Returns the folder written.
     """
     assert "optim" not in modules, "the name 'optim' is taken by the optimizer's file"
@@ -71,7 +71,8 @@ def save(folder, step, modules, optimizer=None, meta=None, keep=None, main=True)
     flush(tmp)
     _move_in(tmp, target)
     if keep is not None:
-        for old in steps(folder)[:-keep]:
+        others = [other for other in steps(folder) if other != step]
+        for old in others[:max(0, len(others) - keep + 1)]:
             _remove(folder, old)
     return target
 

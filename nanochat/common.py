@@ -11,6 +11,7 @@ import os
 import random
 import signal
 import sys
+import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,16 @@ def checkpoint_dir(stage: str, tag: str) -> Path:
     if stage not in STAGES:
         raise UserError(f"no stage called {stage!r}: expected one of {', '.join(STAGES)}")
     return base_dir() / f"{stage}_checkpoints" / tag
+
+
+ASIDE = ".before-" # and the time, behind the name of what was set aside
+
+
+def set_aside(path):
+    """Rename a folder that is in the way of a new one, so that nothing old is mixed in or lost. Returns its new path."""
+    aside = path.with_name(f"{path.name}{ASIDE}{time.strftime('%Y%m%d-%H%M%S')}")
+    path.rename(aside)
+    return aside
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from nanochat.gpt import IGNORE
 from nanochat.optim import make_optimizer
 from nanochat.run import Log
 from scripts.load import describe, load_stage
+from scripts.stage import begin_folder
 from tasks.arithmetic import Arithmetic
 from tasks.gsm8k import GSM8K
 
@@ -168,6 +169,9 @@ def main():
     folder = checkpoint_dir("rl", args.tag or loaded.tag)
     about = describe(gpt, loaded.gistnet, loaded.lensnet, tokenizer)
     meta = dict(networks=about, args=vars(args), batch_tokens=loaded.meta["batch_tokens"], start=f"{loaded.stage}/{loaded.tag} step {loaded.meta['step']}")
+    if dist.world > 1:
+        td.barrier() # with --stage rl, all have read what is now set aside
+    begin_folder(folder, dist)
     log = Log(folder, wandb_project="nanochat-rl", run=args.run, config=vars(args), main=dist.main)
     print0(f"model       {meta['start']}; {why}")
     print0(f"plan        {steps} steps x {args.examples} questions x {args.samples} answers of {args.task}; output in {folder}")

@@ -12,7 +12,7 @@ from threading import Lock
 import torch
 
 from nanochat import checkpoint
-from nanochat.common import UserError, checkpoint_dir
+from nanochat.common import ASIDE, UserError, checkpoint_dir
 from nanochat.engine import PlainStream
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.run import Log
@@ -95,7 +95,7 @@ def describe(gpt, gistnet, lensnet, tokenizer):
 def newest_tag(stage):
     """The tag of the stage's checkpoint that was written last."""
     root = checkpoint_dir(stage, "any").parent
-    tags = [folder for folder in root.glob("*") if folder.is_dir() and checkpoint.steps(folder)]
+    tags = [folder for folder in root.glob("*") if ASIDE not in folder.name and checkpoint.steps(folder)] # what was set aside is asked for by its name
     if not tags:
         raise UserError(f"no checkpoint of stage {stage} in {root}: train one first (bash speedrun.sh), or set NANOCHAT_BASE_DIR to where it is")
     return max(tags, key=lambda folder: max(path.stat().st_mtime for path in folder.glob("step_*"))).name

@@ -20,7 +20,7 @@ import time
 from contextlib import contextmanager
 
 from nanochat import tiers
-from nanochat.common import UserError, base_dir, run_main
+from nanochat.common import UserError, base_dir, run_main, set_aside
 from nanochat.run import duration
 from scripts.plan import TALK, Wishes, downloads, hub, keys, sources, stages, told
 
@@ -52,13 +52,11 @@ def is_done(stamp, stage, key, base):
     return not stage.always and bool(stamp.get("done")) and stamp["key"] == key and all((base / folder).exists() for folder in stage.makes)
 
 
-def set_aside(stage, base):
-    """Rename what an earlier command made."""
+def clear(stage, base):
+    """Set aside what an earlier command made."""
     for folder in stage.makes:
         if (base / folder).exists():
-            aside = f"{folder}.before-{time.strftime('%Y%m%d-%H%M%S')}"
-            os.rename(base / folder, base / aside)
-            print(f"{stage.name} is to make something else than the last time: the old {folder} is now {aside} (in {base})", flush=True)
+            print(f"{stage.name} is to make something else than the last time: the old {folder} is now {set_aside(base / folder).relative_to(base)} (in {base})", flush=True)
 
 
 @contextmanager
@@ -123,7 +121,7 @@ def run_stages(found, folder, base, again):
             print(f"{title}: done before, in {duration(stamp['seconds'])}", flush=True)
             continue
         if stamp and stamp["key"] != wanted[stage.name]:
-            set_aside(stage, base)
+            clear(stage, base)
         print(f"\n{'-' * 100}\n{title}, {duration(time.monotonic() - began)} since the start\n{stage.line}\n", flush=True)
         write_stamp(folder, stage, key=wanted[stage.name], command=stage.line, done=False)
         start = time.monotonic()

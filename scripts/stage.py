@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from nanochat import backend, checkpoint, cost, fp8, hardware, schedule
-from nanochat.common import UserError, checkpoint_dir, cleanup, print0, setup
+from nanochat.common import UserError, checkpoint_dir, cleanup, print0, set_aside, setup
 from nanochat.cross_entropy import piece_tokens
 from nanochat.dataloader import Loader, gather_state, val_loader
 from nanochat.dataset import add_data_dir, notes, use_data_dir
@@ -46,7 +46,7 @@ def add_flags(parser, curriculum, plain_every, labels_every):
     parser.add_argument("--eval-tokens", type=int, default=262144, help="validation tokens")
     parser.add_argument("--save-every", type=int, default=-1, help="checkpoint every N steps (-1 = at the end only)")
     parser.add_argument("--log-every", type=int, default=10, help="a line every N steps")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of this tag, if there is one")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of this tag, if there is one; without it, what an earlier run left under this tag is set aside under another name")
     add_data_dir(parser)
 
 
@@ -148,6 +148,8 @@ def train(stage, tag, args, place, networks, tokenizer, plan, items, val_items, 
         optimizer.load_state_dict(first_optimizer, partial=True)
     loader = Loader(items, tokenizer, rows, args.max_seq_len, align=32, rank=dist.rank, world=dist.world, lanes=lanes, seed=args.seed, state=loader_state)
     val = val_loader(val_items, tokenizer, rows, args.max_seq_len, align=32, rank=dist.rank, world=dist.world, lanes=lanes, max_rows=max(1, args.eval_tokens // args.max_seq_len))
+    if not args.resume:
+        begin_folder(folder, dist)
     log = Log(folder, wandb_project=f"nanochat-{stage}", run=args.run, config=vars(args), main=dist.main)
     print0(f"output      checkpoints and log.jsonl in {folder}")
 
@@ -176,6 +178,12 @@ def train(stage, tag, args, place, networks, tokenizer, plan, items, val_items, 
     loader.close()
     cleanup()
     return last
+
+
+def begin_folder(folder, dist):
+    """Set aside what an earlier run left where a new one will write: its checkpoints of higher steps would outlive the new ones, and its log go on in the new one's."""
+    if dist.main and folder.exists():
+        print0(f"set aside   {folder} of an earlier run, now {set_aside(folder).name}")
 
 
 def pick_attention(gpt, machine, dtype):

@@ -172,6 +172,17 @@ def test_a_run_on_sums(base, monkeypatch, capsys, dtype):
     assert report.last_run("rl")["steps"] == 3 and "rl training, with memory (t)" in report.assemble()
 
 
+def test_a_new_run_sets_the_old_one_aside(base, monkeypatch, capsys):
+    """Three steps over a run of ten: the old step 10 stayed, and was what talked."""
+    make_run("sft", "rl")
+    folder = checkpoint_dir("rl", "t")
+    (folder / f"step_{STEP:06d}").rename(folder / "step_000010")
+    run(monkeypatch, *TINY)
+    assert "set aside" in capsys.readouterr().out and checkpoint.steps(folder) == [3]
+    [aside] = folder.parent.glob("t.before-*")
+    assert checkpoint.steps(aside) == [10]
+
+
 def test_memory_networks_go_along_unchanged(base, monkeypatch):
     _, gistnet, lensnet = make_run("sft")
     run(monkeypatch, *TINY)

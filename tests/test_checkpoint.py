@@ -102,6 +102,18 @@ def test_keep_and_last(tmp_path):
         checkpoint.load(tmp_path, 5)
 
 
+def test_what_was_just_saved_stays_whatever_lay_there_before(tmp_path):
+    """The highest step numbers were kept: a shorter run over an older one's folder deleted its own checkpoints as it saved them, and left the old model in place."""
+    for step in (15, 20, 4, 8):
+        checkpoint.save(tmp_path, step, {"m": small()}, keep=2)
+        assert step in checkpoint.steps(tmp_path)
+    assert checkpoint.steps(tmp_path) == [8, 20]
+    checkpoint.save(tmp_path, 3, {"m": small()}, keep=1)
+    assert checkpoint.steps(tmp_path) == [3]
+    checkpoint.save(tmp_path, 5, {"m": small()}, keep=4) # fewer than are kept
+    assert checkpoint.steps(tmp_path) == [3, 5]
+
+
 def test_an_empty_place_says_so(tmp_path):
     with pytest.raises(UserError, match="no checkpoint"):
         checkpoint.load(tmp_path / "nowhere")

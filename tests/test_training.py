@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from scripts.load import newest_tag
+
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--depth", "1", "--lr", "0.05", "--max-seq-len", "128", "--batch-tokens", "1024", "--num-steps", "6", "--eval-tokens", "1024", "--save-every", "3", "--log-every", "1", "--device", "cpu"]
 
@@ -84,6 +86,32 @@ def test_four_processes_and_a_run_that_goes_on_with_another_number_give_the_loss
         assert sorted(dealt) == list(steps), tag
         assert [dealt[step] for step in steps] == pytest.approx([losses[step] for step in steps], abs=2e-2), tag
         assert dealt_summary["val_bpb"] == pytest.approx(summary["val_bpb"], abs=2e-2), tag
+
+
+def in_process(monkeypatch, place, script, *flags):
+    """A script's main() here, which saves the start of a process."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(place[0]))
+    monkeypatch.setattr("sys.argv", [script, *map(str, flags)])
+    importlib.import_module(f"scripts.{script}").main()
+
+
+def test_a_new_run_under_an_old_tag_sets_the_old_one_aside(place, monkeypatch, capsys):
+    """
+    A shorter second run under the tag of a longer one ended well, with its own checkpoints deleted, those of the old run in their place, and both in one log: the next
+    stage took the old model.
+    """
+    flags = [*TINY, "--plain", "--source", f"dir:{place[1]}", "--tag", "twice", "--save-every", "2"]
+    folder = place[0] / "base_checkpoints" / "twice"
+    found = lambda folder: sorted(path.name for path in folder.glob("step_*"))
+    in_process(monkeypatch, place, "base_train", *flags)
+    assert "set aside" not in capsys.readouterr().out
+    in_process(monkeypatch, place, "base_train", *flags, "--num-steps", "3")
+    [aside] = folder.parent.glob("twice.before-*")
+    assert found(folder) == ["step_000002", "step_000003"] and found(aside) == ["step_000004", "step_000006"]
+    assert f"set aside   {folder} of an earlier run, now {aside.name}" in capsys.readouterr().out.splitlines()
+    assert sorted(curve(place, "twice")[0]) == [1, 2, 3] and sorted(curve(place, aside.name)[0]) == [1, 2, 3, 4, 5, 6]
+    os.utime(aside / "step_000006", (2e9, 2e9))
+    assert newest_tag("base") != aside.name, "what was set aside is not what a next stage begins with"
 
 
 def test_a_checkpoint_of_another_run_is_refused(place):
