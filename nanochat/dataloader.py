@@ -5,7 +5,8 @@ In:  a source of text (nanochat/dataset.py), or any sequence of conversations: {
 Out: Batch after Batch of rows, as nanochat/packing.py makes them, and a state that continues them bit for bit
 The idea: documents are dealt to `lanes` independent streams (document i to lane i % lanes), and row n of the run is the
 next row of lane n % lanes. Rank r of w takes the rows n with n % w == r, so the rows of a run do not depend on the number
-of ranks: w only has to divide `lanes`. A source of fewer documents than lanes repeats sooner in some; none starves.
+of ranks: w only has to divide `lanes`. lanes_for(w) is LANES where it can be, so 1, 2, 4 and 8 ranks make the same run.
+A source of fewer documents than lanes repeats sooner in some; none starves.
 A state holds the place of every lane. It is small: addresses of pieces, no tokens.
 
 To resume: every rank calls gather_state(loader) and rank 0 saves the result; later each rank, of any number of ranks
@@ -16,6 +17,7 @@ B = rows of this rank, T = seq_len
 """
 
 import hashlib
+import math
 import queue
 import threading
 import weakref
@@ -28,6 +30,7 @@ from nanochat.common import UserError
 from nanochat.packing import STATS, Lane, Stream, cycle
 
 BLOCK = 32   # tokens under one gist
+LANES = 8    # of a run that a number of ranks begins which divides it
 FORMAT = 1
 
 
@@ -156,9 +159,15 @@ def check_shape(batch, seq_len, align, rank, world, lanes):
     if seq_len % align:
         raise UserError(f"rows of {seq_len} tokens cannot be aligned to {align}: choose a multiple of {align}")
     if lanes % world:
-        raise UserError(f"{world} ranks cannot share {lanes} lanes evenly: start a number of ranks that divides {lanes}, "
-                        f"or begin a new run with another number of lanes")
+        able = ", ".join(str(n) for n in range(1, lanes + 1) if lanes % n == 0)
+        raise UserError(f"{world} ranks cannot share {lanes} lanes evenly: a run that was begun with {lanes} lanes goes on with {able} processes. Start one of these "
+                        f"numbers, or a new run under another tag: begun by {world} processes it has {lanes_for(world)} lanes")
     assert 0 <= rank < world, f"rank {rank} of {world}"
+
+
+def lanes_for(world):
+    """Lanes of a run that `world` ranks begin: it goes on with any number of ranks that divides them, and with no other."""
+    return math.lcm(LANES, world)
 
 
 def start_document(seed, count):

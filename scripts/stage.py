@@ -5,7 +5,6 @@ Resume, loader, log, validation, saving and the last line of the run live here; 
 its script's business. The flags that all three take are here too.
 """
 import argparse
-import math
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +12,7 @@ import torch
 from nanochat import backend, checkpoint, cost, fp8, hardware, schedule
 from nanochat.common import UserError, checkpoint_dir, cleanup, print0, set_aside, setup
 from nanochat.cross_entropy import piece_tokens
-from nanochat.dataloader import Loader, gather_state, val_loader
+from nanochat.dataloader import Loader, gather_state, lanes_for, val_loader
 from nanochat.dataset import add_data_dir, notes, use_data_dir
 from nanochat.loss_eval import bits_per_byte
 from nanochat.optim import make_optimizer
@@ -131,7 +130,7 @@ def train(stage, tag, args, place, networks, tokenizer, plan, items, val_items, 
 
     folder = checkpoint_dir(stage, tag)
     identity = dict(identity, batch_tokens=plan.batch_tokens, steps=plan.steps, seed=args.seed)
-    begin, loader_state, lanes = 0, None, math.lcm(8, dist.world)
+    begin, loader_state, lanes = 0, None, lanes_for(dist.world)
     if args.resume and checkpoint.steps(folder):
         saved = checkpoint.load(folder)
         checkpoint.check_match(saved.meta, networks=about, **identity)

@@ -22,7 +22,7 @@ from hypothesis import given, settings, strategies as st
 
 from nanochat import documents, packing
 from nanochat.common import UserError
-from nanochat.dataloader import Loader, gather_state, merge_states, val_loader
+from nanochat.dataloader import Loader, gather_state, lanes_for, merge_states, val_loader
 from nanochat.dataset import open_source
 
 BOS = 300
@@ -353,6 +353,23 @@ def test_a_state_of_another_run_is_refused(change, words):
     take(loader, 1)
     with pytest.raises(UserError, match=words):
         make(loader.state(), **change)
+
+
+@pytest.mark.parametrize("world", [16, 3])
+def test_what_another_number_of_ranks_begins_one_can_end(world):
+    """16 ranks have 16 lanes, 3 have 24: as many ranks as divide these go on with their run, and others are told which."""
+    texts = [f"document {n} " * (1 + n % 7) for n in range(60)]
+    loaders = [Loader(texts, Bytes(), 1, 64, rank=rank, world=world, lanes=lanes_for(world)) for rank in range(world)]
+    begun = [batch for loader in loaders for batch in take(loader, 2)]
+    state = merge_states([loader.state() for loader in loaders])
+    for fewer in (1, 8):
+        rest = [batch for rank in range(fewer) for batch in take(Loader(texts, Bytes(), 8 // fewer, 64, rank=rank, world=fewer, lanes=lanes_for(world), state=state), 1)]
+        straight = Loader(texts, Bytes(), 2 * world + 8, 64, lanes=lanes_for(world))
+        assert by_row([*begun, *rest]) == by_row(take(straight, 1))
+    single = Loader(texts, Bytes(), 1, 64)
+    take(single, 1)
+    with pytest.raises(UserError, match=rf"begun with 8 lanes goes on with 1, 2, 4, 8 processes.*begun by {world} processes it has {lanes_for(world)} lanes"):
+        Loader(texts, Bytes(), 1, 64, rank=0, world=world, state=single.state())
 
 
 def test_a_state_of_one_rank_only_is_refused_and_gathering_needs_the_others():

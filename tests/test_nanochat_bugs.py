@@ -39,8 +39,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megacontext import allocator, ingest, matches, runtime, telemetry, working_context
 from megacontext.span import BLOCK
-from nanochat import attention, cost, cross_entropy, gpt, schedule
-from nanochat.dataloader import Loader
+from nanochat import attention, cost, cross_entropy, dataloader, gpt, schedule, tiers
+from nanochat.dataloader import Loader, lanes_for
 from nanochat.engine import LeftPadded, PlainStream, Sampler
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.run import Progress
@@ -236,6 +236,9 @@ SAID = [ # (file, words with {} where the number stands, the number)
     ("nanochat/attention.py", "base {} as in nanochat", f"{attention.ROPE_BASE:.0e}".replace("+0", "")),
     ("nanochat/schedule.py", "Horizon: D = {} N", schedule.TOKENS_PER_PARAM), ("nanochat/schedule.py", "from 2^{} at", schedule.REF_BATCH.bit_length() - 1),
     ("scripts/base_train.py", "(-1 = {} per scaling parameter)", schedule.TOKENS_PER_PARAM), ("scripts/stage.py", "tokens a row; a multiple of {}", BLOCK),
+    ("nanochat/dataloader.py", "1, 2, 4 and {} ranks make the same run", dataloader.LANES),
+    ("runs/multinode.md", "torchrun --nnodes=2 --nproc_per_node={} ", tiers.NODE.processes), ("runs/multinode.md", "1, 2, 4 or 8 processes deal them to {} streams", lanes_for(8)),
+    ("runs/multinode.md", "16 to {},", lanes_for(16)), ("runs/multinode.md", "3 to {}:", lanes_for(3)),
     ("README.md", "one vector for {} tokens", BLOCK), ("megacontext/README.md", "one vector for {} tokens or", BLOCK), ("megacontext/README.md", "Atomic swaps: all {} children", BLOCK),
     ("docs/RUNTIME.md", "Every {} tokens there is one tick", BLOCK), ("docs/RUNTIME.md", "newest {} tokens x one bit set", matches.NEWEST),
     ("docs/RUNTIME.md", "at most {} edits:", default(runtime.Session.__init__, "n_diff")), ("docs/RUNTIME.md", "what pays for it by {} nats", int(runtime.MARGIN)),
