@@ -31,7 +31,7 @@ def add_step_flags(parser, curriculum, plain_every, labels_every):
     parser.add_argument("--labels-every", type=int, default=labels_every, help="one round of eight rows in so many has half of its rows measured for LensNet: what opening a gist is worth")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="", help="cuda, mps or cpu (empty = the best there is)")
-    parser.add_argument("--dtype", default="auto", help="auto, bf16, fp32, or fp16 on a GPU (its loss is scaled, and a step that overflows is skipped)")
+    parser.add_argument("--dtype", default="auto", help="auto, bf16, fp32, or fp16 on a GPU (its loss is scaled, and a step that overflows is skipped); a resumed run may go on in another one")
     parser.add_argument("--fp8", action="store_true", help="products of the large layers in 8 bits: GPUs of compute capability 8.9 or more")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="compile the networks and the optimizer (default: on a GPU; on a CPU it takes minutes and brings nothing)")
     parser.add_argument("--checkpoint-activations", action="store_true", help="keep one vector a layer and token, and compute the layers again in backward: less memory, a third more time")
@@ -133,7 +133,8 @@ def train(stage, tag, args, place, networks, tokenizer, plan, items, val_items, 
     begin, loader_state, lanes = 0, None, lanes_for(dist.world)
     if args.resume and checkpoint.steps(folder):
         saved = checkpoint.load(folder)
-        checkpoint.check_match(saved.meta, networks=about, **identity)
+        same = same_flags(args)
+        checkpoint.check_match(saved.meta | {flag: saved.meta["args"].get(flag) for flag in same}, networks=about, **identity | same)
         for name, module in named.items():
             module.load_state_dict(saved.tensors[name])
         optimizer.load_state_dict(saved.optimizer)
@@ -177,6 +178,12 @@ def train(stage, tag, args, place, networks, tokenizer, plan, items, val_items, 
     loader.close()
     cleanup()
     return last
+
+
+def same_flags(args):
+    """Flags that decide what a run learns and that nothing else in a checkpoint tells of: whoever resumes it gives the same. {flag: value}"""
+    flags = ("lr", "fp8", "documents") + (() if getattr(args, "plain", False) else ("curriculum", "plain_every", "labels_every"))
+    return {flag: getattr(args, flag) for flag in flags if hasattr(args, flag)}
 
 
 def begin_folder(folder, dist):

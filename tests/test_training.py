@@ -5,11 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
+from nanochat.common import UserError
 from scripts.load import newest_tag
+from scripts.stage import same_flags
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--depth", "1", "--lr", "0.05", "--max-seq-len", "128", "--batch-tokens", "1024", "--num-steps", "6", "--eval-tokens", "1024", "--save-every", "3", "--log-every", "1", "--device", "cpu"]
@@ -121,6 +124,27 @@ def test_a_checkpoint_of_another_run_is_refused(place):
     done = subprocess.run([sys.executable, "-m", "scripts.base_train", *TINY, "--source", f"dir:{place[1]}", "--tag", "one", "--seed", "7", "--resume"],
                           cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and "seed" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("flag, value", [("--lr", "0.1"), ("--curriculum", "16:0.5,32:1"), ("--plain-every", "2"), ("--labels-every", "2"), ("--seed", "7")])
+def test_a_run_goes_on_with_the_flags_it_was_begun_with(place, monkeypatch, flag, value):
+    """Another curriculum, or another share of plain rows, went on without a word, and made neither the one run nor the other."""
+    if not (place[0] / "base_checkpoints" / "one").exists():
+        base_train(place, "one", "--device-batch", "8")
+    with pytest.raises(UserError, match=rf"{flag.strip('-').replace('-', '_')}: the checkpoint has .*, this run has '?{value}"):
+        in_process(monkeypatch, place, "base_train", *TINY, "--source", f"dir:{place[1]}", "--tag", "one", "--resume", flag, value)
+
+
+def test_a_later_stage_goes_on_with_its_own_rates_and_shares(place, monkeypatch):
+    """Its checkpoint told the base run's rates, which --lr multiplies, and nothing of --documents or --fp8."""
+    if not (place[0] / "base_checkpoints" / "one").exists():
+        base_train(place, "one", "--device-batch", "8")
+    flags = ["--base-tag", "one", "--tag", "later", "--source", f"dir:{place[1]}", "--documents", "1", "--num-steps", "1", "--max-seq-len", "512", "--eval-tokens", "1024", "--device", "cpu"]
+    in_process(monkeypatch, place, "mid_train", *flags)
+    for flag, value in (("--lr", "0.25"), ("--documents", "0.9")):
+        with pytest.raises(UserError, match=f"{flag[2:]}: the checkpoint has .*, this run has {value}"):
+            in_process(monkeypatch, place, "mid_train", *flags, "--resume", flag, value)
+    assert same_flags(Namespace(lr=1, fp8=True, plain=True, curriculum="32:1")) == dict(lr=1, fp8=True), "a plain run has no curriculum"
 
 
 def test_the_summary_and_the_log_hold_what_a_run_is_judged_by(place):
