@@ -61,6 +61,8 @@ def train_flops(config, visible=None):
     (arXiv 2204.02311, appendix B) and of nanochat, which does not halve for causality and counts a short window whole;
     so figures of MFU compare.
     Recomputation by activation checkpointing is not counted: MFU counts what the model needs, not what is spent.
+    MFU is these FLOPs over the peak of bf16 (hardware.PEAK_BF16) in every format, so figures compare as speeds do: one of fp8 may pass 100%,
+    one of fp32 stays far below.
     """
     return 3 * forward_flops(config, config.seq_len if visible is None else visible)
 

@@ -131,9 +131,12 @@ def summaries(log):
         if not line.startswith('{"summary"'):
             continue
         try:
-            found.append(json.loads(line)["summary"])
+            summary = json.loads(line)["summary"]
         except ValueError:
             continue
+        if "memory" in summary: # what runs before 2026-11-27 called it
+            summary["gists"] = summary.pop("memory")
+        found.append(summary)
     return found
 
 
@@ -197,9 +200,9 @@ def stage_table(runs, tokenizer, records):
         rows.append(["tokenizer", None, None, None, None, None, None, duration(tokenizer["seconds"])])
     for stage, run in runs.items():
         total += run["train_s"]
-        memory = "with memory" if run["memory"] else "plain"
+        memory = "with memory" if run["gists"] else "plain"
         rows.append([f"{stage} training, {memory} ({run['tag']})", run["params"], run["steps"], run["tokens"], round(run["tokens_per_s"]),
-                     f"{100 * run['mfu']:.1f}%" if "mfu" in run else None, f"{run['peak_mb']:,.0f}", duration(run["train_s"])])
+                     f"{100 * run['mfu']:.1f}%" if run.get("mfu") is not None else None, f"{run['peak_mb']:,.0f}", duration(run["train_s"])])
     for name, record in records.items():
         if record.get("seconds") is not None:
             total += record["seconds"]

@@ -77,7 +77,9 @@ def _plain(value):
 
 
 def short(value, digits=5):
-    """A value for reading: of a number 5 significant digits, words with spaces in quotes, so that shlex.split finds them again."""
+    """A value for reading: of a number 5 significant digits, none for None, words with spaces in quotes, so that shlex.split finds them again."""
+    if value is None:
+        return "none"
     if isinstance(value, float):
         return f"{value:.{digits}g}"
     text = str(value)
@@ -98,7 +100,7 @@ class Progress:
         0123/2520 | loss 3.2101 | lr 1.00 | 0.42 s | 123,456 tok/s | mfu 51.2% | 12m03s + 3h10m
 
     The first `warm` steps compile and tune kernels: they are left out of the average that the eta and the summary use.
-    peak_flops is that of all devices together; None (a CPU, an unknown GPU) leaves mfu out rather than inventing one.
+    peak_flops is that of all devices together; where it is None (a CPU, an unknown GPU) mfu is none, null in JSON, rather than an invented one.
     """
 
     def __init__(self, total, tokens_per_step, flops_per_token=0.0, peak_flops=None, start=0, warm=10, clock=time.perf_counter):
@@ -121,13 +123,12 @@ class Progress:
             self.timed += dt * steps
             self.counted += steps
         rate = self.tokens_per_step / dt
-        metrics = dict(loss=loss, lr=lr, dt=dt, tokens_per_s=rate)
-        if (mfu := self._mfu(rate)) is not None:
-            metrics["mfu"] = mfu
+        mfu = self._mfu(rate)
+        metrics = dict(loss=loss, lr=lr, dt=dt, tokens_per_s=rate, mfu=mfu)
         left = (self.total - step - 1) * self.seconds_per_step
         line = [f"{step:0{len(str(self.total))}d}/{self.total}", f"loss {loss:.4f}", f"lr {lr:.2f}"]
         line += [f"{key} {short(_plain(value), 4)}" for key, value in more.items()]
-        line += [f"{dt:.2f} s", f"{rate:,.0f} tok/s"] + ([f"mfu {100 * mfu:.1f}%"] if mfu is not None else [])
+        line += [f"{dt:.2f} s", f"{rate:,.0f} tok/s", "mfu none" if mfu is None else f"mfu {100 * mfu:.1f}%"]
         return metrics | more, " | ".join(line + [f"{duration(self.spent)} + {duration(left)}"])
 
     def _mfu(self, tokens_per_s):
@@ -142,7 +143,6 @@ class Progress:
         return self.spent / max(1, self.done)
 
     def summary(self):
-        """Averages for the summary line: tokens_per_s, mfu if known, seconds trained."""
+        """Averages for the summary line: tokens_per_s, mfu, seconds trained."""
         rate = self.tokens_per_step / self.seconds_per_step if self.done else 0.0
-        mfu = self._mfu(rate)
-        return dict(tokens_per_s=rate, train_s=self.spent) | ({} if mfu is None else dict(mfu=mfu))
+        return dict(tokens_per_s=rate, train_s=self.spent, mfu=self._mfu(rate))

@@ -8,7 +8,8 @@ On 8 GPUs:
 torchrun --standalone --nproc_per_node=8 -m scripts.base_train --depth 20 --source climbmix
 
 Everything else follows from --depth (nanochat/schedule.py says how). Ends with a line `summary key=value ...`; the same numbers and the
-whole curve are in <checkpoint folder>/log.jsonl. Killed? The same command with --resume goes on from the last checkpoint.
+whole curve are in <checkpoint folder>/log.jsonl. flops and mfu in it count the GPT alone (nanochat/cost.py), gists=1 a run that trained GistNet and LensNet
+too, whose work they leave out; mfu is none where no peak is known, as on every CPU. Killed? The same command with --resume goes on from the last checkpoint.
 """
 import argparse
 

@@ -211,7 +211,7 @@ def main():
             last = evaluate(engine, speaker, test, args, settings, dist)
             log.write(done, **last)
     seconds = time.perf_counter() - began
-    log.summary(stage="rl", tag=args.tag or loaded.tag, **last, steps=steps, tokens=int(sampled), tokens_per_s=sampled / seconds, train_s=seconds, memory=int(loaded.gistnet is not None),
+    log.summary(stage="rl", tag=args.tag or loaded.tag, **last, steps=steps, tokens=int(sampled), tokens_per_s=sampled / seconds, train_s=seconds, gists=int(loaded.gistnet is not None),
                 params=sum(p.numel() for module in loaded.modules.values() for p in module.parameters()), peak_mb=hardware.peak_memory(device) / 2**20, seed=args.seed)
     log.close()
     cleanup()

@@ -121,7 +121,7 @@ def train(stage, tag, args, place, networks, tokenizer, plan, items, val_items, 
     gpt, gistnet, lensnet = networks
     named = modules(gpt, gistnet, lensnet)
     about = describe(gpt, gistnet, lensnet, tokenizer)
-    config, memory = gpt.config, gistnet is not None
+    config = gpt.config
     counts = {name: sum(p.numel() for p in module.parameters()) for name, module in named.items()}
     print0(f"model       d{config.layers}: " + ", ".join(f"{name} {count / 1e6:.2f}M" for name, count in counts.items()) + " parameters")
     print0(f"plan        {plan.steps} steps x {plan.batch_tokens} tokens = {plan.tokens / 1e6:.2f}M; {accumulate} x {rows} rows x {args.max_seq_len} tokens on each process")
@@ -173,7 +173,7 @@ def train(stage, tag, args, place, networks, tokenizer, plan, items, val_items, 
     else:
         evaluate(begin) # everything was trained and saved before the last run ended; its numbers are still owed
     log.summary(stage=stage, tag=tag, **last, steps=plan.steps, tokens=plan.tokens, flops=cost.train_flops(config) * plan.tokens, peak_mb=hardware.peak_memory(device) / 2**20,
-                params=sum(counts.values()), memory=int(memory), seed=args.seed, skipped_steps=optimizer.skipped, **read(loader, dist), **progress.summary())
+                params=sum(counts.values()), gists=int(gistnet is not None), seed=args.seed, skipped_steps=optimizer.skipped, **read(loader, dist), **progress.summary())
     log.close()
     loader.close()
     cleanup()

@@ -122,10 +122,15 @@ def test_the_clock_leaves_out_the_warmup_and_the_pauses():
     assert progress.summary() == pytest.approx(dict(tokens_per_s=2000, train_s=41.5, mfu=0.4))
 
 
-def test_an_unknown_peak_leaves_mfu_out():
+def test_an_unknown_peak_is_no_mfu(tmp_path, capsys):
+    """It is told as none, and null in JSON: left out, it read like a summary that another version had written."""
     progress = Progress(10, 1000, 1e6, None)
     metrics, line = progress.tick(0, 1.0)
-    assert "mfu" not in metrics and "mfu" not in line and "mfu" not in progress.summary()
+    assert metrics["mfu"] is None and " | mfu none | " in line
+    log = Log(tmp_path)
+    log.summary(**progress.summary())
+    log.close()
+    assert capsys.readouterr().out.endswith(" mfu=none\n") and json.loads((tmp_path / "log.jsonl").read_text())["summary"]["mfu"] is None
 
 
 def test_durations():

@@ -14,7 +14,7 @@ def summary(folder, stage="base", tag="d4", **more):
     """A finished run's log, as nanochat.run.Log writes it."""
     path = folder / f"{stage}_checkpoints" / tag / "log.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = dict(stage=stage, tag=tag, val_bpb=1.5, steps=10, tokens=20480, params=1000, peak_mb=900.0, memory=1, tokens_per_s=3561.8, train_s=65.0) | more
+    line = dict(stage=stage, tag=tag, val_bpb=1.5, steps=10, tokens=20480, params=1000, peak_mb=900.0, gists=1, mfu=None, tokens_per_s=3561.8, train_s=65.0) | more
     with open(path, "a") as file:
         file.write(json.dumps({"step": 10, "loss": 3.0}) + "\n" + json.dumps({"summary": line}) + "\n")
     return path
@@ -130,9 +130,16 @@ def test_the_last_finished_run_of_each_stage(base):
     assert report.last_run("base", "d2")["val_bpb"] == 3.0
 
 
+def test_an_older_log_is_read_too(base):
+    """Its flag for gists was called memory, which reads like what peak_mb tells."""
+    path = summary(base, "base", "d4")
+    path.write_text(path.read_text().replace('"gists": 1', '"memory": 0'))
+    assert "base training, plain (d4)" in rows_of(report.assemble())
+
+
 def test_times_add_up(base):
     summary(base, "base", train_s=65.0)
-    summary(base, "sft", train_s=60.0, memory=0)
+    summary(base, "sft", train_s=60.0, gists=0)
     (base / "tokenizer").mkdir()
     (base / "tokenizer" / "log.jsonl").write_text(
         json.dumps({"summary": {"chars": 5, "mchars_per_second": 1.0, "seconds": 30.0}}) + "\n" + json.dumps({"summary": {"news_bytes_per_token": 4.0, "seconds": 999.0}}) + "\n")
