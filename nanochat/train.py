@@ -103,11 +103,18 @@ def fit(objective, optimizer, loader, curves, *, log, progress, dist, device, st
     saved = logged = start
     gc.collect()
     gc.freeze() # what lives now lives to the end: the collector need not look at it every few hundred steps
+
+    def kept():
+        """What an error that ends the run leaves, for its line."""
+        if save is None:
+            return "; nothing is saved here"
+        return f"; the checkpoint of step {saved} is kept" if saved else "; no checkpoint was written yet: --save-every N writes one every N steps"
+
     for step in range(start, curves.total):
         lr = curves.apply(optimizer, step)
         objective.start_step(step, curves.total)
         factor, skipped = 1.0 if scale is None else scale.value, optimizer.skipped
-        with hardware.out_of_memory_told(f"in step {step + 1}; the checkpoint of step {saved} is kept"):
+        with hardware.out_of_memory_told(f"in step {step + 1}{kept()}"):
             for _ in range(accumulate):
                 batch = next(batches).to(device)
                 with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
@@ -126,11 +133,11 @@ def fit(objective, optimizer, loader, curves, *, log, progress, dist, device, st
         if done % log_every == 0 or last or saving: # what is not a number must not be saved
             metrics = objective.report(added(sums, dist))
             sums = dict.fromkeys(objective.SUMS, 0.0)
-            kept = f"at step {done}; the checkpoint of step {saved} is kept. Lower the learning rates, or look at the data"
+            then = f"at step {done}{kept()}. Lower the learning rates, or look at the data"
             if not math.isfinite(metrics["loss"]):
-                raise UserError(f"the loss is {metrics['loss']} {kept}")
+                raise UserError(f"the loss is {metrics['loss']} {then}")
             if not skipped and not math.isfinite(norm): # its step was taken: the weights are not numbers any more
-                raise UserError(f"the gradient's norm is {norm} {kept}")
+                raise UserError(f"the gradient's norm is {norm} {then}")
             more = {name: value for name, value in metrics.items() if name != "loss"}
             metrics, line = progress.tick(step, metrics["loss"], lr, steps=done - logged, **more)
             logged = done

@@ -176,6 +176,14 @@ def test_out_of_memory_names_the_flags_and_keeps_what_was_saved(tmp_path, error)
     assert [step for step, _ in saves] == [3] and "\n" not in str(told.value)
 
 
+@pytest.mark.parametrize("broken", [lambda gpt: Breaking(gpt, (1,), no_memory(torch.OutOfMemoryError("CUDA out of memory"))), Broken], ids=["memory", "loss"])
+def test_before_the_first_checkpoint_none_is_said_to_be_kept(tmp_path, broken):
+    """By default nothing is saved before the end: "the checkpoint of step 0 is kept" sent people to look for one."""
+    gpt = tiny_gpt()
+    with pytest.raises(UserError, match="; no checkpoint was written yet: --save-every N writes one every N steps. Lower"):
+        fit(broken(gpt), make_optimizer(gpt), batches(), Curves(STEPS), log=Log(tmp_path), progress=Progress(STEPS, 64), dist=Dist(), device=torch.device("cpu"), save=print, log_every=1)
+
+
 def test_pytorch_says_what_we_listen_for():
     """The allocator's own words, for an allocation that no machine has room for; another error is let through."""
     with pytest.raises(UserError, match="--device-batch"), out_of_memory_told("here"):
