@@ -75,11 +75,12 @@ def plan(depth, vocab_size, seq_len=2048, *, tokens=None, steps=None, batch_toke
     D_ref = TOKENS_PER_PARAM * scaling_params(REF_DEPTH, vocab_size)
 
     # 3. Batch: B grows as D^0.383 (Power Lines, arXiv 2505.13738), from 2^19 at d12; nearest power of two, at least a row.
-    #    A run cut short by hand gets the batch of the tokens that it really sees, and LEAST_STEPS steps.
+    #    A run cut short by hand gets the batch of the tokens that it really sees, and LEAST_STEPS steps. Rounded to whole rows for each process.
     D = tokens if tokens is not None else D_optimal
     if batch_tokens is None:
         power = round(math.log2(REF_BATCH * (D / D_ref) ** 0.383))
-        batch_tokens = max(2 ** min(power, math.floor(math.log2(max(1, D / LEAST_STEPS)))), seq_len * world)
+        batch_tokens = 2 ** min(power, math.floor(math.log2(max(1, D / LEAST_STEPS))))
+        batch_tokens = whole_rows(batch_tokens, seq_len, world)
     if steps is None:
         steps = max(1, round(D / batch_tokens))
 
@@ -91,6 +92,11 @@ def plan(depth, vocab_size, seq_len=2048, *, tokens=None, steps=None, batch_toke
     #    1 / D of a two-minute run would decay the weights away within a few steps.
     weight_decay_mult = math.sqrt(batch_tokens / REF_BATCH) * D_ref / D_optimal
     return Plan(depth, width, width // HEAD_WIDTH, seq_len, vocab_size, N, batch_tokens, steps, lr_mult, weight_decay_mult)
+
+
+def whole_rows(batch_tokens, seq_len, world=1):
+    """The nearest batch that gives each of `world` processes the same number of rows, one at least."""
+    return max(1, round(batch_tokens / (seq_len * world))) * seq_len * world
 
 
 def short_run(plan):

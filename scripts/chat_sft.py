@@ -39,7 +39,8 @@ def main():
     own = CustomJSON(args.conversations) if args.conversations else None # first of all: a broken line is told at once
     place = start(args)
     mid = load_stage("mid", args.mid_tag or None)
-    plan = schedule.plan(mid.gpt.config.layers, mid.tokenizer.vocab_size, args.max_seq_len, steps=args.num_steps, batch_tokens=given(args.batch_tokens) or mid.meta["batch_tokens"])
+    batch_tokens = given(args.batch_tokens) or schedule.whole_rows(mid.meta["batch_tokens"], args.max_seq_len, place.dist.world)
+    plan = schedule.plan(mid.gpt.config.layers, mid.tokenizer.vocab_size, args.max_seq_len, steps=args.num_steps, batch_tokens=batch_tokens)
 
     def mix(split):
         talk = conversations(args.source, split, mid.tokenizer, args.max_seq_len, args.hub, args.seed)

@@ -36,7 +36,8 @@ def main():
     place = start(args)
     base = load_stage("base", args.base_tag or None, seq_len=args.max_seq_len)
     steps = given(args.num_steps) or max(1, base.meta["steps"] // 10)
-    plan = schedule.plan(base.gpt.config.layers, base.tokenizer.vocab_size, args.max_seq_len, steps=steps, batch_tokens=given(args.batch_tokens) or base.meta["batch_tokens"])
+    batch_tokens = given(args.batch_tokens) or schedule.whole_rows(base.meta["batch_tokens"], args.max_seq_len, place.dist.world)
+    plan = schedule.plan(base.gpt.config.layers, base.tokenizer.vocab_size, args.max_seq_len, steps=steps, batch_tokens=batch_tokens)
 
     def mix(split):
         talk = conversations(args.source, split, base.tokenizer, args.max_seq_len, args.hub, args.seed)

@@ -24,7 +24,7 @@ from scripts.load import describe, modules
 def add_step_flags(parser, curriculum, plain_every, labels_every):
     """The flags that decide what a training step is; bench/train.py takes them too."""
     parser.add_argument("--max-seq-len", type=int, default=2048, help="tokens a row; a multiple of 32")
-    parser.add_argument("--batch-tokens", type=int, default=-1, help="tokens a step, over all processes (-1 = from depth and horizon)")
+    parser.add_argument("--batch-tokens", type=int, default=-1, help="tokens a step, over all processes (-1 = from depth and horizon, or as in the stage before; in whole rows for each process)")
     parser.add_argument("--device-batch", type=int, default=-1, help="rows a forward on one device; halve it when memory runs out (-1 = what fits)")
     parser.add_argument("--curriculum", default=curriculum, help="children a gist : up to which share of the steps")
     parser.add_argument("--plain-every", type=int, default=plain_every, help="one round of eight rows in so many is read without gists, as a model without a memory reads")

@@ -8,7 +8,7 @@ from nanochat.common import UserError
 from nanochat.cost import parameter_counts
 from nanochat.gpt import GPTConfig
 from nanochat.schedule import (accumulation, fit_rows, lr_multiplier, muon_momentum, plan, short_run, warmdown_start,
-                               weight_decay_multiplier)
+                               weight_decay_multiplier, whole_rows)
 
 LADDER = {  # depth: (width, scaling M, tokens B, log2 batch), nanochat's published miniseries at vocabulary 32768
     4: (256, 11.5, 0.14, 18), 8: (512, 41.9, 0.50, 18), 12: (768, 110.1, 1.32, 19), 16: (1024, 234.9, 2.82, 19),
@@ -78,6 +78,18 @@ def test_a_whole_run_is_not_touched_by_what_short_ones_need():
 
 def test_every_process_has_a_row_to_read():
     assert plan(4, 4096, 2048, tokens=100_000, world=8).batch_tokens == 8 * 2048
+
+
+@pytest.mark.parametrize("T, world", [(96, 1), (2048, 3), (1024, 6), (160, 8), (512, 4)])
+@pytest.mark.parametrize("tokens", [None, 20_000, 1_000_000])
+def test_the_derived_batch_is_whole_rows_for_every_process(T, world, tokens):
+    """A power of two is no number of rows of 96 tokens, nor of rows for three: such a run ended in "Change --batch-tokens", which nobody had given."""
+    p = plan(4, 4096, T, tokens=tokens, world=world)
+    rows = fit_rows(p.batch_tokens, 16, T, world)
+    assert accumulation(p.batch_tokens, rows, T, world) * rows * T * world == p.batch_tokens
+    power = plan(4, 4096, 1, tokens=tokens).batch_tokens
+    assert p.batch_tokens == T * world or abs(p.batch_tokens - power) <= T * world / 2
+    assert whole_rows(p.batch_tokens, T, world) == p.batch_tokens, "a later stage of the same rows has the same batch"
 
 
 def test_a_two_minute_run_does_not_decay_its_weights_away():
