@@ -31,7 +31,7 @@ from nanochat.gpt import IGNORE
 from nanochat.optim import make_optimizer
 from nanochat.run import Log
 from scripts.load import describe, load_stage
-from scripts.stage import begin_folder
+from scripts.stage import begin_folder, check_numbers, given
 from tasks.arithmetic import Arithmetic
 from tasks.gsm8k import GSM8K
 
@@ -132,6 +132,14 @@ def make_task(args, split):
     raise UserError(f"--task {args.task}: expected gsm8k or arithmetic")
 
 
+def check_room(questions, tokenizer, seq_len, args):
+    """Refuse an answer that would not fit into the row behind the longest of the questions; in the middle of a run it would be too late."""
+    longest = max(len(tokenizer.render_prompt(question)) for question in questions)
+    if longest + args.max_tokens > seq_len:
+        raise UserError(f"--max-tokens {args.max_tokens}: the longest question of {args.task} has {longest} tokens and the model reads rows of {seq_len}, expected at most "
+                        f"{seq_len - longest}. Lower it, or fine-tune on longer rows (chat_sft --max-seq-len)")
+
+
 @torch.no_grad()
 def evaluate(engine, gpt, task, args, settings, dist):
     """pass@1 and pass@K on the test split, the ranks together."""
@@ -147,9 +155,9 @@ def evaluate(engine, gpt, task, args, settings, dist):
 
 def main():
     args = parser.parse_args()
-    for flag in ("examples", "samples", "max_tokens", "device_batch", "eval_examples", "eval_samples"):
-        if getattr(args, flag) < 1:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected at least 1")
+    check_numbers(args)
+    if args.device_batch < 1:
+        raise UserError(f"--device-batch {args.device_batch}: expected at least 1")
     if args.samples == 1:
         raise UserError("--samples 1: expected at least 2, an answer is judged beside its siblings")
     device, dist = setup(args.device, args.seed)
@@ -162,8 +170,10 @@ def main():
     loaded = load_stage(args.stage, args.sft_tag or None, device=device)
     gpt, tokenizer, engine = loaded.gpt, loaded.tokenizer, Engine(loaded.tokenizer)
     speaker = gpt if dtype == torch.float32 else copy.deepcopy(gpt).to(dtype) # sampling reads half the bytes
-    settings = dict(max_tokens=args.max_tokens, temperature=args.temperature, top_k=None if args.top_k == -1 else args.top_k)
-    steps = args.num_steps if args.num_steps > 0 else len(task) // args.examples
+    settings = dict(max_tokens=args.max_tokens, temperature=args.temperature, top_k=given(args.top_k))
+    steps = given(args.num_steps) or len(task) // args.examples
+    for questions, count in ((task, steps * args.examples), (test, args.eval_examples)):
+        check_room([questions[i] for i in range(min(count, len(questions)))], tokenizer, gpt.config.seq_len, args)
     base = schedule.plan(gpt.config.layers, tokenizer.vocab_size, gpt.config.seq_len, steps=steps, batch_tokens=loaded.meta["batch_tokens"])
     optimizer = make_optimizer(gpt, {}, dist, lr_scale=base.lr_mult * args.lr, weight_decay=0.0)
     folder = checkpoint_dir("rl", args.tag or loaded.tag)

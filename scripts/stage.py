@@ -59,8 +59,25 @@ class Place:
     compile: bool
 
 
+def check_numbers(args):
+    """Refuse numbers that no run can mean, before anything is built or read. Flags that a script does not have are passed over."""
+    def check(flag, able, expected):
+        if hasattr(args, flag) and not able(getattr(args, flag)):
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected {expected}")
+    for flag in ("num_tokens", "num_steps", "batch_tokens", "eval_every", "save_every", "top_k"):
+        check(flag, lambda value: value == -1 or value >= 1, "at least 1, or -1 for what --help says")
+    for flag in ("log_every", "eval_tokens", "digits", "examples", "samples", "max_tokens", "eval_examples", "eval_samples"):
+        check(flag, lambda value: value >= 1, "at least 1")
+    check("lr", lambda value: 0 < value < float("inf"), "a number above 0, it multiplies the learning rates")
+    check("temperature", lambda value: 0 < value <= 100, "a number above 0, up to 100")
+    check("seed", lambda value: 0 <= value < 2**63, "0 or more, below 2^63")
+
+
 def start(args):
     """Device, processes and precision. Called before any network is built or text opened."""
+    check_numbers(args)
+    if args.device_batch != -1 and args.device_batch < 1:
+        raise UserError(f"--device-batch {args.device_batch}: expected at least 1, or -1 for what fits")
     if args.max_seq_len % 32 or args.max_seq_len < 64:
         raise UserError(f"--max-seq-len {args.max_seq_len}: expected a multiple of 32, the block of the memory tree, and at least 64")
     if args.plain_every < 2:
@@ -80,7 +97,7 @@ def start(args):
 
 def given(value):
     """A flag's value, or None where -1 stands for 'you decide'."""
-    return value if value > 0 else None
+    return None if value == -1 else value
 
 
 def equip(args, place, networks, plan, rates=1.0):

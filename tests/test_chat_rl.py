@@ -196,3 +196,11 @@ def test_a_wrong_flag_is_one_clear_line(base, monkeypatch, arguments, told):
     make_run("sft")
     with pytest.raises(UserError, match=told):
         run(monkeypatch, *TINY, *arguments)
+
+
+def test_an_answer_that_does_not_fit_behind_its_question_is_told_before_the_first_step(base, monkeypatch):
+    """GSM8K has long questions: some hundred steps on, one of them ended the run in a traceback."""
+    make_run("sft", seq_len=64)
+    run(monkeypatch, *TINY)
+    with pytest.raises(UserError, match=r"--max-tokens 60: the longest question of arithmetic has \d+ tokens and the model reads rows of 64, expected at most \d+"):
+        run(monkeypatch, *TINY, "--max-tokens", "60")

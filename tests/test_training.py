@@ -117,6 +117,19 @@ def test_a_new_run_under_an_old_tag_sets_the_old_one_aside(place, monkeypatch, c
     assert newest_tag("base") != aside.name, "what was set aside is not what a next stage begins with"
 
 
+@pytest.mark.parametrize("script, flag, value", [
+    *(("base_train", flag, value) for flag, values in {
+        "--lr": ("0", "-1", "nan", "inf"), "--log-every": "0", "--seed": ("-1", str(2**63)), "--num-tokens": ("0", "-2"), "--num-steps": "0", "--device-batch": ("0", "-2"),
+        "--batch-tokens": "0", "--eval-every": "0", "--save-every": "0", "--eval-tokens": "0", "--max-seq-len": ("0", "100"), "--plain-every": "1", "--labels-every": "0"}.items() for value in values),
+    ("mid_train", "--lr", "0"), ("mid_train", "--documents", "2"), ("chat_sft", "--lr", "-1"), ("chat_sft", "--num-steps", "0"),
+    *(("chat_rl", flag, value) for flag, values in {
+        "--lr": ("0", "-1"), "--top-k": ("0", "-2"), "--temperature": ("-1", "0", "nan"), "--digits": "0", "--num-steps": "0", "--device-batch": "0", "--seed": ("-1",)}.items() for value in values)])
+def test_a_number_that_nobody_can_mean_is_one_line(base, monkeypatch, script, flag, value):
+    """Some ended in a traceback, some were taken for -1, "you decide", and --lr -1 trained uphill to the end."""
+    with pytest.raises(UserError, match=f"^{flag} {float(value) if flag in ('--lr', '--temperature', '--documents') else value}: expected "):
+        in_process(monkeypatch, (base, None), script, flag, value, "--device", "cpu")
+
+
 def test_a_checkpoint_of_another_run_is_refused(place):
     if not (place[0] / "base_checkpoints" / "one").exists():
         base_train(place, "one", "--device-batch", "8")
