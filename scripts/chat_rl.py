@@ -13,7 +13,7 @@ less the mean of its question's answers (GRPO without the division by sigma); ev
 
 Sampled are the tokens that the model chose, the one that ends its turn included: not the prompt, not what the calculator answered.
 Answers are drawn from the top_k likeliest tokens, and log p is that of the whole vocabulary, as in nanochat. The gists are not read here, and
-GistNet and LensNet go into the new checkpoint as they were.
+GistNet and LensNet go into the new checkpoint as they were. Killed? The same command with --resume goes on from the last checkpoint.
 """
 import argparse
 import copy
@@ -53,6 +53,7 @@ parser.add_argument("--eval-every", type=int, default=60, help="test every N ste
 parser.add_argument("--eval-examples", type=int, default=400, help="questions of the test split")
 parser.add_argument("--eval-samples", type=int, default=8, help="answers to each: pass@1 is their mean, pass@K whether one of K is right")
 parser.add_argument("--save-every", type=int, default=-1, help="checkpoint every N steps (-1 = at the end only)")
+parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of this tag, if there is one; without it, what an earlier run left under this tag is set aside under another name")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--device", default="", help="cuda, mps or cpu (empty = the best there is)")
 parser.add_argument("--dtype", default="auto", help="auto, bf16 or fp32")
@@ -153,6 +154,25 @@ def evaluate(engine, gpt, task, args, settings, dist):
     return {"pass@1": hits / n, f"pass@{args.eval_samples}": solved / n}
 
 
+SAME = ("task", "digits", "examples", "samples", "max_tokens", "temperature", "top_k", "lr", "seed") # flags that whoever resumes a run gives again
+
+
+def resume(folder, loaded, optimizer, meta):
+    """
+    Bring networks and optimizer to the last checkpoint of a folder. Returns (its step, tokens sampled until there). What a step draws follows from
+    its number, so there is nothing else to restore; with another number of processes other answers are drawn.
+    """
+    saved = checkpoint.load(folder)
+    told = lambda meta: meta | {flag: meta["args"].get(flag) for flag in SAME}
+    have, want = told(saved.meta), told(meta)
+    checkpoint.check_match(have, **{name: want[name] for name in ("networks", "start", "steps", *SAME)})
+    for name, module in loaded.modules.items():
+        module.load_state_dict(saved.tensors[name])
+    optimizer.load_state_dict(saved.optimizer)
+    print0(f"resume      from step {saved.step} of {folder}")
+    return saved.step, saved.meta["sampled"]
+
+
 def main():
     args = parser.parse_args()
     check_numbers(args)
@@ -169,7 +189,6 @@ def main():
     task, test = make_task(args, "train"), make_task(args, "test")
     loaded = load_stage(args.stage, args.sft_tag or None, device=device)
     gpt, tokenizer, engine = loaded.gpt, loaded.tokenizer, Engine(loaded.tokenizer)
-    speaker = gpt if dtype == torch.float32 else copy.deepcopy(gpt).to(dtype) # sampling reads half the bytes
     settings = dict(max_tokens=args.max_tokens, temperature=args.temperature, top_k=given(args.top_k))
     steps = given(args.num_steps) or len(task) // args.examples
     for questions, count in ((task, steps * args.examples), (test, args.eval_examples)):
@@ -178,17 +197,22 @@ def main():
     optimizer = make_optimizer(gpt, {}, dist, lr_scale=base.lr_mult * args.lr, weight_decay=0.0)
     folder = checkpoint_dir("rl", args.tag or loaded.tag)
     about = describe(gpt, loaded.gistnet, loaded.lensnet, tokenizer)
-    meta = dict(networks=about, args=vars(args), batch_tokens=loaded.meta["batch_tokens"], start=f"{loaded.stage}/{loaded.tag} step {loaded.meta['step']}")
+    meta = dict(networks=about, args=vars(args), batch_tokens=loaded.meta["batch_tokens"], steps=steps, start=f"{loaded.stage}/{loaded.tag} step {loaded.meta['step']}")
     if dist.world > 1:
         td.barrier() # with --stage rl, all have read what is now set aside
-    begin_folder(folder, dist)
+    begin, before = 0, 0
+    if not args.resume:
+        begin_folder(folder, dist)
+    elif checkpoint.steps(folder):
+        begin, before = resume(folder, loaded, optimizer, meta)
+    speaker = gpt if dtype == torch.float32 else copy.deepcopy(gpt).to(dtype) # sampling reads half the bytes
     log = Log(folder, wandb_project="nanochat-rl", run=args.run, config=vars(args), main=dist.main)
     print0(f"model       {meta['start']}; {why}")
     print0(f"plan        {steps} steps x {args.examples} questions x {args.samples} answers of {args.task}; output in {folder}")
 
-    last, sampled, began = evaluate(engine, speaker, test, args, settings, dist), 0, time.perf_counter()
-    log.write(0, **last)
-    for step in range(steps):
+    last, sampled, began = evaluate(engine, speaker, test, args, settings, dist), before, time.perf_counter()
+    log.write(begin, **last)
+    for step in range(begin, steps):
         start = time.perf_counter()
         first = step * args.examples
         asked = [task[i % len(task)] for i in range(first + dist.rank, first + args.examples, dist.world)]
@@ -216,12 +240,12 @@ def main():
         log.write(step + 1, reward=reward / total, mixed=mixed / args.examples, loss=loss, answer_tokens=tokens / total, grad_norm=norm, lr=lr, dt=time.perf_counter() - start)
         done = step + 1
         if done == steps or args.save_every > 0 and done % args.save_every == 0:
-            checkpoint.save(folder, done, loaded.modules, None, meta, keep=2, main=dist.main)
+            checkpoint.save(folder, done, loaded.modules, optimizer, meta | dict(sampled=sampled), keep=2, main=dist.main)
         if done == steps or args.eval_every > 0 and done % args.eval_every == 0:
             last = evaluate(engine, speaker, test, args, settings, dist)
             log.write(done, **last)
     seconds = time.perf_counter() - began
-    log.summary(stage="rl", tag=args.tag or loaded.tag, **last, steps=steps, tokens=int(sampled), tokens_per_s=sampled / seconds, train_s=seconds, gists=int(loaded.gistnet is not None),
+    log.summary(stage="rl", tag=args.tag or loaded.tag, **last, steps=steps, tokens=int(sampled), tokens_per_s=(sampled - before) / seconds, train_s=seconds, gists=int(loaded.gistnet is not None),
                 params=sum(p.numel() for module in loaded.modules.values() for p in module.parameters()), peak_mb=hardware.peak_memory(device) / 2**20, seed=args.seed)
     log.close()
     cleanup()

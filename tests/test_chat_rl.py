@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -189,6 +190,26 @@ def test_memory_networks_go_along_unchanged(base, monkeypatch):
     saved = checkpoint.load(checkpoint_dir("rl", "t")).tensors
     for name, module in (("gistnet", gistnet), ("lensnet", lensnet)):
         assert all(torch.equal(saved[name][key], tensor) for key, tensor in module.state_dict().items())
+
+
+def test_a_killed_run_goes_on_bit_for_bit_and_with_the_same_flags(base, monkeypatch):
+    """It kept no optimizer and had no --resume: hours of sampling were lost with the process."""
+    make_run("sft")
+    monkeypatch.setattr(chat_rl.Arithmetic, "evaluate", lambda self, conversation, text: any(c.isalpha() for c in text[:3]))
+    flags = [*TINY, "--num-steps", "4", "--save-every", "2"]
+    run(monkeypatch, *flags)
+    whole, folder = checkpoint.load(checkpoint_dir("rl", "t")), checkpoint_dir("rl", "killed")
+    shutil.copytree(checkpoint_dir("rl", "t") / "step_000002", folder / "step_000002") # what a kill after step 3 leaves
+    for changed in (["--lr", "0.5"], ["--num-steps", "5"], ["--seed", "1"]):
+        with pytest.raises(UserError, match=f"{changed[0].removeprefix('--num').strip('-')}: the checkpoint has .*, this run has {changed[1]}"):
+            run(monkeypatch, *flags, "--tag", "killed", "--resume", *changed)
+    run(monkeypatch, *flags, "--tag", "killed", "--resume")
+    again = checkpoint.load(folder)
+    assert again.step == 4 and all(torch.equal(again.tensors["gpt"][name], tensor) for name, tensor in whole.tensors["gpt"].items())
+    told = [json.loads((checkpoint_dir("rl", tag) / "log.jsonl").read_text().splitlines()[-1])["summary"] for tag in ("t", "killed")]
+    assert told[0]["tokens"] == told[1]["tokens"] and told[0]["pass@1"] == told[1]["pass@1"]
+    run(monkeypatch, *flags, "--tag", "killed", "--resume") # it had ended: its numbers are told again
+    assert checkpoint.steps(folder) == [2, 4]
 
 
 @pytest.mark.parametrize("arguments, told", [(["--samples", "1"], "beside its siblings"), (["--task", "chess"], "expected gsm8k or arithmetic"), (["--examples", "0"], "at least 1")])
