@@ -149,7 +149,8 @@ def fit(objective, optimizer, loader, curves, *, log, progress, dist, device, st
             save(done)
             saved = done
         if evaluate is not None and (last or eval_every > 0 and done % eval_every == 0):
-            log.write(done, **evaluate(done))
+            with hardware.out_of_memory_told(f"in the validation after step {done}{kept()}"):
+                log.write(done, **evaluate(done))
         progress.left_out(time.perf_counter() - began)
     gc.unfreeze()
 

@@ -105,7 +105,8 @@ def equip(args, place, networks, plan, rates=1.0):
     Bring the networks to the device in the formats that the flags ask for, pick what computes attention there, find what steps them:
     (objective, optimizer, loss scale or None, rows a forward, forwards a step). plan, rates: as in train().
     """
-    gpt, gistnet, lensnet = (network and network.to(place.device).train() for network in networks)
+    with hardware.out_of_memory_told(f"while {place.device} took the networks, before any step"):
+        gpt, gistnet, lensnet = (network and network.to(place.device).train() for network in networks)
     config, world, dtype = gpt.config, place.dist.world, place.amp or torch.float32
     gpt.checkpoint_activations = args.checkpoint_activations
     if args.fp8:
@@ -188,7 +189,8 @@ def train(stage, tag, args, place, networks, tokenizer, plan, items, val_items, 
         fit(objective, optimizer, loader, Curves(plan.steps, warmdown_ratio=warmdown, final=final), log=log, progress=progress, dist=dist, device=device, start=begin,
             accumulate=accumulate, amp=place.amp, scale=scale, evaluate=evaluate, eval_every=args.eval_every, save=save, save_every=args.save_every, log_every=args.log_every)
     else:
-        evaluate(begin) # everything was trained and saved before the last run ended; its numbers are still owed
+        with hardware.out_of_memory_told(f"in the validation; the checkpoint of step {begin} is kept"):
+            evaluate(begin) # everything was trained and saved before the last run ended; its numbers are still owed
     log.summary(stage=stage, tag=tag, **last, steps=plan.steps, tokens=plan.tokens, flops=cost.train_flops(config) * plan.tokens, peak_mb=hardware.peak_memory(device) / 2**20,
                 params=sum(counts.values()), gists=int(gistnet is not None), seed=args.seed, skipped_steps=optimizer.skipped, **read(loader, dist), **progress.summary())
     log.close()

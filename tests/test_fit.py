@@ -176,6 +176,15 @@ def test_out_of_memory_names_the_flags_and_keeps_what_was_saved(tmp_path, error)
     assert [step for step, _ in saves] == [3] and "\n" not in str(told.value)
 
 
+@pytest.mark.parametrize("every, told", [(2, "step 2; no checkpoint was written yet: --save-every"), (4, "step 4; the checkpoint of step 3 is kept"), (0, "step 8; the checkpoint of step 8 is kept")])
+def test_out_of_memory_in_a_validation_is_told_as_in_a_step(tmp_path, every, told):
+    """It came after hours of training, and ended them in a traceback, which says nothing of what was saved."""
+    def evaluate(step):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(UserError, match=f"memory ran out in the validation after {told}.*--device-batch"):
+        run(tmp_path, evaluate=evaluate, eval_every=every)
+
+
 @pytest.mark.parametrize("broken", [lambda gpt: Breaking(gpt, (1,), no_memory(torch.OutOfMemoryError("CUDA out of memory"))), Broken], ids=["memory", "loss"])
 def test_before_the_first_checkpoint_none_is_said_to_be_kept(tmp_path, broken):
     """By default nothing is saved before the end: "the checkpoint of step 0 is kept" sent people to look for one."""

@@ -9,8 +9,11 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
 
 from nanochat.common import UserError
+from nanochat.gpt import GPT
+from scripts import stage
 from scripts.load import newest_tag
 from scripts.stage import same_flags
 
@@ -128,6 +131,24 @@ def test_a_number_that_nobody_can_mean_is_one_line(base, monkeypatch, script, fl
     """Some ended in a traceback, some were taken for -1, "you decide", and --lr -1 trained uphill to the end."""
     with pytest.raises(UserError, match=f"^{flag} {float(value) if flag in ('--lr', '--temperature', '--documents') else value}: expected "):
         in_process(monkeypatch, (base, None), script, flag, value, "--device", "cpu")
+
+
+def test_networks_that_do_not_fit_are_told_in_a_line(place, monkeypatch):
+    """The first to run out of memory is often the copy of the weights to the GPU."""
+    def to(self, device):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    monkeypatch.setattr(GPT, "to", to)
+    with pytest.raises(UserError, match="memory ran out while cpu took the networks, before any step.*--depth"):
+        in_process(monkeypatch, place, "base_train", *TINY, "--plain", "--source", f"dir:{place[1]}", "--tag", "no")
+
+
+def test_a_validation_that_is_still_owed_tells_of_memory_too(place, monkeypatch):
+    """Killed in its last validation, a run that goes on has nothing left to do but that."""
+    flags = [*TINY, "--plain", "--source", f"dir:{place[1]}", "--tag", "owed", "--num-steps", "1"]
+    in_process(monkeypatch, place, "base_train", *flags)
+    monkeypatch.setattr(stage, "bits_per_byte", lambda *_: torch.empty(2**58))
+    with pytest.raises(UserError, match="memory ran out in the validation; the checkpoint of step 1 is kept"):
+        in_process(monkeypatch, place, "base_train", *flags, "--resume")
 
 
 def test_a_checkpoint_of_another_run_is_refused(place):
