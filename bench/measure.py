@@ -45,9 +45,10 @@ class Rig:
     lensnet: LensNet
     budget: int
     text: np.ndarray # ids to read, int32
+    refocus_every: int = runtime.REFOCUS_EVERY
 
     def session(self, tree, **settings):
-        return Session(self.gpt, self.gistnet, self.lensnet, tree, self.budget, **settings)
+        return Session(self.gpt, self.gistnet, self.lensnet, tree, self.budget, refocus_every=self.refocus_every, **settings)
 
     def header(self):
         return make_header(self.gpt.config.width, 0)
@@ -132,7 +133,7 @@ def plain(rig, entries):
 def in_turn(rig, sessions, rounds, tokens, seed):
     """
     Sessions, {name: Session}, and the plain engine decode the same ids, a slice each in turn, in an order drawn anew every time.
-    Returns {name or "plain": what it took, and of a session what its ticks did}.
+    Returns {name or "plain": what it took, and of a session what its ticks did in a block}.
     """
     steps = {name: lambda id, session=session: session.feed([id]) for name, session in sessions.items()} | {"plain": plain(rig, rig.budget - BLOCK // 2)}
     for step in steps.values():
@@ -148,13 +149,13 @@ def in_turn(rig, sessions, rounds, tokens, seed):
         told[name] = dict(rounds_ms=means.tolist(), mean_ms=float(np.median(means)), median_ms=float(np.median(times)), p99_ms=float(np.percentile(times, 99)),
                           max_ms=max(times))
     for name, session in sessions.items():
-        ticks, edits, read = (session.stats[count] - before[name][count] for count in ("ticks", "edits", "read_tokens"))
-        told[name] |= dict(edits=edits / ticks, again=(read - rounds * tokens) / ticks)
+        edits, read = (session.stats[count] - before[name][count] for count in ("edits", "read_tokens"))
+        told[name] |= dict(edits=BLOCK * edits / (rounds * tokens), again=BLOCK * read / (rounds * tokens) - BLOCK)
     return told
 
 
 def stages(rig, session):
-    """A run with timers: milliseconds of a tick by stage, what is in view on average, and the memory held."""
+    """A run with timers: milliseconds of a block of 32 tokens by stage, what is in view on average, and the memory held."""
     spent, cuda = dict.fromkeys(("ingest", "refocus", "lens", "allocator"), 0.0), rig.gpt.device.type == "cuda"
 
     def timed(name, work):
@@ -176,11 +177,11 @@ def stages(rig, session):
         for id in ids:
             total += decode(lambda id: session.feed([id]), id[None])[0]
             visible.append(entries_of(session.spans))
-    ticks = PROFILE // BLOCK
-    ms = {name: value / ticks for name, value in spent.items()}
-    row = dict(tick_ms=total / ticks, read_ms=total / ticks - ms["ingest"] - ms["refocus"], ingest_ms=ms["ingest"], refocus_ms=ms["refocus"],
+    blocks = PROFILE // BLOCK
+    ms = {name: value / blocks for name, value in spent.items()}
+    row = dict(block_ms=total / blocks, read_ms=total / blocks - ms["ingest"] - ms["refocus"], ingest_ms=ms["ingest"], refocus_ms=ms["refocus"],
                lens_ms=ms["lens"], allocator_ms=ms["allocator"], splice_ms=ms["refocus"] - ms["lens"] - ms["allocator"])
-    row |= {f"{name}_share": row[f"{name}_ms"] / row["tick_ms"] for name in ("ingest", "lens", "allocator", "splice")}
+    row |= {f"{name}_share": row[f"{name}_ms"] / row["block_ms"] for name in ("ingest", "lens", "allocator", "splice")}
     for_a_moment = torch.cuda.max_memory_allocated() - allocated if cuda else 0
     return row | dict(visible=statistics.mean(visible), spans=len(session.spans), held_mb=(held(session) + for_a_moment) / 2 ** 20)
 

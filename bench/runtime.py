@@ -9,12 +9,12 @@ python -m bench.runtime --stage sft                           (a trained checkpo
 Networks at random (speed does not depend on them) read ids from a Zipf distribution; LensNet's last layer, which starts at zero, is
 random too, so that a tick makes edits: `edits` says how many. One tree grows on disk, by real ingest, from length to length.
     decoding    a session on a copy of the tree at each length, beside the plain engine that reads W - 16 entries: the room of a session is full
-                just before a tick, and 32 entries are free after it; `visible` is what it reads on average. They decode the same ids, 2 blocks
+                just before a block is full, and 32 entries are free after it; `visible` is what it reads on average. They decode the same ids, 2 blocks
                 each in turn, so that a slow phase of the machine meets all; what is told is the median over rounds of a round's mean (of the
                 ratio of means in flatness and overhead). Ticks are in it; a commit to disk is not in
-                every round. median, p99 and max are of single tokens; a tick falls on every 32nd. The next token always comes to Python. Each
+                every round. median, p99 and max are of single tokens; a tick falls on every 8th. The next token always comes to Python. Each
                 length grows by what is decoded.
-    a tick      where its milliseconds go, from timers around its stages, in a run of its own
+    a block     of 32 tokens: where its milliseconds go, from timers around the stages of its ticks, in a run of its own
     question    a prompt of 20 tokens to the session at each length: to the first token of its answer, and of that the search through the whole history,
                 which is the one thing that takes longer the longer the history is
     full        plain full attention, reading as many entries as the history has, as far as they fit into half of the free memory
@@ -44,7 +44,7 @@ from bench import measure
 from bench.measure import Rig
 from megacontext.gistnet import GistConfig, GistNet
 from megacontext.lensnet import LensConfig, LensNet
-from megacontext.runtime import LEAST_BUDGET
+from megacontext.runtime import LEAST_BUDGET, REFOCUS_EVERY
 from megacontext.span import BLOCK
 from megacontext.tree import MegaTree
 from nanochat import cost, hardware
@@ -64,6 +64,7 @@ parser.add_argument("--vocab-size", type=int, default=4096)
 parser.add_argument("--stage", default="", help="a trained checkpoint of this stage instead: base, mid, sft or rl")
 parser.add_argument("--tag", default=None, help="name of the checkpoint folder (default: the newest)")
 parser.add_argument("--budget", type=int, default=512, help="W, most entries that the GPT reads at once")
+parser.add_argument("--refocus-every", type=int, default=REFOCUS_EVERY, help="tokens between refocuses of the sessions, a divisor of 32")
 parser.add_argument("--device", default="cpu", help="cuda, mps or cpu")
 parser.add_argument("--dtype", default="auto", help="of the weights: auto, bf16, fp16 or fp32")
 # what is measured
@@ -100,7 +101,7 @@ def main():
     with TemporaryDirectory(prefix="bench-runtime-") as folder, clock:
         told = run(rig, lengths, prompts, rounds, tokens, args, Path(folder))
     print(json.dumps(dict(bench="runtime", machine=machine.name, depth=config.layers, vocab_size=config.vocab_size, dtype=str(dtype), stage=args.stage,
-                          budget=args.budget, tokens=tokens, rounds=rounds, seed=args.seed, clock="cpu" if args.cpu_time else "wall", threads=torch.get_num_threads(), torch=torch.__version__, **told)))
+                          budget=args.budget, refocus_every=args.refocus_every, tokens=tokens, rounds=rounds, seed=args.seed, clock="cpu" if args.cpu_time else "wall", threads=torch.get_num_threads(), torch=torch.__version__, **told)))
 
 
 def run(rig, lengths, prompts, rounds, tokens, args, folder):
@@ -170,6 +171,8 @@ def check(args, lengths, prompts, rounds, tokens):
         raise UserError(f"--tokens {tokens} --rounds {rounds}: expected a multiple of {measure.SLICE} tokens, and at least one round")
     if args.threads < 1:
         raise UserError(f"--threads {args.threads}: expected at least 1")
+    if args.refocus_every < 1 or BLOCK % args.refocus_every:
+        raise UserError(f"--refocus-every {args.refocus_every}: expected a divisor of {BLOCK}")
     if args.budget < LEAST_BUDGET:
         raise UserError(f"--budget {args.budget}: expected at least {LEAST_BUDGET} entries")
 
@@ -184,13 +187,13 @@ def make_rig(args, device, dtype, longest):
             ids += loaded.tokenizer.encode(document)
             if len(ids) >= longest:
                 break
-        return Rig(loaded.gpt, loaded.gistnet, loaded.lensnet, args.budget, np.resize(np.array(ids, np.int32), longest))
+        return Rig(loaded.gpt, loaded.gistnet, loaded.lensnet, args.budget, np.resize(np.array(ids, np.int32), longest), args.refocus_every)
     gpt = GPT(GPTConfig.from_depth(args.depth, args.vocab_size))
     gistnet, lensnet = GistNet(GistConfig.for_gpt(gpt.config)), LensNet(LensConfig())
     torch.nn.init.normal_(lensnet.score.weight)
     share = 1 / np.arange(1, args.vocab_size + 1)
     text = np.random.default_rng(args.seed).choice(args.vocab_size, longest, p=share / share.sum()).astype(np.int32)
-    return Rig(gpt.to(device, dtype).eval(), gistnet.to(device, dtype).eval(), lensnet.to(device).eval(), args.budget, text)
+    return Rig(gpt.to(device, dtype).eval(), gistnet.to(device, dtype).eval(), lensnet.to(device).eval(), args.budget, text, args.refocus_every)
 
 
 def flops_by_depth(rig, spans):
@@ -224,11 +227,11 @@ def print_decoding(rows, plain_ms, rig):
     print(f"\ndecoding, ms a token; the plain engine behind {rig.budget - BLOCK // 2} entries: {plain_ms:.3f}")
     table(rows, [("history", "length", ",d"), ("visible", "visible", ".0f"), ("mean", "mean_ms", ".3f"), ("median", "median_ms", ".3f"), ("p99", "p99_ms", ".2f"), ("max", "max_ms", ".1f"),
                  ("overhead", "overhead", ".1%"), ("held_mb", "held_mb", ".1f"), ("disk_B/tok", "disk_bytes_per_token", ".2f")])
-    print(f"\na tick, ms (32 plain steps: {BLOCK * plain_ms:.1f}); edits, and tokens read again for them, a tick")
-    table(rows, [("history", "length", ",d"), ("spans", "spans", "d"), ("edits", "edits", ".2f"), ("again", "again", ".1f"), ("all", "tick_ms", ".1f"),
+    print(f"\na block of 32 tokens, ms, with the ticks in it (32 plain steps: {BLOCK * plain_ms:.1f}); edits, and tokens read again for them")
+    table(rows, [("history", "length", ",d"), ("spans", "spans", "d"), ("edits", "edits", ".2f"), ("again", "again", ".1f"), ("all", "block_ms", ".1f"),
                  ("32 steps", "read_ms", ".1f"), ("GistNet", "ingest_ms", ".2f"), ("refocus", "refocus_ms", ".2f"), ("LensNet", "lens_ms", ".2f"),
                  ("allocator", "allocator_ms", ".2f"), ("splice", "splice_ms", ".2f")])
-    print("\nshare of a tick's time")
+    print("\nshare of a block's time")
     table(rows, [("history", "length", ",d"), *((name, f"{key}_share", ".2%") for name, key in
                  (("GistNet", "ingest"), ("LensNet", "lens"), ("allocator", "allocator"), ("splice", "splice")))])
 

@@ -63,13 +63,12 @@ class LensNet(nn.Module):
         levels (M, E)                0 = shown raw, 1 = a gist of tokens, 2 and more = a gist of gists
         distances (M, E)             tokens between the entry's centre and now, > 0
         seen (M, E) bool             False = no such entry; None = all are there
-        Returns scores (M, E) in nats over the next block; entries not seen get 0. Computed in fp32 wherever it is called: it is tiny.
+        Returns scores (M, E) in nats over the next block; entries not seen get 0.
         """
-        with torch.autocast(levels.device.type, enabled=False):
-            hits, blocks = hits.float(), self.blocks[levels.clamp(1, WIDTHS) - 1] # (M, E, KINDS, n), (M, E)
-            if seen is not None:
-                hits, blocks = hits * seen[:, :, None, None], blocks * seen
-            scores = self.worth(hits, levels, distances, hits.sum(1), blocks.sum(1), seen)
+        hits, blocks = hits.float(), self.blocks[levels.clamp(1, WIDTHS) - 1] # (M, E, KINDS, n), (M, E)
+        if seen is not None:
+            hits, blocks = hits * seen[:, :, None, None], blocks * seen
+        scores = self.worth(hits, levels, distances, hits.sum(1), blocks.sum(1), seen)
         if seen is None:
             return scores - scores.mean(dim=1, keepdim=True)
         return (scores - (scores * seen).sum(1, keepdim=True) / seen.sum(1, keepdim=True).clamp(min=1)) * seen
@@ -77,21 +76,22 @@ class LensNet(nn.Module):
     def worth(self, hits, levels, distances, held, blocks, seen=None):
         """
         Scores (M, E) that are not centred yet, of some of the entries: held (M, KINDS, n) of all entries hold each of the newest tokens, and all
-        stand for blocks (M,). hits are floats.
+        stand for blocks (M,). hits are floats. Computed in fp32 wherever it is called, in a bf16 evaluation too: it is tiny.
         """
-        n, width = hits.size(-1), levels.clamp(1, WIDTHS) - 1
-        share = (held + 0.5) / (blocks[:, None, None] + 1) # (M, KINDS, n), of the blocks that entries stand for
-        rarity = -torch.log(-torch.expm1(torch.log1p(-share)[:, None] * self.blocks[:, None, None])) # (M, WIDTHS, KINDS, n), in nats
-        rarity = rarity * (math.log(ROW) / blocks.clamp(min=ROW).log())[:, None, None, None] # as large as in rows of training, whatever is in view
-        weights = hits * rarity[torch.arange(len(hits), device=hits.device)[:, None], width]
-        means = weights @ self.share[NEWEST - n:] # (M, E, KINDS, 5)
-        newest_first = weights.flip(-1)
-        best = torch.stack([newest_first[..., :k].amax(-1) for k in RECENT], dim=-1)
-        matches = torch.cat([means, best], dim=-1).flatten(2) # (M, E, MATCHES)
-        distances = distances.float().clamp(max=FARTHEST)[..., None]
-        far = torch.log(distances) - 5
-        features = [matches, _before(matches, seen), far, far.square(), torch.exp(distances * self.decay), self.shown[levels.clamp(max=1)]]
-        return self.score(F.gelu(self.up(torch.cat(features, dim=-1)))).squeeze(-1)
+        with torch.autocast(levels.device.type, enabled=False):
+            n, width = hits.size(-1), levels.clamp(1, WIDTHS) - 1
+            share = (held + 0.5) / (blocks[:, None, None] + 1) # (M, KINDS, n), of the blocks that entries stand for
+            rarity = -torch.log(-torch.expm1(torch.log1p(-share)[:, None] * self.blocks[:, None, None])) # (M, WIDTHS, KINDS, n), in nats
+            rarity = rarity * (math.log(ROW) / blocks.clamp(min=ROW).log())[:, None, None, None] # as large as in rows of training, whatever is in view
+            weights = hits * rarity[torch.arange(len(hits), device=hits.device)[:, None], width]
+            means = weights @ self.share[NEWEST - n:] # (M, E, KINDS, 5)
+            newest_first = weights.flip(-1)
+            best = torch.stack([newest_first[..., :k].amax(-1) for k in RECENT], dim=-1)
+            matches = torch.cat([means, best], dim=-1).flatten(2) # (M, E, MATCHES)
+            distances = distances.float().clamp(max=FARTHEST)[..., None]
+            far = torch.log(distances) - 5
+            features = [matches, _before(matches, seen), far, far.square(), torch.exp(distances * self.decay), self.shown[levels.clamp(max=1)]]
+            return self.score(F.gelu(self.up(torch.cat(features, dim=-1)))).squeeze(-1)
 
 
 def _before(matches, seen):

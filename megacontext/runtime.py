@@ -1,8 +1,8 @@
 """
 The runtime session: unbounded history in, next-token logits out, at the cost of one working context.
 
-Every 32 tokens, one tick:
-    ingest     finished blocks that are about to leave the raw tail get their gists (ingest.py)
+Every 8 tokens, one tick:
+    ingest     every 32, finished blocks that are about to leave the raw tail get their gists (ingest.py)
     score      LensNet says which entries deserve detail                            (lensnet.py)
     allocate   the focus allocator expands and collapses within the budget          (allocator.py)
     splice     keys and values of the entries come into view or leave it            (shown.py, kv_store.py)
@@ -35,40 +35,27 @@ from megacontext.span import BLOCK
 from megacontext.state import ANEW, State, history, load_state, save_state
 from megacontext.telemetry import Telemetry
 from megacontext.shown import Shown
-from megacontext.working_context import TAIL, Pins, advance, assemble, check, cost
+from megacontext.working_context import Pins, advance, assemble, check, coarsest, cost, raw_tail
 from nanochat.common import UserError
 from nanochat.gpt import Entries, causal_after
 
 COMMIT = 4096         # tokens between commits while reading: a commit waits for the disk, 13 to 100 ms. save() commits too
-MARGIN = 4.0         # nats a block: what an expansion must be better by than the collapse that pays for it (LOG.md, 2026-11-21)
-ASKED_MARGIN = 0.25  # the same after a prompt: a question is asked once, and what it does not open nobody will
+REFOCUS_EVERY = 8    # tokens: what the next tokens need is in the newest ones, and a whole block later it is another block (LOG.md, 2026-11-27)
+MARGIN = 1.0         # nats a block: what an expansion must be better by than the collapse that pays for it; with 0.25 twice the edits gain little more
+COOLDOWN = 0         # ticks that a node rests after an edit: with 8 what was opened stood in the way of what was wanted next (LOG.md, 2026-11-27)
 TURNS = 10           # refocuses after a prompt for each level in view, as long as they find something to edit: a level is opened at a time, two gists a refocus
 STAGES = ("read", "ingest", "score", "allocate", "splice")
 LEAST_BUDGET = 6 * BLOCK # a raw tail, room for the next block, and the most gists that cannot collapse: 31 a level, up to level 4
 
 
-def raw_tail(budget):
-    """Newest tokens that a session of this budget keeps raw whatever the scores say: a quarter of it, in whole blocks, and no more than training draws."""
-    return min(TAIL, budget // 4 // BLOCK * BLOCK)
-
-
-def coarsest(length, budget):
-    """
-    The highest level that a history is shown at: the lowest whose gists of it all, with up to 31 left over on each level below, take no more than
-    half of the budget. So what nobody needs to close stays in sight, and there is always room for the raw tail.
-    """
-    level = 1
-    while length // BLOCK ** level > max(0, budget // 2 - (BLOCK - 1) * (level - 1)):
-        level += 1
-    return level
-
-
 class Session:
-    def __init__(self, gpt, gistnet, lensnet, tree, budget, *, n_diff=4, margin=MARGIN, pins=Pins(), exact=False, positions=compressed,
+    def __init__(self, gpt, gistnet, lensnet, tree, budget, *, n_diff=4, margin=MARGIN, refocus_every=REFOCUS_EVERY, pins=Pins(), exact=False, positions=compressed,
                  kept=4, kept_in_ram=8, telemetry=None, state=None):
         """
         budget        most entries the GPT reads at once, tokens and gists alike
         n_diff        most edits a refocus; 0 = recency alone
+        margin        what an expansion must be better by than the collapse that pays for it, in nats
+        refocus_every tokens between refocuses, a divisor of 32
         positions     the policy, one of positions.POLICIES
         kept          budgets of keys and values kept on the device when they leave the view, and kept_in_ram in RAM behind them
         telemetry     a megacontext.telemetry.Telemetry that is told of every tick (default: one that keeps to memory)
@@ -76,8 +63,10 @@ class Session:
         """
         if budget < LEAST_BUDGET:
             raise UserError(f"a working context of {budget} entries is too small: expected at least {LEAST_BUDGET}, raise --budget")
+        if refocus_every < 1 or BLOCK % refocus_every:
+            raise UserError(f"a refocus every {refocus_every} tokens: expected a divisor of {BLOCK}")
         self.gpt, self.gistnet, self.lensnet, self.tree = gpt, gistnet, lensnet, tree
-        self.budget, self.n_diff, self.margin, self.pins, self.exact = budget, n_diff, margin, pins, exact
+        self.budget, self.n_diff, self.margin, self.refocus_every, self.pins, self.exact = budget, n_diff, margin, refocus_every, pins, exact
         self.kept, self.kept_in_ram, self.tail = kept, kept_in_ram, raw_tail(budget)
         self.shown = Shown(gpt, budget, positions)
         self._forget()
@@ -202,9 +191,8 @@ class Session:
         start, edits = time.perf_counter(), []
         found = block_scores(self.lensnet, self.tree, self._distances, self.gpt.device)
         self._count("score", start)
-        self.focus = Focus(self.focus.tick) # what ticks have closed on the way here may be what is asked for
         for _ in range(TURNS * levels):
-            if not self.refocus(ASKED_MARGIN, found):
+            if not self.refocus(found):
                 break
             edits += self.edits
         self.edits = edits
@@ -234,7 +222,7 @@ class Session:
         return self.gpt.head(self.shown.read(entries, range(start, start + n), see)[0, -1])
 
     def grown(self, ids):
-        """Tokens ids (1, n) were appended to the tree and read: a finished block makes a tick."""
+        """Tokens ids (1, n) were appended to the tree and read: a finished block gets its place, and after every few tokens there is a tick."""
         self.last, self._behind = torch.cat([self.before(), ids], dim=1)[:, -self.gpt.config.previous:], True
         if self.tree.length % BLOCK == 0:
             self.shown.seal(self.spans[-1])
@@ -245,6 +233,7 @@ class Session:
             if self.tree.length % COMMIT == 0:
                 self.tree.commit()
             self._count("ingest", start)
+        if self.tree.length % self.refocus_every == 0:
             self.refocus()
 
     def flush(self):
@@ -268,24 +257,21 @@ class Session:
     # Refocus
 
     @torch.no_grad()
-    def refocus(self, margin=None, found=None):
-        """
-        Score the entries, edit the working context, splice. Returns the edits.
-        margin  this, unless the session's own is smaller (None = the session's own);  found: as in score()
-        """
+    def refocus(self, found=None):
+        """Score the entries, edit the working context, splice. Returns the edits. found: as in score()."""
         start = time.perf_counter()
         scores = self.score(found)
         start = self._count("score", start, ticks=1)
-        margin = self.margin if margin is None else min(margin, self.margin)
-        plan = refocus(self.spans, scores, self.budget, self.focus, n_diff=self.n_diff, margin=margin, tail=self.tail, pins=self.pins, top=coarsest(self.tree.length, self.budget),
+        plan = refocus(self.spans, scores, self.budget, self.focus, n_diff=self.n_diff, margin=self.margin, cooldown=COOLDOWN, tail=self.tail, pins=self.pins, top=coarsest(self.tree.length, self.budget),
                        room=BLOCK - self.tree.length % BLOCK) # so that the live block can be finished before the next tick
         self.newest_scores = dict(zip(self.spans, scores))
         self.spans, self.edits, self.focus = plan
         check(self.spans, self.tree.length, self.budget)
         start = self._count("allocate", start, edits=len(self.edits))
-        loose = self.shown.lift()
-        self._splice()
-        self.shown.lay(*loose)
+        if self.edits or self.tree.length % BLOCK == 0: # positions are mapped anew at the end of a block only
+            loose = self.shown.lift()
+            self._splice()
+            self.shown.lay(*loose)
         self._count("splice", start)
         self._tell()
         return self.edits
@@ -401,10 +387,10 @@ class Session:
         """This moment as a State: what rewind() and fork() start from. Costs one copy of the keys and values in view, and a look at all ids."""
         self.ready()
         shown = self.shown
-        k, v, _ = loose = shown.lift()
+        k, v, *_ = loose = shown.lift()
         shown.lay(*loose)
         return State(model=self.tree.header.get("model"), length=self.length, history=history(self.tree, self.length), budget=self.budget,
-                     n_diff=self.n_diff, margin=self.margin, pins=self.pins, exact=self.exact, positions=shown.policy,
+                     n_diff=self.n_diff, margin=self.margin, refocus_every=self.refocus_every, pins=self.pins, exact=self.exact, positions=shown.policy,
                      spans=list(self.spans), scores=self.scores, focus=self.focus, frame=shown.frame, stats=dict(self.stats), kv=shown.pairs(), loose=(k, v))
 
     def rewind(self, state):

@@ -179,18 +179,21 @@ class Shown:
         self.settled = end
 
     def lift(self):
-        """Take the loose entries out of the cache -> (k, v, timeline), keys unturned. lay() brings them back."""
+        """Take the loose entries out of the cache -> (k, v, timeline, as_read), keys unturned, and as the GPT reads them in this frame. lay() brings them back."""
         start, end = self.settled, self.cache.length
         if start == end:
-            return self.unturned[:, :, :0], self.unturned[:, :, :0], self.places[:0]
-        k, v = self.turned(self.cache.k[:, 0, :, start:end], self.places[start:end], back=True), self.cache.v[:, 0, :, start:end].clone()
+            return self.unturned[:, :, :0], self.unturned[:, :, :0], self.places[:0], None
+        here, v = self.cache.k[:, 0, :, start:end].clone(), self.cache.v[:, 0, :, start:end].clone()
         self.cache.rewind(start)
-        return k, v, self.places[start:end].copy()
+        return self.turned(here, self.places[start:end], back=True), v, self.places[start:end].copy(), (self.frame, here)
 
-    def lay(self, k, v, timeline):
-        """Loose entries come back, at the end."""
+    def lay(self, k, v, timeline, as_read=None):
+        """Loose entries come back, at the end; where the frame has stayed, without being turned anew: they are lifted several times a block."""
         if len(timeline):
+            start = self.cache.length
             self._append(k, v, timeline)
+            if as_read and as_read[0] == self.frame:
+                self.cache.k[:, 0, :, start:self.cache.length] = as_read[1]
 
     def pairs(self):
         """{span: (k, v)} of all spans in the order of the cache, keys unturned."""

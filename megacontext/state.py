@@ -36,6 +36,7 @@ class State:
     budget: int
     n_diff: int
     margin: float
+    refocus_every: int
     pins: Pins
     exact: bool
     positions: Callable # the policy, one of positions.POLICIES
@@ -49,7 +50,7 @@ class State:
 
     def settings(self):
         """What a Session that goes on from here is made with, beside its budget."""
-        return {name: getattr(self, name) for name in ("n_diff", "margin", "pins", "exact", "positions")}
+        return {name: getattr(self, name) for name in ("n_diff", "margin", "refocus_every", "pins", "exact", "positions")}
 
 
 def history(tree, length):
@@ -66,7 +67,7 @@ def save_state(state, folder):
     path, new = folder / FILE, folder / (FILE + ".new")
     named = {"loose": state.loose} | {f"{span.level}.{span.index}": pair for span, pair in state.kv.items()}
     tensors = {f"{kind}.{name}": tensor.cpu().contiguous() for name, pair in named.items() for kind, tensor in zip("kv", pair)}
-    plain = {name: getattr(state, name) for name in ("model", "length", "history", "budget", "n_diff", "margin", "exact", "scores", "frame", "stats")}
+    plain = {name: getattr(state, name) for name in ("model", "length", "history", "budget", "n_diff", "margin", "refocus_every", "exact", "scores", "frame", "stats")}
     plain |= dict(pins=asdict(state.pins), spans=[[s.level, s.index, s.live] for s in state.spans], order=[[s.level, s.index] for s in state.kv],
                   positions={policy: name for name, policy in POLICIES.items()}[state.positions],
                   tick=state.focus.tick, edited=[[node.level, node.index, tick] for node, tick in state.focus.edited.items()], crc=_checksum(tensors))
@@ -109,7 +110,7 @@ def load_state(folder, device="cpu"):
     pair = lambda name: (tensors[f"k.{name}"].to(device), tensors[f"v.{name}"].to(device))
     kv = {Span(level, index): pair(f"{level}.{index}") for level, index in plain["order"]}
     return State(model=plain["model"], length=plain["length"], history=plain["history"], budget=plain["budget"], n_diff=plain["n_diff"], margin=plain["margin"],
-                 pins=Pins(**{kind: tuple(map(tuple, ranges)) for kind, ranges in plain["pins"].items()}), exact=plain["exact"], positions=POLICIES[plain["positions"]],
+                 refocus_every=plain["refocus_every"], pins=Pins(**{kind: tuple(map(tuple, ranges)) for kind, ranges in plain["pins"].items()}), exact=plain["exact"], positions=POLICIES[plain["positions"]],
                  spans=[Span(*span) for span in plain["spans"]], scores=plain["scores"],
                  focus=Focus(plain["tick"], {Span(level, index): tick for level, index, tick in plain["edited"]}),
                  frame=plain["frame"], stats=plain["stats"], kv=kv, loose=pair("loose"))

@@ -190,6 +190,26 @@ def make_room(spans, budget, room=0, tail=TAIL, pins=Pins(), top=inf):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# What a session of this budget never gives up: its newest tokens, and the sight of all of its history
+
+def raw_tail(budget):
+    """Newest tokens that a session of this budget keeps raw whatever the scores say: a quarter of it, in whole blocks, and no more than training draws."""
+    return min(TAIL, budget // 4 // BLOCK * BLOCK)
+
+
+def coarsest(length, budget):
+    """
+    The highest level that a history is shown at: the lowest whose gists of it all, with up to 31 left over on each level below, take no more than
+    an eighth of the budget. So what nobody needs to close stays in sight, and tokens have nearly all of the room: a gist is worth less than its share of a
+    block that is opened (LOG.md, 2026-11-27).
+    """
+    level = 1
+    while length // BLOCK ** level > max(0, budget // 8 - (BLOCK - 1) * (level - 1)):
+        level += 1
+    return level
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # A context from nothing
 
 def assemble(length, budget, tail=TAIL, top=inf):

@@ -126,9 +126,9 @@ class Watched(Session):
         self.scored = list(self.spans), super().score(found)
         return self.scored[1]
 
-    def refocus(self, margin=None, found=None):
+    def refocus(self, found=None):
         self.watch()
-        edits = super().refocus(margin, found)
+        edits = super().refocus(found)
         self.ticks.append(Tick(self.length, *self.scored, edits, found is not None))
         self.watch()
         return edits
@@ -306,7 +306,7 @@ def main():
 
     say("model", f"{loaded.stage}/{loaded.tag} step {loaded.meta['step']}: {shape.layers} layers, width {shape.width}, rows of {shape.seq_len:,} "
                  f"tokens, {str(loaded.gpt.dtype).removeprefix('torch.')}; {machine.name}")
-    say("memory", f"budget {budget} entries, newest {session.tail} tokens raw, at most {session.n_diff} edits a tick, a tick every {BLOCK} tokens")
+    say("memory", f"budget {budget} entries, newest {session.tail} tokens raw, at most {session.n_diff} edits a tick, a tick every {session.refocus_every} tokens")
     say("code", f"{len(code.files)} files, {len(code.text):,} bytes, {code.files[0][0]} to {code.files[-1][0]}")
     if large:
         say("", f"passed over: {large} with more than a quarter of --tokens each")

@@ -15,10 +15,10 @@ from itertools import islice
 import numpy as np
 
 from megacontext.ingest import ingest
-from megacontext.runtime import LEAST_BUDGET, STAGES, Session, raw_tail
+from megacontext.runtime import LEAST_BUDGET, STAGES, Session
 from megacontext.span import BLOCK
 from megacontext.telemetry import Telemetry
-from megacontext.working_context import Pins
+from megacontext.working_context import Pins, raw_tail
 from nanochat import plots, report
 from nanochat.common import UserError, print0
 from nanochat.engine import Engine, PlainStream

@@ -62,12 +62,12 @@ def test_the_numbers_add_up(told):
     line, _ = told
     for row in line["rows"]:
         assert row["median_ms"] <= row["p99_ms"] <= row["max_ms"] and row["mean_ms"] > 0 and row["full_ms"] > 0
-        assert row["read_ms"] + row["ingest_ms"] + row["lens_ms"] + row["allocator_ms"] + row["splice_ms"] == pytest.approx(row["tick_ms"])
+        assert row["read_ms"] + row["ingest_ms"] + row["lens_ms"] + row["allocator_ms"] + row["splice_ms"] == pytest.approx(row["block_ms"])
         assert min(row["read_ms"], row["ingest_ms"], row["lens_ms"], row["allocator_ms"], row["splice_ms"]) > 0
         assert row["refocus_ms"] == pytest.approx(row["lens_ms"] + row["allocator_ms"] + row["splice_ms"])
         assert row["ingest_share"] + row["lens_share"] + row["allocator_share"] + row["splice_share"] < 1
         assert row["visible"] <= 192 and 1 < row["spans"] <= 192 and row["ingest_tokens_s"] > 0
-        assert 0 < row["edits"] and 0 <= row["again"] <= 4 * BLOCK # LensNet's last layer is not zero here
+        assert 0 < row["edits"] and 0 <= row["again"] <= 16 * BLOCK # LensNet's last layer is not zero here
         assert 0 < row["rss_anon_mb"] < row["rss_mb"]
         assert 0 < row["search_ms"] < row["question_ms"]
         assert sorted(row["rounds_ms"])[1] == row["mean_ms"] and len(row["rounds_ms"]) == 3
@@ -130,7 +130,7 @@ def test_a_large_tree_is_a_tree(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags", ["--lengths 1k", "--lengths 8k,1k", "--lengths 1k,8k", "--lengths 100,1k", "--lengths 1k,x", "--lengths 1.5k,4k", "--prompts 0", "--tokens 100",
-                                   "--rounds 0", "--threads 0", "--cpu-time --threads 2", "--budget 100", "--dtype int8"])
+                                   "--rounds 0", "--threads 0", "--cpu-time --threads 2", "--budget 100", "--refocus-every 12", "--dtype int8"])
 def test_mistakes_are_told(monkeypatch, flags):
     monkeypatch.setattr(sys, "argv", ["runtime", *flags.split()])
     with pytest.raises(UserError):

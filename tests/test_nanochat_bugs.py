@@ -37,7 +37,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megacontext import allocator, ingest, matches, runtime, telemetry, working_context
+from megacontext import ingest, matches, runtime, telemetry, working_context
 from megacontext.span import BLOCK
 from nanochat import attention, cost, cross_entropy, dataloader, gpt, schedule, tiers
 from nanochat.dataloader import Loader, lanes_for
@@ -240,9 +240,9 @@ SAID = [ # (file, words with {} where the number stands, the number)
     ("runs/multinode.md", "torchrun --nnodes=2 --nproc_per_node={} ", tiers.NODE.processes), ("runs/multinode.md", "1, 2, 4 or 8 processes deal them to {} streams", lanes_for(8)),
     ("runs/multinode.md", "16 to {},", lanes_for(16)), ("runs/multinode.md", "3 to {}:", lanes_for(3)),
     ("README.md", "one vector for {} tokens", BLOCK), ("megacontext/README.md", "one vector for {} tokens or", BLOCK), ("megacontext/README.md", "Atomic swaps: all {} children", BLOCK),
-    ("docs/RUNTIME.md", "Every {} tokens there is one tick", BLOCK), ("docs/RUNTIME.md", "newest {} tokens x one bit set", matches.NEWEST),
-    ("docs/RUNTIME.md", "at most {} edits:", default(runtime.Session.__init__, "n_diff")), ("docs/RUNTIME.md", "what pays for it by {} nats", int(runtime.MARGIN)),
-    ("docs/RUNTIME.md", "rests for {} ticks", default(allocator.refocus, "cooldown")), ("docs/RUNTIME.md", "newest min({}, W/4) tokens", working_context.TAIL),
+    ("docs/RUNTIME.md", "Every {} tokens there is one tick", runtime.REFOCUS_EVERY), ("docs/RUNTIME.md", "newest {} tokens x one bit set", matches.NEWEST),
+    ("docs/RUNTIME.md", "at most {} edits:", default(runtime.Session.__init__, "n_diff")), ("docs/RUNTIME.md", "what pays for it by {} nat a block", int(runtime.MARGIN)),
+    ("docs/RUNTIME.md", "`cooldown` is {} here", runtime.COOLDOWN), ("docs/RUNTIME.md", "newest min({}, W/4) tokens", working_context.TAIL),
     ("docs/RUNTIME.md", "commits every {} tokens read", f"{runtime.COMMIT:,}"), ("docs/RUNTIME.md", "and every {} ingested", f"{ingest.NODES_AT_ONCE * BLOCK:,}"),
     ("docs/RUNTIME.md", "the {} most opened nodes", f"{telemetry.NODES:,}"),
     ("docs/RUNTIME.md", "at most {} W and", default(runtime.Session.__init__, "kept")), ("docs/RUNTIME.md", "W and {} W entries", default(runtime.Session.__init__, "kept_in_ram"))]

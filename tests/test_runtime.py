@@ -16,11 +16,11 @@ from megacontext.losses import lens_scores, row_entries
 from megacontext.matches import LEAD, Matches
 from megacontext.positions import POLICIES
 from megacontext.batch import Batch
-from megacontext.runtime import LEAST_BUDGET, Session, coarsest, raw_tail
+from megacontext.runtime import LEAST_BUDGET, Session
 from megacontext.shown import Shown
 from megacontext.span import BLOCK, Span
 from megacontext.tree import MegaTree, make_header
-from megacontext.working_context import Pins, advance, assemble, check, cost
+from megacontext.working_context import Pins, advance, assemble, check, coarsest, cost, raw_tail
 from nanochat.common import UserError
 from nanochat.engine import PlainStream
 from tests.test_matches import held_by
@@ -500,8 +500,8 @@ def test_what_a_session_keeps_for_its_questions_is_bounded():
 
 
 def test_the_highest_level_is_the_lowest_that_has_room():
-    """A budget of 2,048: 1,024 gists of 32 tokens are half of it, so nothing of such a history is hidden in level 2; 993 of level 2 leave room for 31 of level 1."""
-    for length, level in ((0, 1), (32 * 1024, 1), (32 * 1025, 2), (1024 * 993, 2), (1024 * 994, 3), (2**25 - 2**21, 3)):
+    """A budget of 2,048: 256 gists of 32 tokens are an eighth of it, so nothing of such a history is hidden in level 2; 225 of level 2 leave room for 31 of level 1."""
+    for length, level in ((0, 1), (32 * 256, 1), (32 * 257, 2), (1024 * 226 - 1, 2), (1024 * 226, 3), (2**15 * 195 - 1, 3)):
         assert coarsest(length, 2048) == level
 
 

@@ -44,6 +44,14 @@ def test_a_block_is_worth_its_best_window(length, monkeypatch):
     assert count == 1 or expected.std() > 0
 
 
+def test_a_search_is_in_fp32_within_a_bf16_evaluation():
+    """On a CPU with bf16, base_eval's continuations ended in "Got unsupported ScalarType BFloat16": autocast had taken LensNet's head along."""
+    tree, distance = tree_of(np.arange(40 * BLOCK) % 300), lambda centres: torch.from_numpy(1e4 - centres).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = block_scores(net(), tree, distance)
+    assert np.array_equal(scores, block_scores(net(), tree, distance)) and scores.std() > 0
+
+
 def test_both_blocks_of_a_fact_across_them_are_found():
     """A LensNet that counts matches: alone, the block with the smaller part of the words would stand behind one with more of them."""
     ids = np.arange(1000, 1000 + 20 * BLOCK)
