@@ -108,11 +108,15 @@ def bm25_scores(ids):
     return scores
 
 
-def bm25(ids, blocks, q, k1=1.5):
-    """The blocks just before q as a query against each of `blocks`. All blocks have one length, so the norm for length (b) does nothing."""
+def bm25(ids, blocks, q, k1=1.5, now=None):
+    """
+    The tokens just before block q, or before the place `now` in it, as a query against each of `blocks`. All blocks have one length, so the norm for length (b)
+    does nothing.
+    """
+    now = q * BLOCK if now is None else now
     bags = [Counter(ids[block * BLOCK:(block + 1) * BLOCK]) for block in blocks]
     seen = Counter(token for bag in bags for token in bag)
-    query = set(ids[max(0, q - ASKING) * BLOCK:q * BLOCK])
+    query = set(ids[max(0, now - ASKING * BLOCK):now])
     rarity = {token: math.log(1 + (len(bags) - seen[token] + 0.5) / (seen[token] + 0.5)) for token in query}
     return np.array([sum(rarity[t] * bag[t] * (k1 + 1) / (bag[t] + k1) for t in query) for bag in bags])
 

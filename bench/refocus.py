@@ -1,0 +1,154 @@
+"""
+How often to refocus, by what a session then reads: nats a token of text beside a sliding window of as many entries.
+
+python -m bench.refocus --checkpoint base/d4                                     (rows of 1,024, W = 192; an hour of one thread)
+python -m bench.refocus --checkpoint mid/d4 --seq-len 2048 --budget 256 --rows 8
+
+A session takes in the beginning of a row as the history it finds, then reads the last --read tokens one by one, in every setting of --settings, which are
+tokens between refocuses : margin : edits a refocus : ticks a node rests. 0 edits is recency alone. Beside it, on the same tokens:
+    window      the newest W tokens at every token, as a KV cache has them that drops the oldest
+    full        all of the row
+    bm25, lens  the newest blocks and as many older ones that BM25 or LensNet finds, chosen anew every so many tokens; no gists
+In nats a token better than the window, +- standard error over rows, with the share of the way from the window to full attention. The last line is JSON.
+"""
+import argparse
+import json
+import math
+from unittest.mock import patch
+
+import numpy as np
+import torch
+
+from megacontext import runtime
+from megacontext.contexts import best, bm25, retrieved_table
+from megacontext.evaluate import Networks, Rows
+from megacontext.ingest import ingest
+from megacontext.layout import HIDDEN, RAW, shown
+from megacontext.losses import lens_scores
+from megacontext.matches import LEAD
+from megacontext.reread import Reading
+from megacontext.span import BLOCK
+from megacontext.tree import MegaTree, make_header
+from nanochat.common import UserError, print0, run_main
+from nanochat.dataset import add_data_dir, open_source, use_data_dir
+from nanochat.report import table
+from scripts.load import load_stage
+from scripts.mega_eval import long_documents, sample_rows
+
+parser = argparse.ArgumentParser(description="How often to refocus", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+parser.add_argument("--checkpoint", default="base", help="stage/tag, or a stage: its newest")
+parser.add_argument("--source", default="stdlib", help="long validation documents")
+parser.add_argument("--seq-len", type=int, default=1024, help="tokens of a row, no more than the checkpoint was trained on")
+parser.add_argument("--budget", type=int, default=192, help="visible entries")
+parser.add_argument("--read", type=int, default=256, help="tokens at the end of a row that are read one by one")
+parser.add_argument("--rows", type=int, default=16, help="for each seed")
+parser.add_argument("--seeds", type=int, default=3, help="samples of rows")
+parser.add_argument("--settings", default="32:4:0:8,32:4:4:8,32:1:4:0,8:1:4:0,8:0.25:4:0,8:1:4:4", help="of sessions: every:margin:edits:rest, comma list")
+parser.add_argument("--every", default="32,8", help="tokens between two choices of bm25 and lens, comma list (empty = leave them out)")
+add_data_dir(parser)
+
+
+@torch.no_grad()
+def window(gpt, row, W, read):
+    """Nats (read,) of the last tokens of row (T + 1,), where every token of the row reads the newest W, itself included."""
+    ids, targets = row[None, :-1], row[None, -read:]
+    place = torch.arange(ids.size(1))
+    see = (place[:, None] >= place) & (place[:, None] - place < W)
+    hidden = gpt.trunk(gpt.embed(ids), place[None].float(), see[None, None])
+    return gpt.loss(hidden[:, -read:], targets, "none")[0].numpy()
+
+
+def session(networks, row, W, read, every, margin, n_diff, rest):
+    """Nats (read,) of the same tokens from a session that finds the row's beginning in its tree, and {edits, read again} a block."""
+    ids, tree = row.tolist(), MegaTree.in_memory(make_header(networks.gpt.config.width, 0))
+    history = len(ids) - 1 - read
+    ingest(networks.gpt, networks.gistnet, tree, ids[:history])
+    with patch.object(runtime, "COOLDOWN", rest):
+        memory = runtime.Session(networks.gpt, networks.gistnet, networks.lensnet, tree, W, n_diff=n_diff, margin=margin, refocus_every=every)
+        nats = [-memory.feed([now]).float().log_softmax(-1)[then].item() for now, then in zip(ids[history:-1], ids[history + 1:])]
+    return np.array(nats), dict(edits=BLOCK * memory.stats["edits"] / read, again=BLOCK * memory.stats["read_tokens"] / read - BLOCK)
+
+
+@torch.no_grad()
+def retrieved(networks, row, W, read, every):
+    """{"bm25" and "lens": nats (read,)} of the same tokens behind the newest blocks and the best older ones, chosen anew every so many tokens."""
+    some = Rows(networks, row[None], W, np.random.default_rng(0))
+    docs, spared, ids = torch.zeros(1, some.Q, dtype=torch.long), some.batch(some.spared), some.inputs[0].tolist()
+    reading = Reading(some.gpt, some.entries, some.targets, some.batch(some.tables(retrieved_table, some.scores["lensnet"])))
+    n, nats = (W - BLOCK) // BLOCK, {"bm25": [], "lens": []}
+    for now in range(some.T - read, some.T, every):
+        q = now // BLOCK
+        near, older = min(q, n - n // 2), np.arange(q - min(q, n - n // 2))
+        scores = dict(bm25=bm25(ids, older, q, now=now),
+                      lens=lens_scores(networks.lensnet, some.inputs, docs, spared, torch.tensor([[q]]), BLOCK, LEAD, torch.tensor([[now]]))[0, 0].numpy()[older])
+        lines = np.full((len(scores), some.Q), HIDDEN)
+        lines[:, q - near:q] = RAW
+        for line, score in zip(lines, scores.values()):
+            line[best(older, score, n - near)] = RAW
+        seen = shown(torch.from_numpy(lines), BLOCK).clone()
+        seen[:, q * BLOCK:now] = True
+        for name, found in zip(scores, reading.again(now, every, seen)[0].numpy()):
+            nats[name].append(found)
+    return {name: np.concatenate(parts) for name, parts in nats.items()}
+
+
+def parse(text):
+    """ "8:1:4:0" -> (tokens between refocuses, margin, edits, rest) """
+    try:
+        every, margin, n_diff, rest = text.split(":")
+        return int(every), float(margin), int(n_diff), int(rest)
+    except ValueError:
+        raise UserError(f"--settings {text}: expected every:margin:edits:rest, such as 8:1:4:0") from None
+
+
+def settle(args):
+    """(settings, intervals of retrieval); UserError for what cannot be measured."""
+    settings = [(text, parse(text)) for text in args.settings.split(",") if text]
+    every = [int(word) for word in args.every.split(",") if word]
+    if args.read % BLOCK or args.seq_len % BLOCK or args.read < BLOCK or args.seq_len - args.read < args.budget or args.rows * args.seeds < 2 or any(BLOCK % n for n in every):
+        raise UserError(f"--seq-len {args.seq_len} --read {args.read} --budget {args.budget} --rows {args.rows} --seeds {args.seeds} --every {args.every}: expected whole blocks of {BLOCK} "
+                        "tokens, a budget that is less than the history, two rows, and divisors of a block")
+    return settings, every
+
+
+def told(name, nats, base, gap, more):
+    """A row of the table, and its numbers."""
+    better = np.array(base) - np.array(nats)
+    numbers = dict(better=float(better.mean()), error=float(better.std(ddof=1) / math.sqrt(len(better))), share=float(better.mean() / gap) if gap else None) | more
+    return [name, f"{numbers['better']:+.4f} +- {numbers['error']:.4f}", "" if not gap else f"{numbers['share']:.2f}", *(f"{more[key]:.1f}" if key in more else "" for key in ("edits", "again"))], numbers
+
+
+def main():
+    args = parser.parse_args()
+    settings, every = settle(args)
+    use_data_dir(args.data_dir)
+    stage, _, tag = args.checkpoint.partition("/")
+    loaded = load_stage(stage, tag or None)
+    if loaded.gistnet is None or args.seq_len > loaded.gpt.config.seq_len:
+        raise UserError(f"{args.checkpoint}: expected a checkpoint with memory, trained on rows of at least {args.seq_len} tokens, found rows of {loaded.gpt.config.seq_len}")
+    networks, texts = Networks(loaded.gpt, loaded.gistnet, loaded.lensnet), long_documents(open_source(args.source, "val"), loaded.tokenizer, args.seq_len)
+    nats, counts = {}, {}
+    torch.set_grad_enabled(False)
+    for seed in range(args.seeds):
+        for row in sample_rows(texts, args.seq_len, args.rows, np.random.default_rng([seed])):
+            add = lambda name, found: nats.setdefault(name, []).append(float(found.mean()))
+            add("window", window(loaded.gpt, row, args.budget, args.read))
+            add("full", loaded.gpt(row[None, :-1], row[None, 1:], "none")[0, -args.read:].numpy())
+            for n in every:
+                for name, found in retrieved(networks, row, args.budget, args.read, n).items():
+                    add(f"{name}, every {n}", found)
+            for text, setting in settings:
+                found, count = session(networks, row, args.budget, args.read, *setting)
+                add(f"session {text}", found)
+                for key, value in count.items():
+                    counts.setdefault(f"session {text}", {}).setdefault(key, []).append(value)
+        print0(f"seed {seed}: " + " ".join(f"{name} {np.mean(values[-args.rows:]):.4f}" for name, values in nats.items()))
+    base, gap = nats["window"], float(np.mean(nats["window"]) - np.mean(nats["full"]))
+    rows, numbers = zip(*(told(name, values, base, gap, {key: float(np.mean(value)) for key, value in counts.get(name, {}).items()}) for name, values in nats.items()))
+    print0(f"\n{len(base)} rows of {args.seq_len} tokens of {args.source}, the last {args.read}, {args.budget} entries in view, {args.checkpoint} of step {loaded.meta['step']}\n")
+    print0(table(["read", "better than the window by", "share of the way to full", "edits a block", "tokens read again a block"], rows))
+    print0(json.dumps(dict(vars(args), found=dict(zip(nats, numbers)), nats=nats)))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,81 @@
+"""bench/refocus.py: each way of reading sees what it says, at the places where it says so."""
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from bench import refocus
+from megacontext import runtime
+from megacontext.evaluate import Networks
+from megacontext.span import BLOCK
+from nanochat.common import UserError
+
+from tiny import tiny_gpt, tiny_networks
+
+READ = 2 * BLOCK
+
+
+def networks():
+    return Networks(*tiny_networks())
+
+
+def a_row(T):
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 60, T + 1))
+
+
+def test_the_window_is_that_of_each_token():
+    """Of one layer: another token in front changes what follows for the W tokens that can see it, or its trace in the embeddings of the three behind it, and for nobody else."""
+    gpt, row, W, at = tiny_gpt(layers=1), a_row(320), 40, 320 - READ - 20
+    other = row.clone()
+    other[at] = (row[at] + 1) % 60
+    changed = np.flatnonzero(np.abs(refocus.window(gpt, other, W, READ) - refocus.window(gpt, row, W, READ)) > 1e-6) + 320 - READ
+    assert changed.min() == 320 - READ and at + W - 1 <= changed.max() < at + W + 3
+    whole = gpt(row[None, :-1], row[None, 1:], "none")[0, -READ:].detach().numpy()
+    assert refocus.window(gpt, row, 320, READ) == pytest.approx(whole, abs=1e-4)
+
+
+@torch.no_grad()
+def test_retrieval_with_room_for_everything_reads_the_row_as_it_stands():
+    some, row = networks(), a_row(320)
+    whole = some.gpt(row[None, :-1], row[None, 1:], "none")[0, -READ:].numpy()
+    for every in (32, 8):
+        for nats in refocus.retrieved(some, row, 320 + BLOCK, READ, every).values():
+            assert nats == pytest.approx(whole, abs=1e-4)
+
+
+def test_retrieval_is_asked_anew_within_a_block(monkeypatch):
+    """BM25 is asked with the tokens before each choice, and LensNet at that place."""
+    asked, row = {"bm25": [], "lens": []}, a_row(320)
+    bm25, lens = refocus.bm25, refocus.lens_scores
+    monkeypatch.setattr(refocus, "bm25", lambda *args, now: asked["bm25"].append(now) or bm25(*args, now=now))
+    monkeypatch.setattr(refocus, "lens_scores", lambda *args: asked["lens"].append(args[-1].item()) or lens(*args))
+    refocus.retrieved(networks(), row, 192, READ, 16)
+    assert asked["bm25"] == asked["lens"] == [256, 272, 288, 304]
+
+
+def test_a_session_is_run_as_the_setting_says(monkeypatch):
+    some, row, seen = networks(), a_row(1024), []
+    torch.nn.init.normal_(some.lensnet.score.weight)
+    plan = runtime.refocus
+    monkeypatch.setattr(runtime, "refocus", lambda *args, **settings: seen.append(settings) or plan(*args, **settings))
+    _, quiet = refocus.session(some, row, 192, READ, 32, 1.0, 0, 0)
+    recency = len(seen)
+    nats, busy = refocus.session(some, row, 192, READ, 8, 0.0, 4, 3)
+    ticks = [settings for settings in seen[recency:] if "room" in settings] # not what assembles
+    assert len(ticks) == READ // 8 and all((settings["margin"], settings["n_diff"], settings["cooldown"]) == (0.0, 4, 3) for settings in ticks)
+    assert nats.shape == (READ,) and np.isfinite(nats).all() and busy["edits"] > quiet["edits"] and runtime.COOLDOWN == 0
+
+
+def test_a_row_of_the_table_is_paired():
+    cells, numbers = refocus.told("x", [1.0, 2.5], [1.5, 2.6], 0.5, dict(edits=2.0, again=3.0))
+    assert numbers["better"] == pytest.approx(0.3) and numbers["error"] == pytest.approx(0.4 / math.sqrt(2) / math.sqrt(2)) and numbers["share"] == pytest.approx(0.6)
+    assert cells == ["x", "+0.3000 +- 0.2000", "0.60", "2.0", "3.0"]
+
+
+@pytest.mark.parametrize("flags", ["--settings 8:1:4", "--settings x:1:4:0", "--read 100", "--seq-len 1000", "--budget 900", "--rows 1 --seeds 1", "--every 12"])
+def test_mistakes_are_told(monkeypatch, flags):
+    monkeypatch.setattr(sys, "argv", ["refocus", *flags.split()])
+    with pytest.raises(UserError):
+        refocus.main()
