@@ -43,14 +43,14 @@ def on_a_tree_that_fails(networks, ids, left=0, late=False):
     """A session on a history, whose tree fails the `left`-th time that it is asked for something from then on (0 = never)."""
     tree = FailsOnce.in_memory(HEADER)
     ingest(*networks[:2], tree, ids)
-    memory = Session(*networks, tree, 192)
+    memory = Session(*networks, tree, 192, margin=0.0)
     tree.left, tree.late, tree.asked = left, late, 0
     return memory
 
 
 def check_it_goes_on(memory, networks):
     """It says what a new session on a copy of its tree says, and holds in view what that one holds."""
-    twin = Session(*networks, memory.tree.fork(), memory.budget)
+    twin = Session(*networks, memory.tree.fork(), memory.budget, margin=memory.margin)
     for n in (1, 40, 1):
         assert torch.allclose(memory.feed(some_ids(n, seed=9)), twin.feed(some_ids(n, seed=9)), atol=1e-4)
         assert memory.spans == twin.spans and memory.shown.cache.length == cost(memory.spans)
@@ -86,7 +86,7 @@ def test_a_session_goes_on_after_its_network_failed_or_its_reader_left(monkeypat
         with monkeypatch.context() as patch:
             patch.setattr(memory, failing, lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
-                while True:
+                for _ in range(10):
                     memory.feed(some_ids(300, memory.length))
         check_it_goes_on(memory, networks)
     memory = on_a_tree_that_fails(networks, some_ids(1250))
@@ -150,7 +150,7 @@ def test_a_batch_goes_on_when_one_of_its_sessions_failed(monkeypatch):
         with pytest.raises(ZeroDivisionError):
             batch.feed([1, 2, 3])
     assert [memory.length for memory in sessions] == [1280, 1280, 90]
-    twins = [Session(*networks, sessions[1].tree.fork(), 192) if row == 1 else memory.fork() for row, memory in enumerate(sessions)]
+    twins = [Session(*networks, sessions[1].tree.fork(), 192, margin=sessions[1].margin) if row == 1 else memory.fork() for row, memory in enumerate(sessions)]
     for step in range(40):
         logits = batch.feed([5, 6, 7])
         for row, twin in enumerate(twins):
