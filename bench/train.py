@@ -39,7 +39,7 @@ parser.add_argument("--vocab-size", type=int, default=32768)
 parser.add_argument("--plain", action="store_true", help="no gists: the plain GPT on the same rows")
 parser.add_argument("--steps", type=int, default=20, help="steps measured, of each stage of the curriculum")
 parser.add_argument("--warm", type=int, default=3, help="steps before them that are not")
-add_step_flags(parser, curriculum=training.get_default("curriculum"), **{flag: training.get_default(flag) for flag in ("plain_every", "labels_every")})
+add_step_flags(parser, curriculum=training.get_default("curriculum"), **{flag: training.get_default(flag) for flag in ("plain_every", "labels_every", "reconstruct_every")})
 
 
 class Rows:

@@ -52,14 +52,15 @@ def lane_flops(config):
     return once / (BLOCK - 1) # 1/K + 1/K^2 + ...
 
 
-def training_bytes(config, gpt_config, block, saved_bytes):
+def training_bytes(config, gpt_config, block, saved_bytes, reconstruct_every=0):
     """
     What a training step keeps for backward beside the plain GPT, in bytes per token, with gists of `block` children; saved_bytes per unit of
-    width and layer (nanochat.hardware.SAVED_BYTES). At d4 and d8 within 15% of what saved_tensors_hooks count.
+    width and layer (nanochat.hardware.SAVED_BYTES); one block in reconstruct_every is read twice (0 = none). At d4 and d8 within 15% of what saved_tensors_hooks count.
     """
     D, w, L = gpt_config.width, config.inner, gpt_config.layers
     gists = 1 / block + 1 / (block * BLOCK)                             # entries beside each token
-    trunk = gists * L * D * saved_bytes
+    again = (1 + 1 / block) / reconstruct_every if reconstruct_every else 0.0
+    trunk = (gists + again) * L * D * saved_bytes
     rounds = (1 + gists) * config.layers * w * saved_bytes              # GistNet over children and slots
     left = config.left / block * (4 * D + saved_bytes / 82 * 48 * w)    # gathered, narrowed, and read as keys and values
     rows = 4 * (D + len(gpt_config.value_layers) * gpt_config.value_width) # tokens and gists copied into one row

@@ -35,6 +35,7 @@ class CoTrainingOptions:
     reading_tokens: int = 512 # tokens of a labelled row a reading, of which it has at least one: labels cost the same share of a step at any length
     edits: int = 6            # V, edits a reading
     lens_weight: float = 0.1
+    reconstruct_every: int = 0 # one block in so many of a row with gists is also read behind its gist and nothing else (0 = none)
     curriculum: tuple = ((8, 0.3), (16, 0.55), (FAN, 1.0)) # (children a gist, up to this share of the steps)
 
     def readings(self, T):
@@ -109,17 +110,34 @@ class CoTraining(nn.Module):
         for name, chosen, reader in (("plain", plain, self._read_plain), ("gist", ~plain, self._read_gists)):
             if chosen.any():
                 inputs, targets = batch.inputs[chosen], batch.targets[chosen]
-                total, labels = reader(inputs, targets, batch.docs[chosen], batch.rows[chosen], labelled[chosen])
+                total, told, labels = reader(inputs, targets, batch.docs[chosen], batch.rows[chosen], labelled[chosen])
                 count = (targets != IGNORE).sum()
-                nats = nats + total
+                nats = nats + total + told
                 metrics.update({f"{name}_nats": total.detach(), f"{name}_tokens": count})
                 if labels is not None:
                     nats = nats + o.lens_weight * labels["lens_squares"] * batch.inputs.size(1) / (o.readings(batch.inputs.size(1)) * o.edits)
                     metrics.update({key: value.detach() for key, value in labels.items()})
         return nats / batch.inputs.numel(), metrics
 
+    def _reconstruct(self, entries, targets, K, rows):
+        """
+        Nats, summed, of tokens 2 to K of one block in `reconstruct_every`, drawn for each row, said anew right behind the span of its gist: they see the gist and
+        each other, causally, and nothing else. So the gist has to hold its block's words (REFRAG: Lin et al., 2025, without it no curriculum helps a frozen reader).
+        """
+        (B, T), Q = targets.shape, targets.size(1) // K
+        n, row = max(1, Q // self.options.reconstruct_every), torch.arange(B, device=targets.device)[:, None]
+        rngs = [np.random.default_rng([self.options.seed, number, 1]) for number in rows.tolist()] # of its own: all else of a run is drawn as without it
+        block = torch.from_numpy(np.stack([rng.choice(Q, n, replace=False) for rng in rngs])).to(targets.device) # (B, n)
+        tokens = lambda t: t[:, :T].unflatten(1, (Q, K))[row, block].flatten(0, 1) # (B * n, K, ...)
+        behind = lambda t: torch.cat([t[:, T:T + Q][row, block].flatten(0, 1)[:, None], tokens(t)], dim=1) # the gist, then the block
+        positions = torch.cat([torch.tensor([(K - 1) / 2]), torch.arange(K, 2 * K)])[None].to(targets.device)
+        hidden = self.gpt.trunk(Entries(behind(entries.x), [behind(value) for value in entries.values]), positions, "causal")
+        wanted = tokens(targets).clone()
+        wanted[:, -1] = IGNORE # the next block's first token
+        return self.gpt.loss(hidden[:, 1:], wanted, "sum")
+
     def _read_plain(self, inputs, targets, docs, rows, labelled):
-        return self.gpt(inputs, targets, "sum"), None
+        return self.gpt(inputs, targets, "sum"), 0.0, None
 
     def _read_gists(self, inputs, targets, docs, rows, labelled):
         o, K, (B, T) = self.options, self.block, inputs.shape
@@ -133,12 +151,13 @@ class CoTraining(nn.Module):
         read = RowRead() if labelled.any() else None
         hidden = self.gpt.trunk(entries, entry_positions(T, K, device=inputs.device), self.see(table, K), read)
         nats = self.gpt.loss(hidden[:, :T], targets, "sum")
+        told = self._reconstruct(entries, targets, K, rows) if o.reconstruct_every else 0.0
         if read is None:
-            return nats, None
+            return nats, told, None
         some = Entries(entries.x[labelled].detach(), [value[labelled].detach() for value in entries.values])
         rngs = [rng for rng, wanted in zip(rngs, labelled.tolist()) if wanted]
         labels = measure(self.gpt, some, InFront(read, labelled.nonzero()[:, 0].to(inputs.device)), hidden[labelled].detach(), targets[labelled], table[labelled], K, rngs, o.readings(T), o.edits)
-        return nats, self._lens_loss(inputs[labelled], docs[labelled], table[labelled], labels, K, first_targets(targets[labelled], K).gather(1, labels.block))
+        return nats, told, self._lens_loss(inputs[labelled], docs[labelled], table[labelled], labels, K, first_targets(targets[labelled], K).gather(1, labels.block))
 
     def _lens_loss(self, ids, docs, table, labels, K, now):
         """Squared error of LensNet's scores against the labels, both centred over a reading's edits: only differences can be paid for."""

@@ -21,7 +21,7 @@ from nanochat.train import Curves, LossScale, PlainObjective, added, compile_gpt
 from scripts.load import describe, modules
 
 
-def add_step_flags(parser, curriculum, plain_every, labels_every):
+def add_step_flags(parser, curriculum, plain_every, labels_every, reconstruct_every=0):
     """The flags that decide what a training step is; bench/train.py takes them too."""
     parser.add_argument("--max-seq-len", type=int, default=2048, help="tokens a row; a multiple of 32")
     parser.add_argument("--batch-tokens", type=int, default=-1, help="tokens a step, over all processes (-1 = from depth and horizon, or as in the stage before; in whole rows for each process)")
@@ -29,6 +29,7 @@ def add_step_flags(parser, curriculum, plain_every, labels_every):
     parser.add_argument("--curriculum", default=curriculum, help="children a gist : up to which share of the steps")
     parser.add_argument("--plain-every", type=int, default=plain_every, help="one round of eight rows in so many is read without gists, as a model without a memory reads")
     parser.add_argument("--labels-every", type=int, default=labels_every, help="one round of eight rows in so many has half of its rows measured for LensNet: what opening a gist is worth")
+    parser.add_argument("--reconstruct-every", type=int, default=reconstruct_every, help="one block in so many, of the rows with gists, is also read behind its own gist and nothing else (0 = none)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="", help="cuda, mps or cpu (empty = the best there is)")
     parser.add_argument("--dtype", default="auto", help="auto, bf16, fp32, or fp16 on a GPU (its loss is scaled, and a step that overflows is skipped); a resumed run may go on in another one")
@@ -37,9 +38,9 @@ def add_step_flags(parser, curriculum, plain_every, labels_every):
     parser.add_argument("--checkpoint-activations", action="store_true", help="keep one vector a layer and token, and compute the layers again in backward: less memory, a third more time")
 
 
-def add_flags(parser, curriculum, plain_every, labels_every):
+def add_flags(parser, curriculum, plain_every, labels_every, reconstruct_every=0):
     """The flags of every stage."""
-    add_step_flags(parser, curriculum, plain_every, labels_every)
+    add_step_flags(parser, curriculum, plain_every, labels_every, reconstruct_every)
     parser.add_argument("--run", default="", help="name of a wandb run (empty = no wandb)")
     parser.add_argument("--eval-every", type=int, default=-1, help="validate every N steps (-1 = at the end only)")
     parser.add_argument("--eval-tokens", type=int, default=262144, help="validation tokens")
@@ -70,6 +71,7 @@ def check_numbers(args):
         check(flag, lambda value: value >= 1, "at least 1")
     check("lr", lambda value: 0 < value < float("inf"), "a number above 0, it multiplies the learning rates")
     check("temperature", lambda value: 0 < value <= 100, "a number above 0, up to 100")
+    check("reconstruct_every", lambda value: value >= 0, "0 or more")
     check("seed", lambda value: 0 <= value < 2**63, "0 or more, below 2^63")
 
 
@@ -201,7 +203,7 @@ def train(stage, tag, args, place, networks, tokenizer, plan, items, val_items, 
 
 def same_flags(args):
     """Flags that decide what a run learns and that nothing else in a checkpoint tells of: whoever resumes it gives the same. {flag: value}"""
-    flags = ("lr", "fp8", "documents") + (() if getattr(args, "plain", False) else ("curriculum", "plain_every", "labels_every"))
+    flags = ("lr", "fp8", "documents") + (() if getattr(args, "plain", False) else ("curriculum", "plain_every", "labels_every", "reconstruct_every"))
     return {flag: getattr(args, flag) for flag in flags if hasattr(args, flag)}
 
 
@@ -226,7 +228,8 @@ def co_training(gpt, gistnet, lensnet, args, machine, dtype):
     config = gpt.config
     kernel = backend.pick_masked(machine, gpt.device, dtype, config.heads, config.kv_heads, config.head_width, trial_masks)
     print0(f"            for rows with gists {kernel}")
-    options = CoTrainingOptions(seed=args.seed, curriculum=parse_curriculum(args.curriculum), plain_every=args.plain_every, labels_every=args.labels_every)
+    options = CoTrainingOptions(seed=args.seed, curriculum=parse_curriculum(args.curriculum), plain_every=args.plain_every, labels_every=args.labels_every,
+                                reconstruct_every=args.reconstruct_every)
     return CoTraining(gpt, gistnet, lensnet, options, block_mask if kernel.name == "FlexAttention" else stretches)
 
 
@@ -244,6 +247,6 @@ def most_rows(place, args, config, gistnet):
     if gistnet is not None:
         from megacontext.cost import training_bytes
         from megacontext.losses import parse_curriculum
-        beside = max(training_bytes(gistnet.config, config, block, hardware.SAVED_BYTES[dtype]) for block, _ in parse_curriculum(args.curriculum))
+        beside = max(training_bytes(gistnet.config, config, block, hardware.SAVED_BYTES[dtype], args.reconstruct_every) for block, _ in parse_curriculum(args.curriculum))
     return hardware.device_rows(place.machine, config, cost.parameter_counts(config), dtype, place.dist.world,
                                 piece_tokens(place.device.type, config.vocab_size), args.checkpoint_activations, beside)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from bench.gist_words import block_nats
 from megacontext import losses
 from megacontext.layout import GIST, RAW, block_mask, draw_table, stretches, visibility
 from megacontext.losses import CoTraining, CoTrainingOptions, first_targets, opened_by, parse_curriculum
@@ -81,13 +82,30 @@ def test_lensnet_does_not_train_the_others_and_they_do_not_cheat_for_it():
 
 
 def _lens_part(o):
-    _, labels = o._read_gists(*[getattr(batch([8, 10]), name) for name in ("inputs", "targets", "docs", "rows")], torch.tensor([True, True]))
+    _, _, labels = o._read_gists(*[getattr(batch([8, 10]), name) for name in ("inputs", "targets", "docs", "rows")], torch.tensor([True, True]))
     return labels["lens_squares"]
+
+
+@pytest.mark.parametrize("K", [8, 32])
+def test_reconstruction_reads_a_block_behind_its_own_gist_and_nothing_else(K):
+    """Of every block, beside bench.gist_words, which reads them all in one row with a mask; a part of the blocks costs a part of that; and nothing else of the loss changes."""
+    rows, whole, some, none = batch([8, 9]), *(objective(reconstruct_every=every, tail=(0, 0)) for every in (1, 4, 0))
+    for o in (whole, some, none):
+        o.block = K
+    read = lambda o: o._read_gists(rows.inputs, rows.targets, rows.docs, rows.rows, torch.tensor([True, False]))
+    (total, told, labels), (total_some, told_some, _), (total_none, told_none, labels_none) = map(read, (whole, some, none))
+    assert told.item() == pytest.approx(block_nats(whole.gpt, whole.gistnet, rows, K, "own", "none").sum().item(), rel=1e-4)
+    assert 0.2 < (told_some / told).item() < 0.3 and told_none == 0.0
+    assert total == total_some == total_none and all(torch.equal(labels[name], labels_none[name]) for name in labels)
+    found = torch.autograd.grad(told, [*whole.gistnet.parameters()], allow_unused=True)
+    assert all(g is not None and g.abs().max() > 0 for g in found), "GistNet is taught by it"
+    o = objective(reconstruct_every=4)
+    assert o(rows)[0] > none(rows)[0], "it is in the loss"
 
 
 def test_the_loss_is_the_same_however_rows_are_dealt():
     """One process with four rows, or two with two: the sum over ranks is the loss of the whole, to rounding."""
-    o = objective()
+    o = objective(reconstruct_every=8)
     for rows in ([0, 1, 2, 3], [8, 9, 10, 11], [6, 7, 8, 9]):
         whole = batch(rows)
         part = lambda pick: Batch(*(getattr(whole, name)[pick] for name in ("inputs", "targets", "docs", "rows")))
