@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat import gpt as model
-from nanochat import cross_entropy, muon, optim, schedule
+from nanochat import cross_entropy, muon, schedule
 from nanochat.common import UserError, print0, run_main
 from nanochat.dataloader import Loader, val_loader
 from nanochat.dataset import add_data_dir, open_source, use_data_dir
@@ -88,12 +88,6 @@ def identity(update, *_):
     return update
 
 
-def always_decay(params, grads, buffer, variance, lr, momentum, beta2, weight_decay, dtype):
-    """muon_step with weight decay everywhere, whatever the step does."""
-    params.mul_(1 - lr * max(1.0, params.size(-2) / params.size(-1)) ** 0.5 * weight_decay)
-    return muon.muon_step(params, grads, buffer, variance, lr, momentum, beta2, 0.0, dtype)
-
-
 NO_QK_GAIN, NO_SOFTCAP = patch.object(model, "QK_GAIN", 1.0), patch.object(cross_entropy, "SOFTCAP", 1e4) # so wide that it bends nothing
 NO_MUON_PLUS, NO_NORMUON = patch.object(muon, "snap_norm", identity), patch.object(muon, "normalize_variance", identity)
 
@@ -115,10 +109,8 @@ VARIANTS = {
     "no QK gain": ((NO_QK_GAIN,), None, {}, {}),
     "no softcap": ((NO_SOFTCAP,), None, {}, {}),
     "GELU": ((patch.object(model.MLP, "forward", lambda self, x: self.down(F.gelu(self.up(x)))),), None, {}, {}),
-    "no MuonEq": ((patch.object(muon, "equalize_rows", identity),), None, {}, {}),
     "no Muon+": ((NO_MUON_PLUS,), None, {}, {}),
     "no NorMuon": ((NO_NORMUON,), None, {}, {}),
-    "weight decay everywhere": ((patch.object(optim, "muon_step", always_decay),), None, {}, {}),
     "no weight decay": ((), None, dict(weight_decay=0.0), {}),
     "neither x0 nor residual scales": ((), no_scales, {}, {}), # each of these pairs does what the other half could do for it
     "neither Muon+ nor NorMuon": ((NO_MUON_PLUS, NO_NORMUON), None, {}, {}),

@@ -4,12 +4,12 @@ One Muon step: momentum in, the nearest orthogonal matrix out, with the refineme
 Muon (Jordan et al., kellerjordan.github.io/posts/muon) moves a matrix by the nearest orthogonal matrix to its momentum,
 so that every direction learns equally fast. The recipe here is nanochat's of 2026, one function per line:
   nesterov            momentum with a look-ahead
-  equalize_rows       MuonEq: rows to equal length before orthogonalising
   polar_express       5 quintic steps to the polar factor (arXiv 2505.16932)
   snap_norm           Muon+: the Frobenius norm that an exact polar factor has
   normalize_variance  NorMuon: divide by a factored running RMS, overall norm kept (arXiv 2510.05491)
-  muon_step           all of them, then the step with cautious weight decay: only where the step already moves the weight
-                      towards zero (arXiv 2510.12402)
+  muon_step           all of them, then the step with weight decay
+Two of nanochat's are left out, which paid nothing here over three seeds (LOG.md, 2026-11-27): MuonEq, rows to equal length before
+orthogonalising, and weight decay only where the step already moves a weight towards zero (arXiv 2510.12402).
 
 Every function takes a stack (K, m, n): K matrices of one shape.
 """
@@ -34,11 +34,6 @@ def nesterov(grad, buffer, momentum):
     """Running mean of gradients, updated in place; returns the look-ahead mix of it and the newest gradient."""
     buffer.mul_(momentum).add_(grad * (1 - momentum))
     return grad * (1 - momentum) + buffer * momentum
-
-
-def equalize_rows(update):
-    """MuonEq: each row to unit length, so that rows with small gradients are not lost when singular values are clipped."""
-    return update / update.norm(dim=-1, keepdim=True).clamp_min(EPS)
 
 
 def polar_express(update, dtype=torch.float32):
@@ -96,14 +91,12 @@ def normalize_variance(update, variance, beta2):
 def muon_step(params, grads, buffer, variance, lr, momentum, beta2, weight_decay, dtype):
     """One Muon step on a stack (K, m, n); params, buffer and variance change in place."""
     update = nesterov(grads, buffer, momentum)
-    update = equalize_rows(update)
     update = polar_express(update, dtype)
     update = snap_norm(update)
     update = normalize_variance(update, variance, beta2)
     m, n = params.shape[-2:]
     lr = lr * max(1.0, m / n) ** 0.5  # a tall matrix: keep the RMS change of its outputs the same
-    towards_zero = update * params >= 0
-    params.sub_(lr * update + lr * weight_decay * params * towards_zero)
+    params.mul_(1 - lr * weight_decay).sub_(lr * update)
 
 
 def muon_dtype(device):
