@@ -76,7 +76,7 @@ def row_entries(gpt, gistnet, ids, docs, K):
 
 class CoTraining(nn.Module):
     """objective(batch) -> (loss, sums), as nanochat.train.fit wants it."""
-    SUMS = ("plain_nats", "plain_tokens", "gist_nats", "gist_tokens", "lens_squares", "label_squares", "lens_products", "score_squares", "labels")
+    SUMS = ("plain_nats", "plain_tokens", "gist_nats", "gist_tokens", "told_nats", "told_tokens", "lens_squares", "label_squares", "lens_products", "score_squares", "labels")
 
     def __init__(self, gpt, gistnet, lensnet, options, see=stretches):
         """see: how a row's table becomes what the trunk takes, layout.stretches or, on CUDA, layout.block_mask."""
@@ -88,9 +88,9 @@ class CoTraining(nn.Module):
         self.block = next(block for block, share in self.options.curriculum if step < share * total)
 
     def report(self, sums):
-        """What the log shows. LensNet's loss is the share of the labels' variance that it leaves unexplained: 1 = knows nothing."""
+        """What the log shows; loss_told is that of blocks behind their gists, in nats a token. LensNet's loss is the share of the labels' variance that it leaves unexplained: 1 = knows nothing."""
         shown = dict(loss=(sums["plain_nats"] + sums["gist_nats"]) / max(1, sums["plain_tokens"] + sums["gist_tokens"]))
-        shown |= {f"loss_{name}": sums[f"{name}_nats"] / sums[f"{name}_tokens"] for name in ("plain", "gist") if sums[f"{name}_tokens"]}
+        shown |= {f"loss_{name}": sums[f"{name}_nats"] / sums[f"{name}_tokens"] for name in ("plain", "gist", "told") if sums[f"{name}_tokens"]}
         if sums["label_squares"]:
             shown["lens_loss"] = sums["lens_squares"] / sums["label_squares"]
         if sums["label_squares"] and sums["score_squares"]:
@@ -112,8 +112,11 @@ class CoTraining(nn.Module):
                 inputs, targets = batch.inputs[chosen], batch.targets[chosen]
                 total, told, labels = reader(inputs, targets, batch.docs[chosen], batch.rows[chosen], labelled[chosen])
                 count = (targets != IGNORE).sum()
-                nats = nats + total + told
+                nats = nats + total
                 metrics.update({f"{name}_nats": total.detach(), f"{name}_tokens": count})
+                if told is not None:
+                    nats = nats + told[0]
+                    metrics.update(told_nats=told[0].detach(), told_tokens=told[1])
                 if labels is not None:
                     nats = nats + o.lens_weight * labels["lens_squares"] * batch.inputs.size(1) / (o.readings(batch.inputs.size(1)) * o.edits)
                     metrics.update({key: value.detach() for key, value in labels.items()})
@@ -121,7 +124,7 @@ class CoTraining(nn.Module):
 
     def _reconstruct(self, entries, targets, K, rows):
         """
-        Nats, summed, of tokens 2 to K of one block in `reconstruct_every`, drawn for each row, said anew right behind the span of its gist: they see the gist and
+        Nats, summed, and how many there are, of tokens 2 to K of one block in `reconstruct_every`, drawn for each row, said anew right behind the span of its gist: they see the gist and
         each other, causally, and nothing else. So the gist has to hold its block's words (REFRAG: Lin et al., 2025, without it no curriculum helps a frozen reader).
         """
         (B, T), Q = targets.shape, targets.size(1) // K
@@ -134,10 +137,10 @@ class CoTraining(nn.Module):
         hidden = self.gpt.trunk(Entries(behind(entries.x), [behind(value) for value in entries.values]), positions, "causal")
         wanted = tokens(targets).clone()
         wanted[:, -1] = IGNORE # the next block's first token
-        return self.gpt.loss(hidden[:, 1:], wanted, "sum")
+        return self.gpt.loss(hidden[:, 1:], wanted, "sum"), (wanted != IGNORE).sum()
 
     def _read_plain(self, inputs, targets, docs, rows, labelled):
-        return self.gpt(inputs, targets, "sum"), 0.0, None
+        return self.gpt(inputs, targets, "sum"), None, None
 
     def _read_gists(self, inputs, targets, docs, rows, labelled):
         o, K, (B, T) = self.options, self.block, inputs.shape
@@ -151,7 +154,7 @@ class CoTraining(nn.Module):
         read = RowRead() if labelled.any() else None
         hidden = self.gpt.trunk(entries, entry_positions(T, K, device=inputs.device), self.see(table, K), read)
         nats = self.gpt.loss(hidden[:, :T], targets, "sum")
-        told = self._reconstruct(entries, targets, K, rows) if o.reconstruct_every else 0.0
+        told = self._reconstruct(entries, targets, K, rows) if o.reconstruct_every else None
         if read is None:
             return nats, told, None
         some = Entries(entries.x[labelled].detach(), [value[labelled].detach() for value in entries.values])

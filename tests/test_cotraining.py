@@ -93,14 +93,15 @@ def test_reconstruction_reads_a_block_behind_its_own_gist_and_nothing_else(K):
     for o in (whole, some, none):
         o.block = K
     read = lambda o: o._read_gists(rows.inputs, rows.targets, rows.docs, rows.rows, torch.tensor([True, False]))
-    (total, told, labels), (total_some, told_some, _), (total_none, told_none, labels_none) = map(read, (whole, some, none))
+    (total, (told, count), labels), (total_some, (told_some, _), _), (total_none, told_none, labels_none) = map(read, (whole, some, none))
     assert told.item() == pytest.approx(block_nats(whole.gpt, whole.gistnet, rows, K, "own", "none").sum().item(), rel=1e-4)
-    assert 0.2 < (told_some / told).item() < 0.3 and told_none == 0.0
+    assert 0.2 < (told_some / told).item() < 0.3 and told_none is None
     assert total == total_some == total_none and all(torch.equal(labels[name], labels_none[name]) for name in labels)
     found = torch.autograd.grad(told, [*whole.gistnet.parameters()], allow_unused=True)
     assert all(g is not None and g.abs().max() > 0 for g in found), "GistNet is taught by it"
-    o = objective(reconstruct_every=4)
-    assert o(rows)[0] > none(rows)[0], "it is in the loss"
+    assert count == 2 * T // K * (K - 1)
+    loss, sums = whole(rows)
+    assert loss > none(rows)[0] and whole.report(dict.fromkeys(whole.SUMS, 0.0) | {name: float(value) for name, value in sums.items()})["loss_told"] == pytest.approx(told.item() / count.item(), rel=1e-4)
 
 
 def test_the_loss_is_the_same_however_rows_are_dealt():
