@@ -41,6 +41,7 @@ from nanochat.loss_eval import bits_per_byte
 from nanochat.optim import make_optimizer
 from nanochat.report import table
 from nanochat.train import Curves
+from scripts.base_train import parser as training
 from scripts.mega_eval import long_documents, sample_rows
 
 parser = argparse.ArgumentParser(description="Change one thing at a time in co-training", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -78,6 +79,7 @@ VARIANTS = {
     "from an empty slot": ({}, {}, dict(GistNet=FromEmptySlot), ()),
     "raw tail up to 128": ({}, dict(tail=(0, 128)), {}, ()),
     "raw tail up to 512": ({}, dict(tail=(0, 512)), {}, ()),
+    "no reconstruction": ({}, dict(reconstruct_every=0), {}, ()),
     "half of the rows plain": ({}, dict(plain_every=2), {}, ()),
     "gists after a fifth": ({}, {}, dict(CoTraining=LateGists), ()),
     "LensNet opens nothing": ({}, dict(asked=0.0), {}, ()),
@@ -96,7 +98,7 @@ def changed(variant, config, seed):
         gpt = GPT(config)
         torch.manual_seed(seed)
         gistnet = classes.get("GistNet", GistNet)(GistConfig(**dict(width=config.width, inner=config.width // 2) | gist))
-        yield classes.get("CoTraining", CoTraining)(gpt, gistnet, LensNet(LensConfig()), CoTrainingOptions(seed=seed, **options))
+        yield classes.get("CoTraining", CoTraining)(gpt, gistnet, LensNet(LensConfig()), CoTrainingOptions(seed=seed, **dict(reconstruct_every=training.get_default("reconstruct_every")) | options))
 
 
 def train(config, items, val_items, texts, tokenizer, args, seed, variant):

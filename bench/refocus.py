@@ -78,7 +78,8 @@ def retrieved(networks, row, W, read, every):
     n, nats = (W - BLOCK) // BLOCK, {"bm25": [], "lens": []}
     for now in range(some.T - read, some.T, every):
         q = now // BLOCK
-        near, older = min(q, n - n // 2), np.arange(q - min(q, n - n // 2))
+        near = min(q, n - n // 2)
+        older = np.arange(q - near)
         scores = dict(bm25=bm25(ids, older, q, now=now),
                       lens=lens_scores(networks.lensnet, some.inputs, docs, spared, torch.tensor([[q]]), BLOCK, LEAD, torch.tensor([[now]]))[0, 0].numpy()[older])
         lines = np.full((len(scores), some.Q), HIDDEN)
