@@ -36,7 +36,7 @@ from megacontext.losses import CoTraining, CoTrainingOptions
 from nanochat import schedule
 from nanochat.common import print0, run_main
 from nanochat.dataloader import Loader, val_loader
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPT
 from nanochat.loss_eval import bits_per_byte
 from nanochat.optim import make_optimizer
 from nanochat.report import table

@@ -11,7 +11,6 @@ Rows come back as they went in, up to the rounding of the header's gist_dtype; t
 D = width of a gist row, K = width of a key row (0 = none)
 """
 
-import os
 from array import array
 from functools import partial
 from pathlib import Path
