@@ -25,7 +25,6 @@ from megacontext.evaluate import Networks, Rows
 from megacontext.ingest import ingest
 from megacontext.layout import HIDDEN, RAW, shown
 from megacontext.losses import lens_scores
-from megacontext.matches import LEAD
 from megacontext.reread import Reading
 from megacontext.span import BLOCK
 from megacontext.tree import MegaTree, make_header
@@ -81,7 +80,7 @@ def retrieved(networks, row, W, read, every):
         near = min(q, n - n // 2)
         older = np.arange(q - near)
         scores = dict(bm25=bm25(ids, older, q, now=now),
-                      lens=lens_scores(networks.lensnet, some.inputs, docs, spared, torch.tensor([[q]]), BLOCK, LEAD, torch.tensor([[now]]))[0, 0].numpy()[older])
+                      lens=lens_scores(networks.lensnet, some.inputs, docs, spared, torch.tensor([[q]]), BLOCK, torch.tensor([[now]]))[0, 0].numpy()[older])
         lines = np.full((len(scores), some.Q), HIDDEN)
         lines[:, q - near:q] = RAW
         for line, score in zip(lines, scores.values()):

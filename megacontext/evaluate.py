@@ -26,7 +26,6 @@ import torch
 from megacontext.contexts import ASKING, SPARE, best, bm25_scores, chosen_table, cost, embedding_scores, recency_table, retrieved_table, window_table
 from megacontext.layout import FAN, GIST, HIDDEN, RAW, entry_positions, shown, stretches
 from megacontext.losses import lens_scores, pool_values, row_entries
-from megacontext.matches import LEAD
 from megacontext.reread import Reading
 from megacontext.span import BLOCK
 from nanochat.attention import norm
@@ -54,7 +53,7 @@ class Rows:
         self.entries = row_entries(networks.gpt, networks.gistnet, self.inputs, docs, BLOCK)
         self.spared = recency_table(self.Q, W, spare=SPARE) # what is in view before the spared raw blocks are given away
         ask = torch.arange(self.Q, device=self.device).expand(self.B, -1)
-        wanted = lens_scores(networks.lensnet, self.inputs, docs, self.batch(self.spared), ask, BLOCK, LEAD)
+        wanted = lens_scores(networks.lensnet, self.inputs, docs, self.batch(self.spared), ask, BLOCK)
         self.scores = {"lensnet": wanted[:, :, :self.Q].float().cpu().numpy(), "random": rng.random((self.B, self.Q, self.Q)),
                        "bm25": bm25_scores(self.inputs), "embedding": embedding_scores(self.entries.x[:, :self.T])}
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from megacontext.labels import InFront, RowRead, measure
+from megacontext.labels import InFront, RowRead, first_targets, measure
 from megacontext.layout import FAN, GIST, NODE, RAW, draw_table, entry_positions, stretches
 from megacontext.matches import row_hits
 from nanochat.common import UserError
@@ -160,11 +160,11 @@ class CoTraining(nn.Module):
         some = Entries(entries.x[labelled].detach(), [value[labelled].detach() for value in entries.values])
         rngs = [rng for rng, wanted in zip(rngs, labelled.tolist()) if wanted]
         labels = measure(self.gpt, some, InFront(read, labelled.nonzero()[:, 0].to(inputs.device)), hidden[labelled].detach(), targets[labelled], table[labelled], K, rngs, o.readings(T), o.edits)
-        return nats, told, self._lens_loss(inputs[labelled], docs[labelled], table[labelled], labels, K, first_targets(targets[labelled], K).gather(1, labels.block))
+        return nats, told, self._lens_loss(inputs[labelled], docs[labelled], table[labelled], labels, K)
 
-    def _lens_loss(self, ids, docs, table, labels, K, now):
+    def _lens_loss(self, ids, docs, table, labels, K):
         """Squared error of LensNet's scores against the labels, both centred over a reading's edits: only differences can be paid for."""
-        scores = lens_scores(self.lensnet, ids, docs, table, labels.block, K, 0, now).gather(2, labels.entry.clamp(min=0))
+        scores = lens_scores(self.lensnet, ids, docs, table, labels.block, K, labels.now).gather(2, labels.entry.clamp(min=0))
         valid = labels.valid & (labels.valid.sum(-1, keepdim=True) > 1)
         count = valid.sum(-1, keepdim=True).clamp(min=1)
         centre = lambda t: (t - (t * valid).sum(-1, keepdim=True) / count) * valid
@@ -173,29 +173,20 @@ class CoTraining(nn.Module):
                     score_squares=got.square().sum(), labels=valid.sum())
 
 
-def first_targets(targets, K):
-    """
-    targets (B, T) -> (B, Q), the place of each block's first target, or where it begins if it has none. LensNet is asked there: in a text that is where a block
-    begins, as at a tick; in a conversation where an answer does, as after a prompt, behind the whole question.
-    """
-    able = (targets != IGNORE).unflatten(1, (-1, K)) # (B, Q, K)
-    return torch.arange(able.size(1), device=targets.device) * K + able.int().argmax(-1)
-
-
 @torch.no_grad()
 def opened_by(lensnet, ids, docs, table, K, count, now):
     """table (B, Q, Q) with the `count` gists that LensNet scores highest shown raw, for every block that reads. now: as in row_hits, of every block."""
     B, Q, _ = table.shape
     block = torch.arange(Q, device=table.device).expand(B, -1)
-    scores = lens_scores(lensnet, ids, docs, table, block, K, 0, now)[:, :, :Q].masked_fill(table != GIST, float("-inf"))
+    scores = lens_scores(lensnet, ids, docs, table, block, K, now)[:, :, :Q].masked_fill(table != GIST, float("-inf"))
     best, chosen = scores.topk(min(count, Q), dim=-1)
     return table.scatter(2, chosen, torch.where(best.isfinite(), RAW, table.gather(2, chosen)))
 
 
-def lens_scores(lensnet, ids, docs, table, block, K, lead=0, now=None):
+def lens_scores(lensnet, ids, docs, table, block, K, now=None):
     """
     LensNet's scores for readings block (B, P) of rows ids (B, T) whose working contexts are table (B, Q, Q):
-    (B, P, Q + G), zero where the entry is not in the reading's context. Column b < Q is block b (raw or gist), Q + n level-2 node n. lead and now as in row_hits.
+    (B, P, Q + G), zero where the entry is not in the reading's context. Column b < Q is block b (raw or gist), Q + n level-2 node n. now as in row_hits.
     """
     B, P = block.shape
     Q, device = docs.size(1), block.device
@@ -206,7 +197,7 @@ def lens_scores(lensnet, ids, docs, table, block, K, lead=0, now=None):
     levels = torch.cat([(line == GIST).long(), torch.full_like(node, 2, dtype=torch.long)], dim=2)
     centres = entry_positions(T, K, device=device)[0, T:] # (E,)
     distances = (block[:, :, None] * K - centres).clamp(min=1)
-    hits = row_hits(ids, docs, block, K, lead, now) # (B, P, Q, KINDS, n)
+    hits = row_hits(ids, docs, block, K, now) # (B, P, Q, KINDS, n)
     hits = torch.cat([hits, hits[:, :, :G * FAN].unflatten(2, (G, FAN)).any(3)], dim=2)
     order = centres.argsort() # the timeline's: a level-2 node stands before the blocks that follow it, as in a working context
     inputs = [t.flatten(0, 1)[:, order] for t in (hits, levels, distances, seen)]

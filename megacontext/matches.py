@@ -2,8 +2,8 @@
 Where the newest tokens have stood before: for every entry of a working context and every newest token, whether the entry's tokens hold that
 token, and whether they hold it behind the same token as now (a pair). What the next tokens need is most often what followed last time.
 
-That may stand in the next block, so where a memory is asked, an entry also holds what the LEAD tokens before it hold. LensNet learns without: it took the
-second of two blocks that hold the same words for worthless, and sessions missed more (LOG.md, 2026-11-22).
+What follows a match in the last tokens of a block stands in the next one. So an entry holds the tokens from LEAD before it to LEAD before its end: each token belongs to one
+entry, that which holds most of what follows it. With the tokens of the entry itself, LensNet gets 0.03 less of what the best entries gain (LOG.md, 2026-11-27).
 
 Training asks the rows themselves. At a tick, a session asks a bit set for each entry: the hashes of its tokens and pairs (Bloom, 1970, with one hash
 function), made from the ids in the tree when the entry comes into view, so that a refocus touches newest tokens x entries, whatever the entries cover.
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from megacontext.span import BLOCK
 
 NEWEST = 64            # newest tokens that ask: a question of a few lines
-LEAD = 8               # tokens before an entry that count as its own in a session: a fact across two blocks is found by either (LOG.md, 2026-11-22)
+LEAD = BLOCK // 4      # tokens that an entry's own stand before it
 KINDS = 2              # a token by itself, and behind the one before it
 AT_ONCE = 1 << 12      # blocks of a history that are looked through at a time
 STEP = 8               # tokens from one window of a search to the next
@@ -31,13 +31,13 @@ MIX = (30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB) # splitmix64 (Steele et
 # ----------------------------------------------------------------------------------------------------------------------
 # In rows
 
-def row_hits(ids, docs, block, K, lead=0, now=None):
+def row_hits(ids, docs, block, K, now=None):
     """
     Readings block (B, P) of rows ids (B, T) with documents docs (B, Q): what each earlier block holds of the NEWEST tokens, bool (B, P, Q, KINDS, n).
     What stands before the row, or belongs to another document, is held by nobody.
-    lead: tokens before a block that count as its own, at most K;  now (B, P): the place that they stand before (None = where the reading block begins)
+    K: tokens of a block, whose own stand K // 4 before it;  now (B, P): the place that the newest stand before (None = where the reading block begins)
     """
-    (B, T), P, device = ids.shape, block.size(1), ids.device
+    lead, device = K * LEAD // BLOCK, ids.device
     before = torch.cat([torch.full_like(ids[:, :1], -1), ids[:, :-1]], dim=1)
     now = block * K if now is None else now
     index = now[:, :, None] + torch.arange(-NEWEST, 0, device=device) # (B, P, n)
@@ -45,10 +45,10 @@ def row_hits(ids, docs, block, K, lead=0, now=None):
     there = (index >= 0) & (docs.gather(1, at // K).view_as(index) == docs.gather(1, block)[:, :, None])
     newest, newest_before = (t.gather(1, at).view_as(index)[:, :, None, None] for t in (ids, before)) # (B, P, 1, 1, n)
     led = torch.cat([torch.zeros_like(docs[:, :1], dtype=torch.bool), docs[:, 1:] == docs[:, :-1]], dim=1) # (B, Q), whether the block goes on from the one before it
-    windows = lambda t: F.pad(t, (lead, 0), value=-2).unfold(1, lead + K, K) # (B, Q, lead + K), a block and its lead
-    held = windows(ids).masked_fill(~led[:, :, None] & (torch.arange(lead + K, device=device) < lead), -2)[:, None, :, :, None] # -2 is no token
-    held_before = windows(before)[:, None, :, :, None]
-    same = held == newest # (B, P, Q, lead + K, n)
+    own = lambda t: F.pad(t, (lead, -lead), value=-2).unflatten(1, (-1, K)) # (B, Q, K), of each block
+    held = own(ids).masked_fill(~led[:, :, None] & (torch.arange(K, device=device) < lead), -2)[:, None, :, :, None] # -2 is no token
+    held_before = own(before)[:, None, :, :, None]
+    same = held == newest # (B, P, Q, K, n)
     hits = torch.stack([same.any(3), (same & (held_before == newest_before)).any(3)], dim=3)
     return hits & there[:, :, None, None]
 
@@ -135,7 +135,7 @@ class _Sets:
         used = set(self.place.values())
         free = (row for row in range(len(self.rows)) if row not in used)
         for span, row in zip(new, free):
-            held = _with_before(tree, max(0, span.start - LEAD), span.stop)
+            held = _with_before(tree, max(0, span.start - LEAD), span.stop - LEAD)
             flags = np.zeros(int(self.bits), bool)
             flags[(hashed(*held) % self.bits).astype(np.int64).ravel()] = True
             self.rows[row] = np.packbits(flags, bitorder="little")

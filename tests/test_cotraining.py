@@ -10,7 +10,8 @@ import torch
 from bench.gist_words import block_nats
 from megacontext import losses
 from megacontext.layout import GIST, RAW, block_mask, draw_table, stretches, visibility
-from megacontext.losses import CoTraining, CoTrainingOptions, first_targets, opened_by, parse_curriculum
+from megacontext.labels import first_targets
+from megacontext.losses import CoTraining, CoTrainingOptions, opened_by, parse_curriculum
 from megacontext.matches import KINDS
 from nanochat import checkpoint
 from nanochat.common import UserError
@@ -249,10 +250,10 @@ def test_lensnet_opens_what_it_scores_highest():
     assert (changed.sum(-1) == (table == GIST).sum(-1).clamp(max=2)).all(), "of gists that are wanted less, as many as are missing"
 
 
-def test_lensnet_is_asked_where_an_answer_begins():
+def test_lensnet_is_asked_where_an_answer_begins_and_at_the_ticks_of_a_block():
     """
     The question stands right before the answer, most often in the block of the answer: asked where that block begins, LensNet never saw it, and learnt
-    nothing from conversations. Text is asked for where a block begins, as at a tick.
+    nothing from conversations. What is opened for a block is opened where it begins; what LensNet learns from is any tick at which tokens are left to gain.
     """
     targets = torch.full((1, 96), IGNORE)
     targets[0, 5:9], targets[0, 64:] = 1, 1
@@ -262,13 +263,17 @@ def test_lensnet_is_asked_where_an_answer_begins():
     some = Batch(rows.inputs, rows.targets.clone(), rows.docs, rows.rows)
     some.targets[:, :-40] = IGNORE # the answer begins 8 tokens before the last block
     seen, hits = [], losses.row_hits
-    with patch.object(losses, "row_hits", lambda ids, docs, block, K, lead, now: seen.append((block, now)) or hits(ids, docs, block, K, lead, now)):
-        o(some)
+    with patch.object(losses, "row_hits", lambda ids, docs, block, K, now: seen.append((block, now)) or hits(ids, docs, block, K, now)):
+        for first in range(8, 64, 16): # rounds with labels
+            o(Batch(some.inputs, some.targets, some.docs, torch.arange(first, first + 8)))
     begins = torch.where(torch.arange(Q) == Q - 2, 256 - 40, torch.arange(Q) * 32)
-    assert len(seen) == 2, "one to open what LensNet asks for, one to learn"
-    for block, now in seen:
+    assert len(seen) == 8, "one to open what LensNet asks for, one to learn"
+    for block, now in seen[::2]:
         assert torch.equal(now, begins[block])
-    assert (seen[1][0] == Q - 2).any()
+    block, now = (torch.cat(drawn).flatten() for drawn in zip(*seen[1::2]))
+    assert set(block.tolist()) - {0} == {Q - 2, Q - 1}, "the only blocks with targets; 0 where a row has nothing to edit"
+    assert set(now[block == Q - 2].tolist()) == {256 - 40}, "the answer begins in the block's last quarter"
+    assert set(now[block == Q - 1].tolist()) == set(range(256 - 32, 256, 8))
 
 
 def test_curricula():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from megacontext.labels import InFront, RowRead, draw_edits, measure
+from megacontext.labels import PLACES, InFront, RowRead, draw_edits, measure
 from megacontext.layout import GIST, RAW, draw_table, entry_positions, visibility
 from megacontext.losses import row_entries
 from nanochat.gpt import IGNORE, Entries
@@ -27,7 +27,7 @@ class Oracle:
 
     def loss(self, hidden, targets, reduction):
         assert reduction == "none"
-        return hidden[..., 0]
+        return hidden[..., 0].masked_fill(targets == IGNORE, 0)
 
 
 def labels_for(table, secret, seed=0, readings=30, edits=8, targets=torch.zeros(1, T, dtype=torch.long)):
@@ -46,7 +46,9 @@ def test_detail_that_helps_has_a_positive_label(shown):
     labels = labels_for(table, secret)
     hit = labels.entry == secret
     assert hit.any(), "the case must price the secret block"
-    assert torch.allclose(labels.value[hit], torch.tensor((0.5 - 0.1) * K)), "0.4 nats a token over 4 tokens"
+    left = (labels.block + 1) * K - labels.now
+    assert set(left[0].tolist()) == {1, 2, 3, 4}, "any tick of a block may ask"
+    assert torch.allclose(labels.value[hit], (0.5 - 0.1) * left[:, :, None].expand_as(hit)[hit]), "0.4 nats a token, over those of the block that are left"
     assert (labels.value[labels.valid & ~hit] == 0).all(), "other blocks are worth nothing"
 
 
@@ -54,7 +56,7 @@ def test_detail_that_helps_has_a_positive_label(shown):
 def test_edits_are_legal_and_single(seed):
     rng = np.random.default_rng(seed)
     table = draw_table(np.zeros(Q, dtype=int), K, rng, tail=(0, 32))
-    block, entry, lines = draw_edits(table, np.ones(Q), rng, 4, 6)
+    block, _, entry, lines = draw_edits(table, np.ones((Q, PLACES), bool), rng, 4, 6)
     for p, q in enumerate(block):
         assert len({e for e in entry[p] if e >= 0}) == (entry[p] >= 0).sum(), "an edit is drawn once"
         for e, line in zip(entry[p], lines[p]):
@@ -73,6 +75,7 @@ def test_readings_are_of_blocks_with_targets():
     targets[0, [20 * K + 1, 50 * K]] = 0
     labels = labels_for(table, secret=3, targets=targets)
     assert set(labels.block[0].tolist()) == {20, 50}
+    assert set(zip(labels.block[0].tolist(), labels.now[0].tolist())) == {(20, 20 * K + 1), (50, 50 * K)}, "asked where the targets begin: behind them nothing is left to gain"
     nothing = labels_for(table, secret=3, targets=torch.full((1, T), IGNORE))
     assert not nothing.valid.any()
 
@@ -92,9 +95,9 @@ def test_a_label_is_the_difference_of_two_forwards_over_the_row(K, Q):
     labels = measure(gpt, some, InFront(read, torch.tensor([0, 2])), hidden[chosen], targets[chosen], table[chosen], K, [np.random.default_rng(b) for b in range(2)], 2, 3)
     assert labels.value.abs().max() > 0.01
 
-    def nats(b, table, q):
+    def nats(b, table, q, now):
         row = Entries(entries.x[b:b + 1], [value[b:b + 1] for value in entries.values])
-        here = slice(q * K, (q + 1) * K)
+        here = slice(now, (q + 1) * K)
         return gpt.loss(gpt.trunk(row, positions, visibility(table[None], K))[:, here], targets[b:b + 1, here], "none").sum()
 
     for i, b in enumerate((0, 2)):
@@ -104,4 +107,5 @@ def test_a_label_is_the_difference_of_two_forwards_over_the_row(K, Q):
                 for view, line in lines.items():
                     line[q, changed] = view
                 assert labels.valid[i, p, v]
-                assert abs(nats(b, lines[GIST], q) - nats(b, lines[RAW], q) - labels.value[i, p, v]) < 2e-3
+                now = labels.now[i, p].item()
+                assert abs(nats(b, lines[GIST], q, now) - nats(b, lines[RAW], q, now) - labels.value[i, p, v]) < 2e-3

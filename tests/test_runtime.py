@@ -13,7 +13,7 @@ from megacontext.allocator import Focus, refocus
 from megacontext.gist_reading import value_means
 from megacontext.layout import GIST, HIDDEN, NODE, RAW, entry_positions, visibility
 from megacontext.losses import lens_scores, row_entries
-from megacontext.matches import LEAD, Matches
+from megacontext.matches import Matches
 from megacontext.positions import POLICIES
 from megacontext.batch import Batch
 from megacontext.runtime import LEAST_BUDGET, Session
@@ -342,7 +342,7 @@ def test_the_session_scores_as_rows_do(monkeypatch):
         line[Q, span.start // BLOCK:span.stop // BLOCK] = (RAW, GIST, NODE)[span.level]
     docs = torch.zeros(1, Q + 1, dtype=torch.long)
     rows = torch.tensor([ids + [0] * BLOCK])
-    scores = lens_scores(networks[2], rows, docs, torch.from_numpy(line)[None], torch.tensor([[Q]]), BLOCK, LEAD)[0, 0]
+    scores = lens_scores(networks[2], rows, docs, torch.from_numpy(line)[None], torch.tensor([[Q]]), BLOCK)[0, 0]
     expected = [scores[Q + 1 + span.index if span.level == 2 else span.index].item() for span in memory.spans]
     assert np.allclose(memory.score(), expected, atol=1e-3)
 
