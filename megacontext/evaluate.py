@@ -175,11 +175,12 @@ def lens_quality(rows, found, count=2):
     Every way of ranking gists against the measured gains of opening them: {way: dict of lists, one number a reading}
         gain         nats over the next block by its `count` best, each opened alone
         correlation  of its scores with the gains
-    and "signs": for LensNet, of each edit whose utility is above noise, was the sign of its score right; "points": (score, utility) of all edits.
+        signs        of each edit whose utility is above noise: was the sign of its score right
+    and "positive": of the same edits, is the utility above 0; "points": (LensNet's score, utility) of all edits.
     Utility is a gain less the mean of the reading's gains, and a score counts less the mean of the reading's scores: LensNet is trained to say differences. It is above
     noise when it is larger than twice its standard error, from the spread of the gain over the tokens of the block.
     """
-    told = {way: dict(gain=[], correlation=[]) for way in WAYS} | {"signs": [], "points": []}
+    told = {way: dict(gain=[], correlation=[], signs=[]) for way in WAYS} | {"positive": [], "points": []}
     for one in found:
         for i in range(rows.B):
             gain, noise = one.gain[i].sum(-1), one.gain[i].std(-1, ddof=1) * BLOCK ** 0.5
@@ -187,11 +188,13 @@ def lens_quality(rows, found, count=2):
                 continue
             scores = {way: rows.scores[way][i, one.q, one.blocks] for way in ("lensnet", "random", "bm25", "embedding")}
             scores |= {"recency": one.blocks.astype(float), "attention": one.attention[i], "oracle": gain}
+            utility = gain - gain.mean()
+            sure, above = np.abs(utility) > 2 * noise, {way: score > score.mean() for way, score in scores.items()}
             for way in WAYS:
+                told[way]["signs"] += (above[way] == (utility > 0))[sure].tolist()
                 told[way]["gain"].append(float(gain[best(np.arange(len(gain)), scores[way], count)].sum()))
                 if scores[way].std() > 0 and gain.std() > 0:
                     told[way]["correlation"].append(float(np.corrcoef(scores[way], gain)[0, 1]))
-            utility, score = gain - gain.mean(), scores["lensnet"] - scores["lensnet"].mean()
-            told["signs"] += ((score > 0) == (utility > 0))[np.abs(utility) > 2 * noise].tolist()
-            told["points"] += list(zip(score.tolist(), utility.tolist()))
+            told["positive"] += (utility > 0)[sure].tolist()
+            told["points"] += list(zip((scores["lensnet"] - scores["lensnet"].mean()).tolist(), utility.tolist()))
     return told

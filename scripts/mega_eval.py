@@ -140,15 +140,17 @@ def measure_losses(networks, rows, args, rng):
 
 
 def lens_numbers(quality):
-    """Means of lens_quality: {"correlation", "gain", "regret": {way}}, "signs" and "above_noise" (a share of all edits)."""
+    """Means of lens_quality: {"correlation", "gain", "regret", "signs": {way}}, "above_noise" (a share of all edits) and "positive" (a share of those)."""
     kept = {way: quality[way] for way in WAYS}
     gain = {way: float(np.mean(told["gain"])) for way, told in kept.items() if told["gain"]}
     told = dict(gain=gain, correlation={way: float(np.mean(told["correlation"])) for way, told in kept.items() if told["correlation"]})
     if gain.get("oracle", 0) > 0: # else nothing was worth opening, and a share of nothing means nothing
         told["regret"] = {way: 1 - value / gain["oracle"] for way, value in gain.items()}
     if quality["points"]:
-        told["above_noise"] = len(quality["signs"]) / len(quality["points"])
-    return told | ({"signs": float(np.mean(quality["signs"]))} if quality["signs"] else {})
+        told["above_noise"] = len(quality["positive"]) / len(quality["points"])
+    if quality["positive"]:
+        told |= dict(positive=float(np.mean(quality["positive"])), signs={way: float(np.mean(told["signs"])) for way, told in kept.items()})
+    return told
 
 
 def measure_asked(networks, tokenizer, questions, args, seed, rng, device):
@@ -310,27 +312,27 @@ def lens_tables(data, points):
     if points:
         plots.scatter(report.folder() / "mega_lens.png", points, "LensNet's score", "measured utility, nats", "opening one gist, the next 32 tokens")
     return [
-        "Two gists opened: gain in nats over the next block, each opened alone; regret against the oracle's (0 = as good, 1 = no gain); correlation of the scores with the gains. " + signs(lens),
-        report.table(["choice", "gain", "regret", "correlation"], choices(lens)), picture("mega_lens.png", "LensNet's score against measured utility") if points else "",
+        "Two gists opened: gain in nats over the next block, each opened alone; regret against the oracle's (0 = as good, 1 = no gain); correlation of the scores with the gains. " + above_noise(lens),
+        report.table(["choice", "gain", "regret", "correlation", "signs right"], choices(lens)), picture("mega_lens.png", "LensNet's score against measured utility") if points else "",
     ]
 
 
-def signs(lens):
-    if lens.get("signs", {}).get("spread") is None:
+def above_noise(lens):
+    if lens.get("positive", {}).get("spread") is None:
         return "No edit's utility was above noise at two seeds or more."
-    return f"{100 * lens['signs']['mean']:.0f}% +- {100 * lens['signs']['spread']:.0f}% of the signs are right where the utility is beyond twice its standard error, " \
-           f"{100 * lens['above_noise']['mean']:.0f}% of the edits."
+    return f"Signs count where the utility is beyond twice its standard error, in {100 * lens['above_noise']['mean']:.0f}% of the edits; it is above 0 in {100 * lens['positive']['mean']:.0f}% " \
+           "of these, which is what always saying yes gets right."
 
 
 def choices(lens, *first):
-    return [[*first, way, told(lens["gain"].get(way)), told(lens.get("regret", {}).get(way), 2), told(lens["correlation"].get(way), 3)] for way in WAYS if way in lens["gain"]]
+    return [[*first, way, told(lens["gain"].get(way)), told(lens.get("regret", {}).get(way), 2), told(lens["correlation"].get(way), 3), told(lens.get("signs", {}).get(way), 2)] for way in WAYS if way in lens["gain"]]
 
 
 def asked_tables(data):
     tables, asked = [], data.get("lens_asked", {})
     if asked:
-        tables += ["The same for the tokens of an answer, at the end of a row that holds what is asked for. " + " ".join(f"{name}: {signs(lens)}" for name, lens in asked.items()),
-                   report.table(["question", "choice", "gain", "regret", "correlation"], [row for name, lens in asked.items() for row in choices(lens, name)])]
+        tables += ["The same for the tokens of an answer, at the end of a row that holds what is asked for. " + " ".join(f"{name}: {above_noise(lens)}" for name, lens in asked.items()),
+                   report.table(["question", "choice", "gain", "regret", "correlation", "signs right"], [row for name, lens in asked.items() for row in choices(lens, name)])]
     if data["lens_not_asked"]:
         tables.append("\n".join(f"- not asked: {name}, {reason}" for name, reason in data["lens_not_asked"].items()))
     return tables

@@ -122,7 +122,8 @@ def test_signs_and_regret_by_hand():
     line[0, 8, :4] = wrong
     rows = Sure({way: line for way in ("lensnet", "random", "bm25", "embedding")}, 1)
     told = lens_quality(rows, [evaluate.Opened(8, np.arange(4), gain, np.array([[4.0, 3, 2, 1]]))], count=2)
-    assert sorted(told["signs"]) == [False, True], "the first is right and the last is wrong; the two without utility do not count"
+    assert told["lensnet"]["signs"] == [True, False], "the first is right and the last is wrong; the two without utility do not count"
+    assert told["positive"] == [True, False] and told["attention"]["signs"] == told["oracle"]["signs"] == [True, True] and told["recency"]["signs"] == [False, False]
     assert told["oracle"]["gain"] == pytest.approx([3.2]) and told["attention"]["gain"] == pytest.approx([3.2]) and told["lensnet"]["gain"] == pytest.approx([0.0])
     assert told["recency"]["gain"] == pytest.approx([-3.2]) and told["recency"]["correlation"][0] < 0 and len(told["points"]) == 4
 
@@ -133,7 +134,7 @@ def test_differences_of_scores_count(offset):
     line = np.zeros((1, 9, 9))
     line[0, 8, :4] = np.array([1.0, 0, 0, -1]) + offset
     told = lens_quality(Sure({way: line for way in ("lensnet", "random", "bm25", "embedding")}, 1), [evaluate.Opened(8, np.arange(4), gain, np.ones((1, 4)))])
-    assert told["signs"] == [True, True] and [score for score, _ in told["points"]] == [1, 0, 0, -1]
+    assert told["lensnet"]["signs"] == [True, True] and [score for score, _ in told["points"]] == [1, 0, 0, -1]
 
 
 def test_noise_hides_signs():
@@ -146,7 +147,7 @@ def test_noise_hides_signs():
         line = np.zeros((1, 20, 20))
         line[0, 19, 0] = 1
         told = lens_quality(Sure({way: line for way in ("lensnet", "random", "bm25", "embedding")}, 1), [evaluate.Opened(19, np.arange(9), gain, np.zeros((1, 9)))])
-        assert told["signs"] == [True] * counted
+        assert told["lensnet"]["signs"] == [True] * counted
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ def test_the_tables_and_the_json_tell_what_the_sessions_did(base, tmp_path, monk
     assert set(data["dnll"]) == {"1", "1 newest"} and set(data["dnll"]["1"]) == {"32", "64", "128"} and data["reconstruction"]["1"]["own"]["mean"] > 0
     assert data["diversity"]["trained"]["1"]["n"]["mean"] == 2 * 16, "rows of 16 blocks have no level-2 gist"
     assert set(data["lens"]["gain"]) == set(WAYS) and data["lens"]["regret"]["oracle"] == dict(mean=0.0, spread=0.0)
+    assert set(data["lens"]["signs"]) == set(WAYS) and data["lens"]["signs"]["oracle"]["mean"] == 1 and 0 <= data["lens"]["positive"]["mean"] <= 1 and "| choice | gain | regret | correlation | signs right |" in section
     answers = data["lens_asked"]["passkey"]
     assert set(answers["gain"]) == set(WAYS) and answers["regret"]["oracle"]["mean"] == 0 and "| passkey | lensnet |" in section
     assert set(data["recall"]["passkey"]["700"]["0.9"]) == set(recall.COLUMNS) and set(data["recall"]) | {name.split("/")[0] for name in data["recall_missing"]} == {"passkey", "codeqa"}
