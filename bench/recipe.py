@@ -42,7 +42,7 @@ from nanochat.optim import make_optimizer
 from nanochat.report import table
 from nanochat.train import Curves
 from scripts.base_train import parser as training
-from scripts.mega_eval import long_documents, sample_rows
+from scripts.mega_eval import long_documents, parts, sample_rows
 
 parser = argparse.ArgumentParser(description="Change one thing at a time in co-training", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 add_flags(parser, seq_len=1024, eval_tokens=65536)
@@ -97,7 +97,7 @@ def changed(variant, config, seed):
         torch.manual_seed(seed)
         gpt = GPT(config)
         torch.manual_seed(seed)
-        gistnet = classes.get("GistNet", GistNet)(GistConfig(**dict(width=config.width, inner=config.width // 2) | gist))
+        gistnet = classes.get("GistNet", GistNet)(replace(GistConfig.for_gpt(config), **gist))
         yield classes.get("CoTraining", CoTraining)(gpt, gistnet, LensNet(LensConfig()), CoTrainingOptions(seed=seed, **dict(reconstruct_every=training.get_default("reconstruct_every")) | options))
 
 
@@ -126,7 +126,7 @@ def train(config, items, val_items, texts, tokenizer, args, seed, variant):
 def judge(networks, rows):
     """{column: number} of validation rows (B, T + 1), read within T / 8 entries."""
     found = {}
-    for part in rows.split(4):
+    for part in parts(rows, 4):
         some = Rows(networks, part, (rows.size(1) - 1) // 8, np.random.default_rng(0))
         tail, near = some.T // 4, recency_table(some.Q, some.W)
         nats = lambda *view: some.nats(*view).mean(dim=1)

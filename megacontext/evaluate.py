@@ -80,8 +80,13 @@ class Rows:
 
 
 def swapped(entries, T):
-    """The same rows with the gists (and their values) of the next row."""
-    swap = lambda t: torch.cat([t[:, :T], t[:, T:].roll(1, 0)], dim=1)
+    """
+    The same rows with the gists (and their values) of the row before, the first with those of the second: where rows are of documents in turn, neighbours are
+    never of one document, but the first and the last of a part may be.
+    """
+    assert len(entries.x) >= 2, "swapped gists come from another row"
+    other = torch.arange(-1, len(entries.x) - 1, device=entries.x.device).abs() # 1, 0, 1, 2, ...
+    swap = lambda t: torch.cat([t[:, :T], t[other, T:]], dim=1)
     return Entries(swap(entries.x), [swap(value) for value in entries.values])
 
 
@@ -96,7 +101,6 @@ def pooled(entries, T):
 
 def trailing(rows, tail):
     """{method: nats (B, tail) of the last tokens}, for all of METHODS but the oracle. Rows >= 2: swapped needs another document."""
-    assert rows.B >= 2, "swapped gists come from another row"
     Q, W, scores = rows.Q, rows.W, rows.scores
     views = {
         "window": (window_table(Q, W), None),

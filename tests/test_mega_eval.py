@@ -9,13 +9,14 @@ import pytest
 import torch
 
 import scripts.mega_eval as mega_eval
-from megacontext.evaluate import METHODS, WAYS
+from megacontext.evaluate import METHODS, WAYS, swapped
 from megacontext.runtime import Session
 from megacontext.search import block_scores
 from megacontext.telemetry import Telemetry
 from megacontext.tree import MegaTree, make_header
 from nanochat import report
 from nanochat.common import UserError
+from nanochat.gpt import Entries
 from scripts import asked, recall, recall_eval
 from scripts.asked import answer_rows
 from scripts.load import load_stage
@@ -75,6 +76,17 @@ def test_what_cannot_be_measured_is_said_before_anything_is(base, tmp_path, monk
     monkeypatch.setattr(sys, "argv", ["mega_eval", "--source", make_text(tmp_path / "text", files=40), "--device", "cpu", *flags])
     with pytest.raises(UserError, match=said):
         mega_eval.main()
+
+
+@pytest.mark.parametrize("documents, count", [(2, 5), (3, 4), (3, 7), (6, 7), (6, 20)])
+def test_swapped_gists_are_of_another_document_however_few_there_are(documents, count):
+    """Six books, seven rows: the first row had the gists of the last, which is of the same book, and the control was none."""
+    long = [[n] * 1000 for n in range(documents)]
+    for size in (2, 4):
+        for part in mega_eval.parts(mega_eval.sample_rows(long, 320, count, np.random.default_rng(0)), size):
+            x = part[:, :321, None].float()
+            own, other = x[:, -1, 0], swapped(Entries(x, []), 320).x[:, -1, 0]
+            assert (own != other).all()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
