@@ -49,8 +49,9 @@ def parse_curriculum(text):
         stages = tuple((int(block), float(share)) for block, share in (stage.split(":") for stage in text.split(",")))
     except ValueError:
         raise UserError(f"a curriculum is block:share pairs such as 8:0.3,16:0.55,32:1, got {text!r}") from None
-    if any(FAN % block for block, _ in stages) or stages[-1] != (FAN, 1.0):
-        raise UserError(f"the blocks of a curriculum divide {FAN}, and it ends with {FAN}:1; got {text!r}")
+    shares = [0.0, *(share for _, share in stages)]
+    if any(block < 1 or FAN % block for block, _ in stages) or stages[-1] != (FAN, 1.0) or any(share <= before for before, share in zip(shares, shares[1:])):
+        raise UserError(f"the blocks of a curriculum divide {FAN}, its shares grow, and it ends with {FAN}:1; got {text!r}")
     return stages
 
 

@@ -278,7 +278,7 @@ def test_lensnet_is_asked_where_an_answer_begins_and_at_the_ticks_of_a_block():
 
 def test_curricula():
     assert parse_curriculum("8:0.3,32:1") == ((8, 0.3), (32, 1.0))
-    for wrong in ("8", "7:0.3,32:1", "8:0.5", ""):
+    for wrong in ("8", "7:0.3,32:1", "8:0.5", "", "8:0.5,16:0.3,32:1", "8:0,32:1", "0:0.5,32:1"): # of shares that do not grow, a stage would never come
         with pytest.raises(UserError):
             parse_curriculum(wrong)
 
