@@ -62,10 +62,16 @@ class FromEmptySlot(GistNet):
 
 class LateGists(CoTraining):
     """No row with gists before a fifth of the steps."""
+    begin = 0.2
 
     def start_step(self, step, total):
         super().start_step(step, total)
-        self.options = replace(self.options, plain_every=1 if step < 0.2 * total else CoTrainingOptions().plain_every)
+        self.options = replace(self.options, plain_every=1 if step < self.begin * total else CoTrainingOptions().plain_every)
+
+
+class LaterGists(LateGists):
+    """... before half of them."""
+    begin = 0.5
 
 
 # name: (settings of GistConfig, settings of CoTrainingOptions, classes in place of GistNet and CoTraining, patches while it lasts)
@@ -74,14 +80,19 @@ VARIANTS = {
     "no curriculum": ({}, dict(curriculum=((32, 1.0),)), {}, ()),
     "curriculum 4, 8, 16, 32": ({}, dict(curriculum=((4, 0.15), (8, 0.3), (16, 0.5), (32, 1.0))), {}, ()),
     "no left context": (dict(left=0), {}, {}, ()),
+    "left context of 64": (dict(left=64), {}, {}, ()),
     "left context of 128": (dict(left=128), {}, {}, ()),
+    "left context of 256": (dict(left=256), {}, {}, ()),
     "two rounds": (dict(layers=2), {}, {}, ()),
     "from an empty slot": ({}, {}, dict(GistNet=FromEmptySlot), ()),
     "raw tail up to 128": ({}, dict(tail=(0, 128)), {}, ()),
     "raw tail up to 512": ({}, dict(tail=(0, 512)), {}, ()),
     "no reconstruction": ({}, dict(reconstruct_every=0), {}, ()),
+    "one block in four reconstructed": ({}, dict(reconstruct_every=4), {}, ()),
     "half of the rows plain": ({}, dict(plain_every=2), {}, ()),
     "gists after a fifth": ({}, {}, dict(CoTraining=LateGists), ()),
+    "gists after a half": ({}, {}, dict(CoTraining=LaterGists), ()),
+    "twice as many labels": ({}, dict(reading_tokens=256), {}, ()),
     "LensNet opens nothing": ({}, dict(asked=0.0), {}, ()),
     "no values for gists": ({}, {}, {}, (patch.object(losses, "pool_values", lambda values, fan: torch.zeros_like(values[:, ::fan][:, :values.size(1) // fan])),)),
 }
