@@ -13,7 +13,7 @@ Does the memory pay? Tables, pictures, and one JSON line with all of their numbe
                      what those of a chat did, from the lines that they wrote, and nothing else: no checkpoint is needed
 
 python -m scripts.mega_eval --stage sft
-python -m scripts.mega_eval --checkpoint base/d4 --source dir:books --seq-len 2048 --budget 256 --documents 24
+python -m scripts.mega_eval --checkpoint mid/d4 --source dir:books --seq-len 2048 --budget 256 --documents 24
 python -m scripts.mega_eval --telemetry ticks.jsonl    # after chat_cli --telemetry ticks.jsonl, or chat_web or mega_demo
 """
 import argparse
@@ -63,6 +63,9 @@ def settle(args, seq_len):
     """Fill in what was left to the checkpoint; UserError for what cannot be measured."""
     least = 4 * BLOCK
     T = args.seq_len = args.seq_len if args.seq_len > 0 else seq_len
+    if T > seq_len:
+        raise UserError(f"--seq-len {T}: the model was trained on rows of {seq_len}. A session maps what is further away to positions that it knows, rows do not: these tables would measure "
+                        "positions (bench/positions.py does)")
     args.lengths = sorted({*(numbers(args.lengths) or [T // 4, T // 2, T]), T})
     args.budget = args.budget if args.budget > 0 else T // 8
     if T < 16 * BLOCK or any(length % least or not least <= length <= T for length in args.lengths):
@@ -213,6 +216,10 @@ def told(number, digits=4):
     return None if number is None else f"{number['mean']:.{digits}f}" + ("" if number["spread"] is None else f" +- {number['spread']:.{digits}f}")
 
 
+def share(number):
+    return f"{100 * number['mean']:.0f}% +- {100 * number['spread']:.0f}%"
+
+
 def tell_sessions(path):
     """The table and the numbers of a file of ticks, by session."""
     told = summaries(path)
@@ -283,7 +290,7 @@ def trailing_tables(data, args):
         f"Nats per token over the last {tail_of(T)}; +- is the standard deviation over seeds. The oracle looks at the targets and was measured on {data['measured_rows']} rows of each seed; "
         "what it is better by is paired, its loss is not to be compared with the others'.",
         report.table(["method", "loss", "better than the window by", "share of the way to full"], rows),
-        f"With growing context, all ending at the same place, {data['budget']} entries in view: better than the window by",
+        f"With growing context, all ending at the same place, {data['budget']} entries in view: better than the window by, over the last {', '.join(f'{tail_of(length)}' for length in args.lengths)} tokens",
         report.table(["method", *[f"{length} tokens" for length in args.lengths]], [[name, *[told(by[length][name]["better_than_window"]) for length in args.lengths]] for name in METHODS]),
         picture("mega_context.png", "loss against context"),
         f"Bits per byte against the visible budget ({data['measured_rows']} rows of each seed); all {T} tokens raw: {told(budgets[T]['full'])}.",
@@ -292,7 +299,7 @@ def trailing_tables(data, args):
 
 
 def gist_tables(data):
-    rows = [[f"{probes.COARSER[kind]}", H, told(row["dnll"]), told(row["ppl_ratio"]), *[f"{100 * row[f'below_{x}_{per}']['mean']:.0f}%" for per in ("a_token", "in_all") for x in (0.1, 1)]]
+    rows = [[f"{probes.COARSER[kind]}", H, told(row["dnll"]), told(row["ppl_ratio"]), *[share(row[f"below_{x}_{per}"]) for per in ("a_token", "in_all") for x in (0.1, 1)]]
             for kind, horizons in data["dnll"].items() for H, row in horizons.items()]
     behind = [[f"{32 ** level} tokens", *[told(row[name]) for name in ("own", "other", "nothing")]] for level, row in data["reconstruction"].items()]
     diverse = [[f"{name}, level {level}", int(row["n"]["mean"]), told(row["rank"], 1), told(row["cosine"], 3)] for name, levels in data["diversity"].items() for level, row in levels.items()]
@@ -300,7 +307,7 @@ def gist_tables(data):
         "What the next H tokens lose, in nats per token, when one thing is shown more coarsely for all of them (dNLL@H), the ratio of perplexities, and the share of spans that lose less than "
         "0.1 and 1 nat a token, and less than 0.1 and 1 nat over all H tokens.",
         report.table(["shown more coarsely", "H", "dNLL@H", "ppl ratio", "< 0.1 a token", "< 1 a token", "< 0.1 in all", "< 1 in all"], rows),
-        "A block's tokens 2 to 32, read behind one gist and nothing else, in nats per token (reconstruction; nothing was trained for it).",
+        "A block's tokens 2 to 32, read behind one gist and nothing else, in nats per token (reconstruction; base training reads some blocks of level 1 so, by its --reconstruct-every, level 2 never was).",
         report.table(["gist of", "its own gist", "another document's", "nothing"], behind),
         "How many directions gists take: effective rank (at most their number and the model's width), and the mean cosine of two of them; pooled = means of tokens, untrained.",
         report.table(["gists", "number", "effective rank", "mean cosine"], diverse),

@@ -40,6 +40,9 @@ def test_the_tables_and_the_json_tell_what_the_sessions_did(base, tmp_path, monk
     window = data["trailing"]["512"]["window"]
     assert window["better_than_window"]["mean"] == window["above_window"]["mean"] == 0 and all(set(numbers) == {"mean", "spread"} for numbers in window.values())
     assert set(data["dnll"]) == {"1", "1 newest"} and set(data["dnll"]["1"]) == {"32", "64", "128"} and data["reconstruction"]["1"]["own"]["mean"] > 0
+    assert "nothing was trained" not in section and "better than the window by, over the last 32, 64, 128 tokens" in section
+    below = data["dnll"]["1"]["32"]["below_0.1_a_token"]
+    assert f"| {100 * below['mean']:.0f}% +- {100 * below['spread']:.0f}% |" in section
     assert data["diversity"]["trained"]["1"]["n"]["mean"] == 2 * 16, "rows of 16 blocks have no level-2 gist"
     assert set(data["lens"]["gain"]) == set(WAYS) and data["lens"]["regret"]["oracle"] == dict(mean=0.0, spread=0.0)
     assert set(data["lens"]["signs"]) == set(WAYS) and data["lens"]["signs"]["oracle"]["mean"] == 1 and 0 <= data["lens"]["positive"]["mean"] <= 1 and "| choice | gain | regret | correlation | signs right |" in section
@@ -69,7 +72,7 @@ def test_the_tables_and_the_json_tell_what_the_sessions_did(base, tmp_path, monk
 
 @pytest.mark.parametrize("flags, said", [
     (["--seeds", "1"], "--seeds of at least 2"), (["--measured-rows", "1"], "--measured-rows from 2"), (["--lengths", "100"], "multiples of 128"), (["--lengths", "a"], "numbers with commas"),
-    (["--seq-len", "128"], "--seq-len of at least 512"), (["--recall-tasks", "poetry"], "--recall-tasks among passkey"), (["--recall-depths", "2"], "depths from 0 to 1"), (["--budget", "40"], "raise --budget")])
+    (["--seq-len", "128"], "--seq-len of at least 512"), (["--seq-len", "1024"], "trained on rows of 512"), (["--recall-tasks", "poetry"], "--recall-tasks among passkey"), (["--recall-depths", "2"], "depths from 0 to 1"), (["--budget", "40"], "raise --budget")])
 def test_what_cannot_be_measured_is_said_before_anything_is(base, tmp_path, monkeypatch, flags, said):
     make_run("sft", seq_len=512)
     monkeypatch.setattr(mega_eval, "long_documents", lambda source, tokenizer, T: [list(range(1, 60)) * 10] * 2)
