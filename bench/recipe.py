@@ -7,7 +7,7 @@ python -m bench.recipe --seeds 0,1,2 --only "no curriculum,no left context"
 All variants of a seed start from the same weights where they have them and read the same rows in the same order; all are judged on the same
 validation rows, so differences are paired. In nats per token over the last quarter of rows that are read within an eighth of their length, but for the first:
     bpb         bits per byte of plain reading, which the memory must not hurt
-    window      what recency with gists is better by than a sliding window with sinks
+    window      what recency with gists is better by than a sliding window
     none        ... than the same without its gists
     swapped     ... than the same with gists of another document
     raw         what the choice of LensNet is better by than recency

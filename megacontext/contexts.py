@@ -3,7 +3,7 @@ Working contexts of equal visible budget: what each method that mega_eval compar
 
 A method is a table as in layout.py: table[q, b] says how block q reads block b. Every line costs at most W entries, its own block
 included, a token 1 and a gist 1, whatever its level. Methods differ in what they spend that on:
-    window      the newest raw blocks behind the first one (attention sinks: Xiao et al., 2023)
+    window      the newest raw blocks, with sinks behind the first one (attention sinks: Xiao et al., 2023)
     retrieved   the newest raw blocks, and as many older ones, those that score best; no gists
     recency     the newest raw blocks, and a gist for every older one
     chosen      as recency, but half of the raw blocks are those that score best
@@ -46,7 +46,7 @@ def raw_blocks(q, W, gists):
     return n
 
 
-def window_table(Q, W, sinks=True):
+def window_table(Q, W, sinks=False):
     """sinks: one block of two or more is the row's first."""
     table = np.zeros((Q, Q), dtype=np.int64)
     for q in range(Q):

@@ -2,7 +2,9 @@
 Does the memory pay? Measured on rows of one long document each, through the layout that training uses, at equal visible budget: at
 every block each method may read W entries, whatever their level, its own block included.
 
-    window      the row's first block (sinks) and the newest raw blocks
+    window      the newest raw blocks: what the others are compared with
+    window with sinks  one of them is the row's first (attention sinks: Xiao et al., 2023). Training shows no sinks, and of a small budget a block for them is
+                much: it is worse than the window, and what was compared with it looked better
     bm25        the newest raw blocks and as many older ones that BM25 finds; no gists
     embedding   the same, found by the cosine of mean token embeddings
     random      MegaContext: a gist for every older block, and half of the raw blocks chosen at random
@@ -31,7 +33,7 @@ from megacontext.span import BLOCK
 from nanochat.attention import norm
 from nanochat.gpt import Entries
 
-METHODS = ("window", "bm25", "embedding", "random", "pooled", "recency", "lensnet", "lensnet alone", "oracle", "swapped", "no gists", "full")
+METHODS = ("window", "window with sinks", "bm25", "embedding", "random", "pooled", "recency", "lensnet", "lensnet alone", "oracle", "swapped", "no gists", "full")
 
 
 @dataclass
@@ -104,6 +106,7 @@ def trailing(rows, tail):
     Q, W, scores = rows.Q, rows.W, rows.scores
     views = {
         "window": (window_table(Q, W), None),
+        "window with sinks": (window_table(Q, W, sinks=True), None),
         "bm25": (rows.tables(retrieved_table, scores["bm25"]), None),
         "embedding": (rows.tables(retrieved_table, scores["embedding"]), None),
         "random": (rows.tables(chosen_table, scores["random"]), None),

@@ -1,7 +1,7 @@
 """
 Does the memory pay? Tables, pictures, and one JSON line with all of their numbers:
 
-    trailing loss    at equal visible budget: a window with sinks, retrieval, gists by recency, LensNet's choice, an oracle, controls, full
+    trailing loss    at equal visible budget: a window, retrieval, gists by recency, LensNet's choice, an oracle, controls, full
                      attention; with growing context (megacontext/evaluate.py says what each is)
     by budget        bits per byte against the visible budget, window and gists beside full attention
     dNLL@H           what a gist costs in place of what it stands for, by level and horizon; how often it is as good (megacontext/probes.py)

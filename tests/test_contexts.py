@@ -15,7 +15,7 @@ SIZES = [(Q, W) for Q in (1, 8, 33, 64) for W in (2 * BLOCK, 4 * BLOCK, 8 * BLOC
 
 def every_table(Q, W, rng):
     scores = rng.normal(size=(Q, Q))
-    return {"window": window_table(Q, W), "plain window": window_table(Q, W, sinks=False), "recency": recency_table(Q, W), "no gists": recency_table(Q, W, older=HIDDEN),
+    return {"window": window_table(Q, W), "window with sinks": window_table(Q, W, sinks=True), "recency": recency_table(Q, W), "no gists": recency_table(Q, W, older=HIDDEN),
             "chosen": chosen_table(Q, W, scores), "retrieved": retrieved_table(Q, W, scores)}
 
 
@@ -69,11 +69,11 @@ def test_the_best_scored_blocks_are_raw_and_the_newest_too(seed):
             assert sorted(wanted) == older.tolist()
 
 
-def test_the_window_keeps_the_first_block():
+def test_a_window_keeps_the_first_block_where_it_has_sinks():
     """5 blocks of budget: the own one, the first, and the three newest."""
-    assert np.flatnonzero(window_table(10, 5 * BLOCK)[9] == RAW).tolist() == [0, 6, 7, 8]
-    assert np.flatnonzero(window_table(10, 5 * BLOCK, sinks=False)[9] == RAW).tolist() == [5, 6, 7, 8]
-    assert np.flatnonzero(window_table(10, 2 * BLOCK)[9] == RAW).tolist() == [8], "one block is no place for a sink"
+    assert np.flatnonzero(window_table(10, 5 * BLOCK, sinks=True)[9] == RAW).tolist() == [0, 6, 7, 8]
+    assert np.flatnonzero(window_table(10, 5 * BLOCK)[9] == RAW).tolist() == [5, 6, 7, 8]
+    assert np.flatnonzero(window_table(10, 2 * BLOCK, sinks=True)[9] == RAW).tolist() == [8], "one block is no place for a sink"
 
 
 def test_a_budget_without_room_is_the_users_mistake():

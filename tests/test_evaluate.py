@@ -52,6 +52,17 @@ def test_the_past_does_not_move_when_the_future_does():
         assert not torch.allclose(a, b, atol=1e-2)
 
 
+def test_what_all_are_compared_with_spends_its_budget_on_the_newest_blocks(monkeypatch):
+    """With a block of sinks in place of the third newest the baseline was worse by 0.17 nats a token, and all that was compared with it better."""
+    rows, seen = some_rows(), []
+    monkeypatch.setattr(Rows, "nats", lambda self, table, *more, **named: seen.append(table) or torch.zeros(3, TAIL))
+    trailing(rows, TAIL)
+    by_budget(rows, [W], TAIL)
+    raw = lambda table: np.flatnonzero(table[Q - 1] == RAW).tolist()
+    newest = list(range(Q - W // BLOCK, Q - 1))
+    assert raw(seen[0]) == raw(seen[len(METHODS) - 2]) == newest and raw(seen[1]) == [0, *newest[1:]]
+
+
 def test_full_is_the_plain_gpt_and_a_budget_for_everything_is_full():
     rows = some_rows()
     everything = by_budget(rows, [W, Q * BLOCK], TAIL)
