@@ -1,13 +1,18 @@
 """bench/recipe.py: a variant is another training, only while it lasts, and rows of the table are what they say."""
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from bench import recipe
+from megacontext.evaluate import Networks, Rows, trailing
+from megacontext.gistnet import GistConfig
+from megacontext.probes import reconstruction
 from nanochat.dataloader import Batch
 from nanochat.gpt import GPTConfig
 from nanochat.optim import make_optimizer
+from tests.tiny import VOCAB, tiny_networks
 
 CONFIG = GPTConfig(vocab_size=50, seq_len=640, layers=2, heads=2, kv_heads=2, width=64)
 STEPS = 12
@@ -38,6 +43,22 @@ def test_a_variant_changes_something_and_leaves_nothing_behind(variant):
     if variant != "as it is":
         assert learnt(variant) != as_it_is
     assert learnt("as it is") == as_it_is
+
+
+def test_it_is_what_training_builds():
+    config = GPTConfig(vocab_size=50, seq_len=64, layers=2, heads=6, kv_heads=6, width=384)
+    with recipe.changed("as it is", config, seed=0) as objective:
+        assert objective.gistnet.config == GistConfig.for_gpt(config)
+
+
+def test_what_is_judged_is_what_mega_eval_tells():
+    """Five rows: once the fifth was read by itself, and its gists of another row were its own."""
+    networks, ids = Networks(*tiny_networks()), torch.randint(VOCAB, (5, 1281), generator=torch.Generator().manual_seed(0))
+    rows = Rows(networks, ids, 160, np.random.default_rng(0))
+    nats, decoded = trailing(rows, 320), reconstruction(rows)[1]
+    better = {name: (nats[other] - nats["recency"]).mean().item() for name, other in dict(window="window", none="no gists", swapped="swapped").items()}
+    better |= dict(raw=(nats["recency"] - nats["lensnet"]).mean().item(), decoded=np.mean(decoded["nothing"]) - np.mean(decoded["own"]))
+    assert recipe.judge(networks, ids) == pytest.approx(better, abs=1e-4) and min(map(abs, better.values())) > 1e-3
 
 
 def test_the_spread_is_that_of_paired_differences():
