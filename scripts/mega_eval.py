@@ -34,7 +34,7 @@ from nanochat.dataset import add_data_dir, open_source, use_data_dir
 from nanochat.run import Log
 from scripts.asked import SLACK, answer_rows, ask
 from scripts.load import load_stage
-from scripts.recall import Questions, add_recall_flags, numbers, picture, recall_tables, settle_recall, spread, telemetry_numbers, telemetry_table
+from scripts.recall import Questions, add_recall_flags, numbers, percent, picture, recall_tables, settle_recall, spread, telemetry_numbers, telemetry_table
 
 parser = argparse.ArgumentParser(description="Measure what the memory is worth", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 parser.add_argument("--stage", default="sft", help="base, mid or sft")
@@ -216,10 +216,6 @@ def told(number, digits=4):
     return None if number is None else f"{number['mean']:.{digits}f}" + ("" if number["spread"] is None else f" +- {number['spread']:.{digits}f}")
 
 
-def share(number):
-    return f"{100 * number['mean']:.0f}% +- {100 * number['spread']:.0f}%"
-
-
 def tell_sessions(path):
     """The table and the numbers of a file of ticks, by session."""
     told = summaries(path)
@@ -299,7 +295,7 @@ def trailing_tables(data, args):
 
 
 def gist_tables(data):
-    rows = [[f"{probes.COARSER[kind]}", H, told(row["dnll"]), told(row["ppl_ratio"]), *[share(row[f"below_{x}_{per}"]) for per in ("a_token", "in_all") for x in (0.1, 1)]]
+    rows = [[f"{probes.COARSER[kind]}", H, told(row["dnll"]), told(row["ppl_ratio"]), *[percent(row[f"below_{x}_{per}"]) for per in ("a_token", "in_all") for x in (0.1, 1)]]
             for kind, horizons in data["dnll"].items() for H, row in horizons.items()]
     behind = [[f"{32 ** level} tokens", *[told(row[name]) for name in ("own", "other", "nothing")]] for level, row in data["reconstruction"].items()]
     diverse = [[f"{name}, level {level}", int(row["n"]["mean"]), told(row["rank"], 1), told(row["cosine"], 3)] for name, levels in data["diversity"].items() for level, row in levels.items()]

@@ -159,7 +159,7 @@ def mean(values):
 
 def recall_table(data, depths):
     """data: {task: {length: {depth: {way, or found: dict(mean, spread)}}}} -> Markdown, in percent."""
-    rows = [[f"{name}, {length} tokens, {way}", *[f"{100 * table[depth][way]['mean']:.0f}%" for depth in depths]]
+    rows = [[f"{name}, {length} tokens, {way}", *[percent(table[depth][way]) for depth in depths]]
             for name, lengths in data.items() for length, table in lengths.items() for way in COLUMNS]
     return report.table(["question, history, way", *[f"depth {depth}" for depth in depths]], rows)
 
@@ -198,6 +198,11 @@ def spread(values):
     return dict(mean=float(np.mean(values)), spread=float(np.std(values, ddof=1)) if len(values) > 1 else None)
 
 
+def percent(share):
+    """A share, as spread() has it, in words."""
+    return f"{100 * share['mean']:.0f}%" + ("" if share["spread"] is None else f" +- {100 * share['spread']:.0f}%")
+
+
 def recall_tables(loaded, data, args, began, drawn):
     """Ask, and tell: a list of Markdown. The numbers go into data, the picture into the file `drawn` beside the report."""
     found, missing, data["telemetry"] = recall(loaded, Engine(loaded.tokenizer), args.recall_tasks, args.source, args.recall_lengths, args.recall_depths, args.recall_problems,
@@ -206,7 +211,7 @@ def recall_tables(loaded, data, args, began, drawn):
                       for name, lengths in found.items()}
     data |= dict(recall_missing=missing, recall_budget=args.recall_budget)
     asked = args.recall_problems * args.seeds
-    tables = [f"Recall with {args.recall_budget} entries in view: share of {asked} questions answered, by length of the history and depth (0 = oldest).", recall_table(data["recall"], args.recall_depths)]
+    tables = [f"Recall with {args.recall_budget} entries in view: share of {asked} questions answered, by length of the history and depth (0 = oldest); +- is the standard deviation over seeds.", recall_table(data["recall"], args.recall_depths)]
     if missing:
         tables.append("\n".join(f"- not asked: {name}, {reason}" for name, reason in missing.items()))
     if data["recall"]:

@@ -50,6 +50,7 @@ def test_the_tables_and_the_json_tell_what_the_sessions_did(base, tmp_path, monk
     assert set(answers["gain"]) == set(WAYS) and answers["regret"]["oracle"]["mean"] == 0 and "| passkey | lensnet |" in section
     assert set(data["recall"]["passkey"]["700"]["0.9"]) == set(recall.COLUMNS) and set(data["recall"]) | {name.split("/")[0] for name in data["recall_missing"]} == {"passkey", "codeqa"}
 
+    assert "| passkey, 700 tokens, window | 0% +- 0% | 0% +- 0% |" in section
     for name in ("mega_context", "mega_lens", "mega_recall"):
         assert f"]({name}.png)" in section and (report.folder() / f"{name}.png").stat().st_size > 1000
 
