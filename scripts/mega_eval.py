@@ -323,8 +323,9 @@ def lens_tables(data, points):
 def above_noise(lens):
     if lens.get("positive", {}).get("spread") is None:
         return "No edit's utility was above noise at two seeds or more."
-    return f"Signs count where the utility is beyond twice its standard error, in {100 * lens['above_noise']['mean']:.0f}% of the edits; it is above 0 in {100 * lens['positive']['mean']:.0f}% " \
-           "of these, which is what always saying yes gets right."
+    positive = lens["positive"]["mean"]
+    return f"Signs count where the utility is beyond twice its standard error, in {100 * lens['above_noise']['mean']:.0f}% of the edits; it is above 0 in {100 * positive:.0f}% of these, so " \
+           f"always saying {'yes' if positive > 0.5 else 'no'} gets {100 * max(positive, 1 - positive):.0f}% right."
 
 
 def choices(lens, *first):

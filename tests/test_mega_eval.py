@@ -82,6 +82,14 @@ def test_what_cannot_be_measured_is_said_before_anything_is(base, tmp_path, monk
         mega_eval.main()
 
 
+def test_what_one_sign_for_all_would_get_right_is_told():
+    """One edit in ten is worth more than the mean: who never says so has 90% of the signs right, and LensNet's 70% are no merit."""
+    told = lambda mean: dict(mean=mean, spread=0.1)
+    assert "always saying no gets 90% right" in mega_eval.above_noise(dict(positive=told(0.1), above_noise=told(0.3)))
+    assert "always saying yes gets 75% right" in mega_eval.above_noise(dict(positive=told(0.75), above_noise=told(0.3)))
+    assert "No edit's utility" in mega_eval.above_noise(dict(above_noise=told(0.0)))
+
+
 @pytest.mark.parametrize("documents, count", [(2, 5), (3, 4), (3, 7), (6, 7), (6, 20)])
 def test_swapped_gists_are_of_another_document_however_few_there_are(documents, count):
     """Six books, seven rows: the first row had the gists of the last, which is of the same book, and the control was none."""
