@@ -27,7 +27,7 @@ from nanochat.gpt import IGNORE, Entries
 class CoTrainingOptions:
     seed: int = 0
     plain_every: int = 4      # one round of rows in so many is read plainly (0 = none)
-    labels_every: int = 4     # one round in so many has edits measured, on half of its rows
+    labels_every: int = 2     # one round in so many has edits measured, once gists are of 32 tokens, as a session's are
     lanes: int = 8            # rows a round
     tail: tuple = (0, 256)    # raw tail in tokens
     asked: float = 0.5        # share of the rows with gists of 32 tokens in which LensNet opens blocks, as in a session, besides those opened by chance
@@ -106,7 +106,7 @@ class CoTraining(nn.Module):
         o, K = self.options, self.block
         rounds = batch.rows.cpu().numpy() // o.lanes
         plain = torch.from_numpy(rounds % o.plain_every == 0) if o.plain_every else torch.zeros(len(rounds), dtype=torch.bool)
-        labelled = torch.from_numpy((rounds % o.labels_every == 1) & (batch.rows.cpu().numpy() % 2 == 0))
+        labelled = torch.from_numpy((rounds % o.labels_every == 1) & (K == FAN))
         nats, metrics = 0.0, {}
         for name, chosen, reader in (("plain", plain, self._read_plain), ("gist", ~plain, self._read_gists)):
             if chosen.any():

@@ -21,7 +21,7 @@ from nanochat.muon import muon_dtype, muon_step, variance_dim
 # Which parameter takes which step
 
 def param_groups(gpt, extra=None, *, matrix_lr=0.02, embed_lr=0.3, value_lr=0.15, head_lr=0.008, resid_lr=0.005, x0_lr=0.05,
-                 weight_decay=0.28, extra_lr=0.01, lens_lr=0.003, lr_scale=1.0):
+                 weight_decay=0.28, extra_lr=0.01, lens_lr=0.01, lr_scale=1.0):
     """
     Sort every trainable parameter into exactly one group.
 

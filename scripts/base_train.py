@@ -30,7 +30,7 @@ parser.add_argument("--num-tokens", type=int, default=-1, help="tokens to train 
 parser.add_argument("--num-steps", type=int, default=-1, help="optimizer steps instead of tokens")
 parser.add_argument("--lr", type=float, default=1.0, help="times the learning rates that follow from batch and horizon")
 parser.add_argument("--tag", default="", help="name of the checkpoint folder (empty = d<depth>)")
-add_flags(parser, curriculum="8:0.3,16:0.55,32:1", plain_every=4, labels_every=4, reconstruct_every=8)
+add_flags(parser, curriculum="8:0.3,16:0.55,32:1", plain_every=4, labels_every=2, reconstruct_every=8)
 
 
 def main():

@@ -23,7 +23,7 @@ parser.add_argument("--hub", action="store_true", help="add SmolTalk, MMLU and G
 parser.add_argument("--conversations", default="", help="a JSONL file of your own conversations, half of the mixture")
 parser.add_argument("--num-steps", type=int, default=100)
 parser.add_argument("--lr", type=float, default=0.5, help="times the base run's learning rates")
-add_flags(parser, curriculum="32:1", plain_every=2, labels_every=2)
+add_flags(parser, curriculum="32:1", plain_every=2, labels_every=4)
 
 
 def tell(own, tokenizer, seq_len):

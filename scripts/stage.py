@@ -28,7 +28,7 @@ def add_step_flags(parser, curriculum, plain_every, labels_every, reconstruct_ev
     parser.add_argument("--device-batch", type=int, default=-1, help="rows a forward on one device; halve it when memory runs out (-1 = what fits)")
     parser.add_argument("--curriculum", default=curriculum, help="children a gist : up to which share of the steps")
     parser.add_argument("--plain-every", type=int, default=plain_every, help="one round of eight rows in so many is read without gists, as a model without a memory reads")
-    parser.add_argument("--labels-every", type=int, default=labels_every, help="one round of eight rows in so many has half of its rows measured for LensNet: what opening a gist is worth")
+    parser.add_argument("--labels-every", type=int, default=labels_every, help="one round of eight rows in so many is measured for LensNet, once gists are of 32 tokens: what opening one is worth")
     parser.add_argument("--reconstruct-every", type=int, default=reconstruct_every, help="one block in so many, of the rows with gists, is also read behind its own gist and nothing else (0 = none)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="", help="cuda, mps or cpu (empty = the best there is)")

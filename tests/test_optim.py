@@ -237,7 +237,7 @@ def test_every_parameter_has_one_home(tiny_gpt):
     assert all((kind(name) == "adamw") == name.startswith(lookups) for name in home if name.startswith("gpt."))
     assert [name for name in home if name.startswith("gistnet.") and kind(name) == "muon"] == ["gistnet.pool.weight"]
     assert home["gistnet.pool.weight"]["lr"] == pytest.approx(0.01)
-    assert all(kind(name) == "adamw" and home[name]["lr"] == pytest.approx(0.003) for name in home if name.startswith("lensnet.")), "its rate is its own"
+    assert all(kind(name) == "adamw" and home[name]["lr"] == pytest.approx(0.01) for name in home if name.startswith("lensnet.")), "its rate is its own"
 
 
 def test_the_rates_of_tables_follow_the_width(tiny_gpt):
