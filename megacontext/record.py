@@ -171,8 +171,9 @@ class Record:
         if _busy(error):
             return TreeError(f"{self.path} is held by another process for more than 30 s ({error}): expected it to read or commit and let go. End it, if it hangs")
         journal = self.path.with_name("tree.db-journal")
-        if isinstance(error, sqlite3.OperationalError) and journal.exists() and journal.stat().st_size and not (os.access(journal, os.W_OK) and os.access(self.path.parent, os.W_OK)):
-            return TreeError(f"the writer of {self.path} was killed in the middle of a commit, and to undo that takes permission to write ({error}). "
+        undoing = (self.path, journal, self.path.parent)  # what has to be written for it
+        if isinstance(error, sqlite3.OperationalError) and journal.exists() and journal.stat().st_size and not all(os.access(path, os.W_OK) for path in undoing):
+            return TreeError(f"the writer of {self.path} was killed in the middle of a commit, and to undo that takes permission to write {', '.join(path.name for path in undoing)} ({error}). "
                              f"Open the tree once with it, or read a copy of the folder")
         return self._damaged(error)
 

@@ -11,7 +11,9 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -174,6 +176,91 @@ def test_killed_before_any_step_of_its_making_a_tree_is_made_again(tmp_path, mon
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+
+READER = """
+import os, sys, numpy.testing
+sys.path[:0] = [".", "tests"]
+from tree_truth import check_tree
+from megacontext.tree import MegaTree
+if os.getuid() == 0:
+    os.setuid(65534)  # root may write anywhere
+def look(what):
+    try:
+        check_tree(what(), 10_000)
+        print("whole", flush=True)
+    except Exception as error:
+        print(type(error).__name__, error, flush=True)
+kept = []
+for path in sys.stdin:
+    look(lambda: kept.append(MegaTree.open(path.strip(), mode="r")) or kept[-1])
+    look(lambda: kept[0].refresh() or kept[0])
+"""
+
+
+def test_a_commit_broken_off_is_told_to_who_may_not_undo_it_and_undone_by_who_may():
+    """A reader who might write all but the record itself was told that the record is damaged, and to restore the tree from a copy."""
+    with tempfile.TemporaryDirectory() as folder:  # not tmp_path, which lets nobody else in
+        os.chmod(folder, 0o755)
+        folder = Path(folder)
+        with MegaTree.create(folder / "t", HEADER) as tree:
+            ingest(tree, 10_000)
+        reader = subprocess.Popen([sys.executable, "-c", READER], cwd=Path(__file__).parent.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+        def told(path):
+            """What a reader is told who opens it, and one who opened the tree before the commit."""
+            reader.stdin.write(f"{path}\n")
+            reader.stdin.flush()
+            return [reader.stdout.readline().rstrip() for _ in range(2)]
+
+        def let(path, others, in_folder, record):
+            for file in path.iterdir():
+                file.chmod(others)
+            (path / "tree.db").chmod(record)
+            path.chmod(in_folder)
+            return path
+
+        assert told(let(folder / "t", 0o444, 0o555, 0o444)) == ["whole", "whole"]
+        let(folder / "t", 0o644, 0o755, 0o644)
+        writer = subprocess.run([sys.executable, "-c", KILLED, folder / "t"], cwd=Path(__file__).parent.parent)
+        assert writer.returncode == -signal.SIGKILL and (folder / "t" / "tree.db-journal").stat().st_size
+        copies = {name: shutil.copytree(folder / "t", folder / name) for name in ("nothing", "folder", "files", "but the record", "all")}
+        rights = {"but the record": (0o666, 0o777, 0o444), "nothing": (0o444, 0o555, 0o444), "folder": (0o444, 0o777, 0o444), "files": (0o666, 0o555, 0o666)}
+        before = let(folder / "t", 0o444, 0o555, 0o444)
+        for name, modes in rights.items():
+            new, old = told(let(copies[name], *modes))
+            for line, path in (new, copies[name]), (old, before):
+                assert line.startswith(f"TreeError the writer of {path}/tree.db was killed in the middle of a commit, and to undo that takes permission to write tree.db, tree.db-journal, {path.name} ("), (name, line)
+                assert line.endswith("Open the tree once with it, or read a copy of the folder"), (name, line)
+        let(folder / "t", 0o644, 0o755, 0o644)
+        MegaTree.open(folder / "t").close(commit=False)
+        let(folder / "t", 0o444, 0o555, 0o444)
+        assert told(let(copies["all"], 0o666, 0o777, 0o666)) == ["whole", "whole"], "who may write undoes it, in reading too, and once it is undone all read on"
+        reader.communicate()
+        assert reader.returncode == 0
+        for path in folder.iterdir():
+            path.chmod(0o755)
+
+
+KILLED = """
+import os, signal, sys
+sys.path[:0] = [".", "tests"]
+from tree_truth import ingest
+from megacontext.tree import MegaTree
+
+class Dies:  # stands in for the connection
+    def __init__(self, db):
+        self.db, self.executemany = db, db.executemany
+    def execute(self, statement, *args):
+        if statement == "commit":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.db.execute(statement, *args)
+
+tree = MegaTree.open(sys.argv[1])
+tree.record.db.execute("pragma cache_size = 1")  # so SQLite overwrites pages before the commit, as a longer one does
+ingest(tree, 300_000)
+tree.record.db = Dies(tree.record.db)
+tree.commit()
+"""
 
 CHILD = """
 import random, sys
