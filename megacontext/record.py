@@ -11,13 +11,18 @@ checksum. That takes some 20 ms a commit longer than a write-ahead log, where a 
 along without a word. The file `commits` counts them, written after each: a record that is older than it says is refused.
 """
 
-import fcntl
 import json
 import os
 import sqlite3
+import sys
 import zlib
 
 from megacontext.column import TreeError, full
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows: a tree is in memory there
+    fcntl = None
 
 DAMAGED = (sqlite3.Error, UnicodeDecodeError)  # SQLite quotes what it could not read, and Python cannot decode the quotation
 
@@ -182,7 +187,12 @@ class Record:
 
 
 def tree_at(folder):
-    """Whether a tree was made in a folder. What a creation leaves that was broken off is none; a tree that has lost its record is refused."""
+    """
+    Whether a tree was made in a folder. What a creation leaves that was broken off is none; a tree that has lost its record is refused, and so is
+    every folder where the system has no flock.
+    """
+    if fcntl is None:  # nor pread, nor folders that can be flushed
+        raise TreeError(f"no tree on disk here: expected a system with flock (Linux, macOS), found {sys.platform}. Keep the tree in memory, or use Linux, for instance in WSL")
     if (folder / "tree.db").exists():
         return True
     tokens = folder / "level0.ids"

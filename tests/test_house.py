@@ -97,6 +97,38 @@ def test_nanochat_lives_without_megacontext():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+WITHOUT_UNIX = """
+import builtins, importlib, mmap, os, signal, sys, types
+absent = {os: "fork getuid getgid setuid setgid setsid killpg uname sysconf pread pwrite posix_fallocate posix_fadvise fdatasync sched_getaffinity getloadavg fchmod chown O_DIRECTORY O_NONBLOCK",
+          signal: "SIGKILL SIGHUP SIGALRM SIGUSR1 SIGUSR2 SIGCHLD SIGPIPE SIGQUIT SIGXCPU alarm setitimer pthread_sigmask", mmap: "MADV_DONTNEED MAP_PRIVATE MAP_SHARED PROT_READ"}
+seen_by_us = dict.fromkeys(("fcntl", "grp", "pty", "pwd", "readline", "resource", "syslog", "termios", "tty"))
+for module, names in absent.items():
+    seen_by_us[module.__name__] = types.ModuleType(module.__name__)
+    vars(seen_by_us[module.__name__]).update({name: value for name, value in vars(module).items() if name not in names.split()})
+real = builtins.__import__
+def windows(name, globals=None, *args, **settings):
+    if name in seen_by_us and (globals or {}).get("__name__", "").startswith(("nanochat.", "megacontext.")):
+        if seen_by_us[name] is None:
+            raise ModuleNotFoundError(f"No module named {name!r}, for {globals['__name__']}", name=name)
+        return seen_by_us[name]
+    return real(name, globals, *args, **settings)
+builtins.__import__ = windows
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+"""
+
+
+def test_both_packages_are_imported_where_there_is_no_unix(tmp_path):
+    """Windows, as far as an import can tell: modules of ours get its os, signal and mmap, and no fcntl or resource. An offender is stopped."""
+    names = [f"{package}.{name}" for package in ("nanochat", "megacontext") for name in sorted(sources_of(package))]
+    subprocess.run([sys.executable, "-c", WITHOUT_UNIX, *names], cwd=ROOT, check=True)
+    (tmp_path / "nanochat").mkdir()
+    for source, said in (("import fcntl", "No module named 'fcntl', for nanochat.offender"), ("import signal\nsignal.SIGKILL", "has no attribute 'SIGKILL'"), ("from os import pread", "cannot import name 'pread'")):
+        (tmp_path / "nanochat" / "offender.py").write_text(source)
+        found = subprocess.run([sys.executable, "-c", WITHOUT_UNIX, "nanochat.offender"], cwd=tmp_path, env={"PATH": ""}, capture_output=True, text=True)
+        assert found.returncode == 1 and said in found.stderr
+
+
 def too_long(name, source):
     """Files are asked to be two at some 400 lines, functions at some 60; here is where asking ends."""
     lines = source.count("\n")

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from megacontext import record
 from megacontext.column import CODECS, decode, encode, row_bytes
 from megacontext.span import Span
 from megacontext.tree import MegaTree, TreeError, make_header
@@ -335,6 +336,18 @@ def test_who_may_not_write_reads_beside_a_writer_and_after_its_death():
             assert f"cannot open a tree in {folder / name} (Permission denied)" in out.stdout, out
             (folder / name).chmod(0o755)
         writer.close()
+
+
+def test_where_there_is_no_flock_a_tree_is_in_memory_or_refused(tmp_path, sample, monkeypatch):
+    """Windows: nothing of megacontext could be imported, for want of fcntl. What was there stays as it is, and nothing is made."""
+    monkeypatch.setattr(record, "fcntl", None)
+    for attempt in (lambda: MegaTree.create(tmp_path / "t", HEADER), lambda: MegaTree.open(sample), lambda: MegaTree.open(sample, mode="r"), lambda: MegaTree.exists(sample)):
+        with pytest.raises(TreeError, match="expected a system with flock .* Keep the tree in memory"):
+            attempt()
+    assert not (tmp_path / "t").exists()
+    tree = MegaTree.in_memory(HEADER)
+    ingest(tree, 3000)
+    check_tree(tree, 3000)
 
 
 def test_a_tree_is_made_only_where_there_is_nothing(tmp_path, sample):
