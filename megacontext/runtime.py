@@ -394,13 +394,17 @@ class Session:
                      spans=list(self.spans), scores=self.scores, focus=self.focus, frame=shown.frame, stats=dict(self.stats), kv=shown.pairs(), loose=(k, v))
 
     def rewind(self, state):
-        """Back to a mark of this session: what was read since is forgotten, and the next tokens are those that followed the mark."""
+        """
+        Back to a mark of this session: what was read since is forgotten, and the next tokens are those that followed the mark. The pins are those of the
+        mark again: what was pinned since may lie in what is forgotten, and would hold for other tokens there.
+        """
         if state.length > self.length:
             raise UserError(f"cannot rewind to {state.length} tokens: this session has {self.length}")
         if state.history != history(self.tree, state.length):
             raise UserError(f"cannot rewind to a mark of {state.length} tokens: this session was rewound further since, and has read other tokens there. Use an older mark")
         with self.changing():
             self._forget() # keys and values too: blocks past the mark will be other blocks
+            self.pins = state.pins
             self.tree.truncate(state.length)
             self._restore(state)
 

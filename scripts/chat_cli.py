@@ -30,7 +30,7 @@ HELP = """/read FILE   put a text file in front of your next message
 /memory      the working context: how many entries of each level, where
 /pin A B     keep tokens A up to B of the history in view as tokens (/memory tells places)
 /unpin       let go of all that is pinned
-/back        forget your last message and its answer; what was said before this start stays
+/back        forget your last message and its answer, and have pinned what was pinned then; what was said before this start stays
 /new         forget this conversation and start another
 /help        this list
 /quit        leave (so does Ctrl-D; Ctrl-C stops an answer)"""

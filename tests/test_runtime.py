@@ -369,6 +369,39 @@ def test_rewound_to_a_mark_the_next_tokens_are_the_same():
         memory.rewind(mark)
 
 
+@pytest.mark.parametrize("then, since", [(Pins(), Pins(raw=((2000, 2040),))), (Pins(raw=((10, 20),)), Pins()), (Pins(never=((900, 940),)), Pins(raw=((900, 940), (1560, 1600))))])
+def test_rewound_the_pins_are_those_of_the_mark(then, since, monkeypatch):
+    """What was pinned after the mark stayed so: tokens that came to stand where forgotten ones had been were pinned, and what follows the mark was not what had followed it."""
+    memory, after = session(budget=320, margin=0.0, pins=then, exact=True), some_ids(70, seed=2) # exact: a block that is opened again is read again, kept or not
+    memory.feed(some_ids(1500))
+    mark = memory.mark()
+    expected = [memory.feed([t]) for t in after]
+    memory.feed(some_ids(600, seed=1))
+    memory.pins = since
+    memory.refocus()
+    memory.rewind(mark)
+    assert memory.pins == then
+    for t, logits in zip(after, expected):
+        assert torch.allclose(memory.feed([t]), logits, atol=1e-4)
+    watch_pins(monkeypatch, then)
+    memory.feed(some_ids(700, seed=3)) # over the place of what was pinned
+
+
+def test_a_rewind_whose_commit_fails_leaves_no_pin_of_what_is_forgotten(monkeypatch):
+    memory = session(budget=320)
+    memory.feed(some_ids(1000))
+    mark = memory.mark()
+    memory.feed(some_ids(600, seed=1))
+    memory.pins = Pins(raw=((1500, 1510),))
+    memory.refocus()
+    with monkeypatch.context() as patch:
+        patch.setattr(memory.tree, "commit", lambda: (_ for _ in ()).throw(OSError("no space")))
+        with pytest.raises(OSError, match="no space"):
+            memory.rewind(mark)
+    memory.feed([1])
+    assert memory.length == 1001 and memory.pins == Pins()
+
+
 def test_a_mark_of_tokens_that_were_replaced_is_refused():
     """
     Only lengths were compared: a mark taken before an earlier rewind was accepted, and its keys and values stood for tokens that the tree no longer had.
