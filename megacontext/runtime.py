@@ -12,7 +12,7 @@ Keys and values belong to entries: a gist's are a function of the gist alone, a 
 splices and does not re-read: only blocks that come into view and were never read, or were forgotten, cost a forward.
 `exact=True` re-reads every raw block from the earliest edit on: the reference that the splicing is compared with.
 
-A session is a stream (nanochat.conversation): feed(ids) -> logits, skim(ids), length. A prompt much longer than the tail is not read by the GPT
+A session is a stream (nanochat.conversation): feed(ids, prompt) -> logits, skim(ids), length. A prompt much longer than the tail is not read by the GPT
 at all but its end: GistNet summarises it, and LensNet opens what the question asks for.
 
 L = layers, H = kv heads, d = head width, n = entries
@@ -132,20 +132,21 @@ class Session:
     # Reading
 
     @torch.no_grad()
-    def feed(self, ids):
+    def feed(self, ids, prompt=True):
         """
         ids, at least one -> logits (V,) of the token that follows. One token is decoding. Several are a prompt: after it the
         context is refocused on what it asks, as often as levels have to be opened, and its end is read again in that light.
+        prompt=False: several ask nothing either, and leave what they would one by one, where they are not so many that skim() has their beginning.
         If it fails, `length` tells how many of the ids are in the tree: those have been fed, the next feed goes on behind them.
         """
         if len(ids) == 0:
             raise ValueError("nothing to feed: expected at least one token id")
         self.ready()
         with self.changing():
-            return self._feed(list(ids))
+            return self._feed(list(ids), prompt and len(ids) > 1)
 
-    def _feed(self, ids):
-        prompt, done = len(ids) > 1, 0
+    def _feed(self, ids, prompt):
+        done, step = 0, BLOCK if prompt else self.refocus_every # what is said has every tick, a prompt one a block
         for done in self.skim(ids):
             pass
         if done:
@@ -155,7 +156,7 @@ class Session:
         ids = ids[done:]
         while ids:
             length = self.tree.length
-            room = BLOCK - length % BLOCK
+            room = step - length % step
             logits = self._read(ids[:room], length)
             ids = ids[room:]
         if prompt and self.n_diff and self._settle():

@@ -7,7 +7,7 @@ A conversation over a stream: messages in, pieces of the answer out, and nothing
 What the stream has read in earlier turns stays there; a new turn feeds the new tokens only. All together the stream is given
 exactly what Tokenizer.render_prompt writes for the whole conversation. A long message is first offered to its skim(ids), a generator:
 a stream that remembers more than it reads takes in the beginning there, and yields how many tokens of it so far, so that a reader sees
-where it is and may stop it. feed() is given the rest, in one go: for a stream with memory a feed of several tokens is a prompt, and asks all of its history.
+where it is and may stop it. feed() is given the rest, in one go, as a prompt: a stream with memory is asked for all of its history by that, and by nothing that is said in an answer.
 A reader may stop at any piece: what was said and not yet fed waits for the next turn, which closes the broken-off answer first.
 """
 
@@ -115,7 +115,7 @@ class Conversation:
         if self.waiting:
             start, ids = self.stream.length, self.waiting
             try:
-                self.stream.feed(ids)
+                self.stream.feed(ids, prompt=False)
             finally: # a stream that failed half-way has fed what it grew by
                 self.waiting = ids[self.stream.length - start:]
 

@@ -4,7 +4,8 @@ The engine: token ids in, token ids out, one at a time, with the calculator in b
     engine = Engine(tokenizer)
     for token in engine.generate(PlainStream(gpt), tokenizer.render_prompt(conversation), max_tokens=256): ...
 
-A *stream* is whatever remembers: `feed(ids) -> logits (V,)` of the token that follows, and `length`, the tokens fed so far.
+A *stream* is whatever remembers: `feed(ids, prompt) -> logits (V,)` of the token that follows, and `length`, the tokens fed so far. prompt says
+whether they ask something (default), or are only what was said: one with long memory then looks nothing up.
 PlainStream below is a KV cache; a session of the long memory is another. The engine never asks which one it has.
 
 The idea: a token is fed only when the one after it is wanted. So nothing is computed after the last token, tokens that the
@@ -147,8 +148,8 @@ class PlainStream:
         yield from ()
 
     @torch.no_grad()
-    def feed(self, ids):
-        """ids, at least one -> logits (V,) of the token that follows."""
+    def feed(self, ids, prompt=True):
+        """ids, at least one -> logits (V,) of the token that follows. A prompt is read like anything else here."""
         if len(ids) == 0:
             raise ValueError("nothing to feed: expected at least one token id")
         kept = self.kept + list(ids)
@@ -269,7 +270,7 @@ class Engine:
             if forced:
                 token = forced.popleft()
             else:
-                logits = self.check(stream.feed(waiting))
+                logits = self.check(stream.feed(waiting, prompt=count == 0)) # later it is what was said, and what the calculator forced
                 waiting = []
                 token = sampler.choose(logits[None], [rng.random()])[0]
                 if token in self.stops:

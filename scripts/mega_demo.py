@@ -113,9 +113,9 @@ class Watched(Session):
             self.fed += ids[done - (self.length - len(self.fed)):done]
             yield done
 
-    def feed(self, ids):
+    def feed(self, ids, prompt=True):
         start = time.perf_counter()
-        logits = super().feed(ids)
+        logits = super().feed(ids, prompt)
         logits[0].item() # a GPU answers before it is done: wait
         self.took.append((time.perf_counter() - start) * 1000)
         self.fed += ids[len(ids) - (self.length - len(self.fed)):] # what skim() has not

@@ -52,19 +52,20 @@ def random_gpt(seq_len=64, seed=0, vocab_size=ByteTokenizer.vocab_size, layers=3
 class ScriptedStream:
     """
     A stream whose model has learned one text by heart: whatever is fed, the next token is the next of `script`.
-    Keeps what it was fed, feed by feed, so that a test can see what each token cost.
+    Keeps what it was fed, feed by feed, so that a test can see what each token cost; `asked` are the feeds that were a prompt.
     """
 
     def __init__(self, script, vocab_size=ByteTokenizer.vocab_size, prompt_length=None):
         self.script, self.vocab_size = list(script), vocab_size
         self.prompt_length = prompt_length # None: the first feed is the prompt
-        self.feeds, self.length = [], 0
+        self.feeds, self.asked, self.length = [], [], 0
 
     def skim(self, ids):
         yield from ()
 
-    def feed(self, ids):
+    def feed(self, ids, prompt=True):
         self.feeds.append(list(ids))
+        self.asked += [list(ids)] if prompt else []
         self.length += len(ids)
         if self.prompt_length is None:
             self.prompt_length = self.length
@@ -96,7 +97,7 @@ class FakeMemory:
             self.fed += ids[done - self.stretch:done]
             yield done
 
-    def feed(self, ids):
+    def feed(self, ids, prompt=True):
         time.sleep(self.pause)
         self.fed += ids
         self.said = 0 if ids[-1] == self.start else self.said + 1

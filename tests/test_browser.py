@@ -39,7 +39,7 @@ class Speaks(FakeMemory):
         forced = [special("<|output_start|>"), *tokenizer.encode("408"), special("<|output_end|>")]
         self.answer += forced + tokenizer.encode(after) + [special("<|assistant_end|>")]
 
-    def feed(self, ids):
+    def feed(self, ids, prompt=True):
         self.said += len(ids) - 1 if ids[-1] != self.start else 0 # forced tokens come several at once
         return super().feed(ids)
 

@@ -43,7 +43,7 @@ def test_the_calculator_is_shown_in_brackets():
 
 def test_ctrl_c_stops_the_answer_and_not_the_program():
     class Presses(ScriptedStream):
-        def feed(self, ids):
+        def feed(self, ids, prompt=True):
             if len(self.feeds) == 3:
                 os.kill(os.getpid(), signal.SIGINT)
             return super().feed(ids)

@@ -181,7 +181,7 @@ def test_the_page_asks_nobody_else():
 
 def test_a_stream_that_fails_is_told_in_the_stream(client, capsys):
     class Fails(FakeMemory):
-        def feed(self, ids):
+        def feed(self, ids, prompt=True):
             raise RuntimeError("CUDA out of memory, internal detail")
     with TestClient(app_of(lambda: Fails("x"))) as client:
         events = post(client)

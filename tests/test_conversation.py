@@ -8,7 +8,7 @@ import torch
 from nanochat.conversation import Conversation, Piece, Progress, Speech
 from nanochat.engine import Engine, PlainStream
 from nanochat.tokenizer import Tokenizer
-from tests.fakes import ByteTokenizer, random_gpt
+from tests.fakes import ByteTokenizer, ScriptedStream, random_gpt
 
 tokenizer = Tokenizer([bytes([i]) for i in range(256)] + [b"he", b"llo", "€".encode()[:2]])
 engine = Engine(tokenizer)
@@ -27,7 +27,7 @@ class Answers:
             self.length += self.stretch
             yield done
 
-    def feed(self, ids):
+    def feed(self, ids, prompt=True):
         self.fed += ids
         self.feeds.append(list(ids))
         self.length += len(ids)
@@ -122,9 +122,28 @@ def test_leaving_while_a_long_message_is_read_loses_none_of_it():
     assert stream.fed[:len(long) + 1] == long + [END]
 
 
+def test_only_a_message_is_a_prompt():
+    """
+    What the calculator forces, and the end of an answer when a conversation is saved, come several tokens at once. A session took them for prompts, and
+    searched all of its history for what "<|output_start|>144<|output_end|>" asks.
+    """
+    special, ids = tokenizer.special, tokenizer.encode
+    said = [*ids("so "), special("<|python_start|>"), *ids("12*12"), special("<|python_end|>")]
+    forced = [special("<|output_start|>"), *ids("144"), special("<|output_end|>")]
+    stream = ScriptedStream(said + forced + ids(" ok") + [END], tokenizer.vocab_size)
+    conversation, prompts = Conversation(engine, stream), []
+    for message in "how much?", "again?":
+        stream.prompt_length = None # the same script for each
+        prompts.append(conversation.render([dict(role="user", content=message)]))
+        list(conversation.reply(message, len(said + forced) + 1, temperature=0)) # cut off in the middle
+        conversation.finish()
+        assert stream.feeds[-2:] == [said[-1:] + forced, [*ids(" "), END]]
+    assert stream.asked == prompts
+
+
 def test_a_stream_that_fails_in_the_middle_can_be_asked_again():
     class Fails(Answers):
-        def feed(self, ids):
+        def feed(self, ids, prompt=True):
             if self.length > 8 and not self.failed:
                 self.failed = True
                 raise RuntimeError("out of memory")

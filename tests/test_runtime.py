@@ -347,6 +347,24 @@ def test_the_session_scores_as_rows_do(monkeypatch):
     assert np.allclose(memory.score(), expected, atol=1e-3)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_what_is_said_several_tokens_at_once_is_as_said_one_by_one(seed, monkeypatch):
+    """The calculator's answer is fed at once. It was taken for a prompt: each made a search through the whole history, and moved the context."""
+    rng, networks = random.Random(seed), tiny_networks()
+    at_once, one_by_one = (session(networks, budget=192, margin=0.0) for _ in range(2))
+    for memory in (at_once, one_by_one):
+        memory.feed(some_ids(3000, seed))
+    monkeypatch.setattr(runtime, "block_scores", lambda *_: pytest.fail("the history was searched"))
+    for n in [rng.choice([1, 2, 6, 9, 40]) for _ in range(20)]:
+        ids = some_ids(n, rng.randrange(1 << 30))
+        logits = at_once.feed(ids, prompt=False)
+        for token in ids:
+            expected = one_by_one.feed([token])
+        assert torch.allclose(logits, expected, atol=1e-3) and at_once.spans == one_by_one.spans and at_once.stats["ticks"] == one_by_one.stats["ticks"]
+    with pytest.raises(pytest.fail.Exception, match="searched"):
+        at_once.feed(some_ids(5), prompt=True)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Marks, and several sessions at once
 
