@@ -229,7 +229,7 @@ class Session:
             self.shown.seal(self.spans[-1])
             start = time.perf_counter()
             first, last = self.tree.pending(1)
-            if last - first > self.tail // BLOCK or self.pins.never: # what is in the tail cannot collapse: its gists are written together, later
+            if last - first > self.tail // BLOCK: # what is in the tail cannot collapse: its gists are written together, later
                 complete(self.gpt, self.gistnet, self.tree)
             if self.tree.length % COMMIT == 0:
                 self.tree.commit()
@@ -261,6 +261,9 @@ class Session:
     def refocus(self, found=None):
         """Score the entries, edit the working context, splice. Returns the edits. found: as in score()."""
         start = time.perf_counter()
+        if self.pins.never: # a block may collapse while it is in the tail
+            complete(self.gpt, self.gistnet, self.tree)
+            start = self._count("ingest", start)
         scores = self.score(found)
         start = self._count("score", start, ticks=1)
         plan = refocus(self.spans, scores, self.budget, self.focus, n_diff=self.n_diff, margin=self.margin, cooldown=COOLDOWN, tail=self.tail, pins=self.pins, top=coarsest(self.tree.length, self.budget),

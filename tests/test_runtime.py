@@ -279,6 +279,15 @@ def test_other_pins_than_those_that_were_saved_are_obeyed_at_once(monkeypatch, t
     again.feed([1])
 
 
+def test_a_block_of_the_tail_that_is_pinned_out_of_sight_collapses_at_once():
+    """Its gist was written at the end of a block only: until then a refocus failed for want of it, and left spans in view that had no keys and values."""
+    memory = session(budget=192)
+    memory.feed(some_ids(1500)) # in the middle of a block
+    memory.pins = Pins(never=((1470, 1471),))
+    memory.refocus()
+    assert [span.level for span in memory.spans if span.start <= 1470 < span.stop] == [1] and memory.shown.cache.length == cost(memory.spans)
+
+
 def test_what_pins_free_is_spent_on_the_newest():
     """Blocks that are never raw leave room, in which gists of gists are opened: a context of the same cost as without pins, but for less than one expansion."""
     memory = session(budget=192, pins=Pins(never=((0, 40_000),)))
