@@ -35,6 +35,8 @@ class Batch:
         going = [row for row, token in enumerate(tokens) if token is not None]
         for row in going:
             self.sessions[row].ready()
+            with self.sessions[row].changing():
+                self.sessions[row].read_waiting()
         places = [session.length for session in self.sessions]
         ids = torch.tensor([[token or 0] for token in tokens], device=device)
         entries = self.gpt.embed(ids, torch.cat([session.before() for session in self.sessions]))

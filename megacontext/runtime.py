@@ -9,7 +9,8 @@ Every 8 tokens, one tick:
 Between ticks tokens are read behind what is in view, like in any GPT with a KV cache.
 
 Keys and values belong to entries: a gist's are a function of the gist alone, a raw block's are those it had when it was read. So a refocus
-splices and does not re-read: only blocks that come into view and were never read, or were forgotten, cost a forward.
+splices and does not re-read: only blocks that come into view and were never read, or were forgotten, have to be read. They wait for the next
+token, and are read in its forward.
 `exact=True` re-reads every raw block from the earliest edit on: the reference that the splicing is compared with.
 
 A session is a stream (nanochat.conversation): feed(ids, prompt) -> logits, skim(ids), length. A prompt much longer than the tail is not read by the GPT
@@ -114,7 +115,7 @@ class Session:
 
     def ready(self):
         """Nothing is in view before the first token, or after a failure: then show what the tree holds, as a new session on it would."""
-        if not self.shown.cache.length:
+        if not self.shown.cache.length and not self.waiting:
             with self.changing():
                 self.tree.commit() # it may be what failed, and no token may follow a rewind that was not committed
                 if self.tree.length:
@@ -126,6 +127,7 @@ class Session:
         self.store = KVStore(self.gpt.device, self.kept * self.budget, self.kept_in_ram * self.budget)
         self.spans, self.newest_scores, self.edits, self.focus = [], {}, [], Focus() # newest_scores: span -> what LensNet said of it at the last tick
         self.matches = Matches()
+        self.waiting = [] # raw blocks of the working context that are read along with the next token
         self.last = None # ids of the newest tokens, (1, P); None where they have to be looked up
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -217,16 +219,19 @@ class Session:
         return self.last
 
     def _forward(self, entries, start):
-        """Read entries of the timeline's newest tokens, from `start` on, behind what is in view; logits (V,) of the next token."""
+        """Read entries of the timeline's newest tokens, from `start` on, and the blocks that wait, behind what is in view; logits (V,) of the next token."""
         n, have = entries.x.size(1), self.shown.cache.length
-        see = "all" if n == 1 else causal_after(have, n, self.gpt.device)
-        return self.gpt.head(self.shown.read(entries, range(start, start + n), see)[0, -1])
+        if self.waiting:
+            hidden = self.read_waiting(entries, np.arange(start, start + n))
+        else:
+            hidden = self.shown.read(entries, range(start, start + n), "all" if n == 1 else causal_after(have, n, self.gpt.device))
+        return self.gpt.head(hidden[0, -1])
 
     def grown(self, ids):
         """Tokens ids (1, n) were appended to the tree and read: a finished block gets its place, and after every few tokens there is a tick."""
         self.last, self._behind = torch.cat([self.before(), ids], dim=1)[:, -self.gpt.config.previous:], True
         if self.tree.length % BLOCK == 0:
-            self.shown.seal(self.spans[-1])
+            self.shown.seal(self.spans[-1:])
             start = time.perf_counter()
             first, last = self.tree.pending(1)
             if last - first > self.tail // BLOCK: # what is in the tail cannot collapse: its gists are written together, later
@@ -235,7 +240,7 @@ class Session:
                 self.tree.commit()
             self._count("ingest", start)
         if self.tree.length % self.refocus_every == 0:
-            self.refocus()
+            self.refocus(wait=True)
 
     def flush(self):
         """Write the gists of every finished block, and commit."""
@@ -250,16 +255,15 @@ class Session:
         shown.remove(set(whole))
         start = min(span.start for span in spans if span.level == 0)
         logits = self._forward(embed_tokens(self.gpt, self.tree, start, self.tree.length), start)
-        for span in whole:
-            shown.seal(span)
+        shown.seal(whole)
         return logits
 
     # ------------------------------------------------------------------------------------------------------------------
     # Refocus
 
     @torch.no_grad()
-    def refocus(self, found=None):
-        """Score the entries, edit the working context, splice. Returns the edits. found: as in score()."""
+    def refocus(self, found=None, wait=False):
+        """Score the entries, edit the working context, splice. Returns the edits. found: as in score(); wait: what has to be read may wait for the next token."""
         start = time.perf_counter()
         if self.pins.never: # a block may collapse while it is in the tail
             complete(self.gpt, self.gistnet, self.tree)
@@ -274,8 +278,10 @@ class Session:
         start = self._count("allocate", start, edits=len(self.edits))
         if self.edits or self.tree.length % BLOCK == 0: # positions are mapped anew at the end of a block only
             loose = self.shown.lift()
-            self._splice()
+            self.waiting = self._splice()
             self.shown.lay(*loose)
+            if not wait:
+                self.read_waiting()
         self._count("splice", start)
         self._tell()
         return self.edits
@@ -312,12 +318,17 @@ class Session:
         self.spans = refocus(spans, [span.start + 1.0 for span in spans], self.budget, n_diff=len(spans), margin=inf, tail=self.tail, pins=self.pins,
                              top=coarsest(self.tree.length, self.budget)).spans # does what is pinned: the oldest pay for it, the newest get what it frees
         self.newest_scores = {}
-        self._splice(now=True)
-        if self.spans[-1].live:
-            self._read_blocks(self.spans[-1:])
+        self.waiting, live = self._splice(now=True), self.spans[-1].live
+        if live:
+            self._forward(embed_tokens(self.gpt, self.tree, self.tree.length - live, self.tree.length), self.tree.length - live)
+            self.stats["read_tokens"] += live
+        self.read_waiting()
 
     def _splice(self, now=False):
-        """Show exactly the entries of the working context, but for the live block. now: at the positions of this moment."""
+        """
+        Show exactly the entries of the working context, but for the live block and for the raw blocks that have to be read first: returns these.
+        now: at the positions of this moment.
+        """
         shown, wanted = self.shown, {span for span in self.spans if not span.live}
         stale = set()
         if self.exact and self.edits:
@@ -335,8 +346,7 @@ class Session:
         missing.difference_update(span for span, _, _ in held)
         gists, blocks = ([span for span in new if span in missing and (span.level > 0) == is_gist] for is_gist in (True, False))
         shown.add(held + self._read_gists(gists) if gists else held)
-        if blocks:
-            self._read_blocks(blocks)
+        return blocks
 
     def _read_gists(self, spans):
         """
@@ -348,19 +358,24 @@ class Session:
             self.store.put(span, k, v)
         return read[:len(spans)]
 
-    def _read_blocks(self, blocks):
-        """Read raw blocks behind what is in view, all in one forward: each sees what lies before it on the timeline."""
-        shown, device = self.shown, self.gpt.device
-        timeline = np.concatenate([span.positions() for span in blocks])
-        read = [embed_tokens(self.gpt, self.tree, span.start, span.stop) for span in blocks]
+    def read_waiting(self, newest=None, places=()):
+        """
+        Read the blocks that wait behind what is in view, and the newest tokens, entries (1, n) at `places`, all in one forward: each sees what lies
+        before it on the timeline. Returns the hidden states, the newest tokens' last.
+        """
+        blocks, self.waiting = self.waiting, []
+        if not blocks:
+            return None
+        shown, loose = self.shown, self.shown.loose
+        timeline = np.concatenate([*(span.positions() for span in blocks), places])
+        read = [embed_tokens(self.gpt, self.tree, span.start, span.stop) for span in blocks] + ([newest] if newest else [])
         entries = Entries(torch.cat([e.x for e in read], dim=1), [torch.cat(layer, dim=1) for layer in zip(*(e.values for e in read))])
         columns = np.concatenate([shown.places[:shown.cache.length], timeline])
-        see = torch.from_numpy(columns <= timeline[:, None]).to(device) # a gist's centre lies before its successor's first token
-        shown.read(entries, timeline, see[None, None])
-        for span in blocks:
-            if not span.live:
-                shown.seal(span)
-        self.stats["read_tokens"] += len(timeline)
+        see = torch.from_numpy(columns <= timeline[:, None]).to(self.gpt.device) # a gist's centre lies before its successor's first token
+        hidden = shown.read(entries, timeline, see[None, None])
+        shown.seal(blocks, behind=loose)
+        self.stats["read_tokens"] += cost(blocks)
+        return hidden
 
     # ------------------------------------------------------------------------------------------------------------------
     # Telemetry
@@ -390,6 +405,8 @@ class Session:
     def mark(self):
         """This moment as a State: what rewind() and fork() start from. Costs one copy of the keys and values in view, and a look at all ids."""
         self.ready()
+        with torch.no_grad(), self.changing():
+            self.read_waiting()
         shown = self.shown
         k, v, *_ = loose = shown.lift()
         shown.lay(*loose)

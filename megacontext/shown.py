@@ -170,12 +170,16 @@ class Shown:
         else:
             self.places[start:start + len(timeline)] = timeline
 
-    def seal(self, span):
-        """The first loose entries are all of `span`."""
-        start, end = self.settled, self.settled + span.cost
-        assert end <= self.cache.length, f"{span} has {span.cost} entries, {self.loose} are loose"
+    def seal(self, spans, behind=0):
+        """The loose entries behind the first `behind` are all of `spans`. They change places with those, which stay loose."""
+        start, end = self.settled, self.settled + sum(span.cost for span in spans)
+        assert end + behind <= self.cache.length, f"{spans} have {end - start} entries, {self.loose} are loose, {behind} of them before these"
+        if behind:
+            for here in (self.cache.k[:, 0, :, start:end + behind], self.cache.v[:, 0, :, start:end + behind]):
+                here.copy_(here.roll(-behind, dims=2))
+            self.places[start:end + behind] = np.roll(self.places[start:end + behind], -behind)
         self.unturned[:, :, start:end] = self.turned(self.cache.k[:, 0, :, start:end], self.places[start:end], back=True)
-        self.spans.append(span)
+        self.spans += spans
         self.settled = end
 
     def lift(self):

@@ -81,7 +81,7 @@ def test_laws_hold_on_a_history_a_hundred_times_the_budget(seed):
         fed += ids
         assert torch.isfinite(logits).all()
         check(memory.spans, len(fed), 192)
-        assert memory.shown.cache.length == cost(memory.spans) and memory.length == len(fed)
+        assert memory.shown.cache.length + cost(memory.waiting) == cost(memory.spans) and memory.length == len(fed)
     assert memory.tree.tokens(0, len(fed)).tolist() == fed, "law 7, lossless"
     assert max(span.level for span in memory.spans) >= 2
 
@@ -109,7 +109,8 @@ def test_a_reopened_block_is_read_as_in_the_training_layout():
     for span in opened:
         memory.store.drop(Span(0, span.index))
     memory.shown = Shown(networks[0], 300) # the two are not paid for here: only the reading matters
-    memory._splice(now=True)
+    memory.waiting = memory._splice(now=True)
+    memory.read_waiting()
     table = np.full((Q, Q), HIDDEN)
     for span in memory.spans:
         table[span.index + 1:, span.index] = RAW if span.level == 0 else GIST # everybody reads through this one context
@@ -140,7 +141,8 @@ def test_exact_mode_has_read_every_raw_block_in_the_context_of_now():
         before = memory.shown.pairs()
         memory.shown.remove({span for span in memory.spans if span.level == 0})
         memory.edits = []
-        memory._splice()
+        memory.waiting = memory._splice()
+        memory.read_waiting()
         after = memory.shown.pairs()
         return all(torch.allclose(before[span][0], after[span][0], atol=1e-3) for span in before)
 
@@ -532,7 +534,7 @@ def test_a_store_that_is_too_small_costs_forwards_and_nothing_else():
     memory, rng = session(tiny_networks(seq_len=512), budget=192, kept=0.2), np.random.default_rng(0)
     while memory.length < 12000:
         memory.feed(some_ids(int(rng.choice([1, 5, 40, 300, 3000])), int(rng.integers(1 << 30))))
-        assert set(memory.shown.spans) == {span for span in memory.spans if not span.live}
+        assert {*memory.shown.spans, *memory.waiting} == {span for span in memory.spans if not span.live}
         assert memory.shown.loose == (memory.spans[-1].live if memory.spans else 0) and memory.store.entries[0] <= 0.2 * 192
 
 

@@ -53,7 +53,7 @@ def check_it_goes_on(memory, networks):
     twin = Session(*networks, memory.tree.fork(), memory.budget, margin=memory.margin)
     for n in (1, 40, 1):
         assert torch.allclose(memory.feed(some_ids(n, seed=9)), twin.feed(some_ids(n, seed=9)), atol=1e-4)
-        assert memory.spans == twin.spans and memory.shown.cache.length == cost(memory.spans)
+        assert memory.spans == twin.spans and memory.shown.cache.length + cost(memory.waiting) == cost(memory.spans)
         check(memory.spans, memory.length, memory.budget)
 
 
@@ -81,7 +81,7 @@ def test_a_session_goes_on_after_a_failure_at_any_place(history, n, late, monkey
 def test_a_session_goes_on_after_its_network_failed_or_its_reader_left(monkeypatch):
     """Memory that runs out in the middle of a forward, and a reader who stops the taking in of a long prompt: the tree is whole, what was in view is not."""
     networks = tiny_networks()
-    for failing in ("_read_blocks", "_read_gists", "_read_again", "score"):
+    for failing in ("read_waiting", "_read_gists", "_read_again", "score"):
         memory = on_a_tree_that_fails(networks, some_ids(1250))
         with monkeypatch.context() as patch:
             patch.setattr(memory, failing, lambda *_: 1 / 0)

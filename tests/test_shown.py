@@ -47,7 +47,7 @@ class FromNothing(Session):
     def _splice(self, now=False):
         for span, (k, v) in self.shown.remove(set(self.shown.spans)).items():
             self.store.put(span, k, v)
-        super()._splice(now)
+        return super()._splice(now)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -62,6 +62,35 @@ def test_splicing_is_putting_everything_in_again(seed):
         here, there = by_place(fast), by_place(slow)
         assert list(here) == list(there) and all(torch.allclose(here[place], there[place], atol=1e-3) for place in here)
     assert fast.stats["edits"] > 10 and fast.length > 5 * 512, "the case must edit, and go far past the trained range"
+
+
+class AtOnce(Session):
+    """The slow twin of waiting: what a tick opens is read at once, in a forward of its own."""
+
+    def refocus(self, found=None, wait=False):
+        return super().refocus(found)
+
+
+def test_what_a_tick_opens_is_read_along_with_the_next_token(monkeypatch):
+    """The logits, and all keys and values, are those of a forward of its own, which is spared; and whoever marks a moment between the two has them as well."""
+    networks, forwards, waited = tiny_networks(seq_len=512), [], 0
+    trunk = networks[0].trunk
+    monkeypatch.setattr(networks[0], "trunk", lambda *inputs: forwards.append(1) or trunk(*inputs))
+    fast, slow = (session(networks, budget=224, margin=0.02, kind=kind) for kind in (Session, AtOnce))
+    fast.feed(some_ids(2000)), slow.feed(some_ids(2000))
+    for i, t in enumerate(some_ids(300, seed=1)):
+        assert fast.spans == slow.spans and not slow.waiting
+        if fast.waiting and i % 2:
+            marks = fast.mark(), slow.mark()
+            assert not fast.waiting and marks[0].kv.keys() == marks[1].kv.keys()
+            assert all(torch.allclose(mine, other, atol=1e-3) for span, pair in marks[0].kv.items() for mine, other in zip(pair, marks[1].kv[span]))
+        waits, before = bool(fast.waiting), len(forwards)
+        read = fast.feed([t])
+        took, before = len(forwards) - before, len(forwards)
+        assert torch.allclose(read, slow.feed([t]), atol=1e-3)
+        waited += waits
+        assert took == len(forwards) - before - bool(fast.waiting), "the forward of what has just been opened is still to come"
+    assert waited > 5 and fast.stats["read_tokens"] + cost(fast.waiting) == slow.stats["read_tokens"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
