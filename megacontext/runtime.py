@@ -361,7 +361,7 @@ class Session:
     def read_waiting(self, newest=None, places=()):
         """
         Read the blocks that wait behind what is in view, and the newest tokens, entries (1, n) at `places`, all in one forward: each sees what lies
-        before it on the timeline. Returns the hidden states, the newest tokens' last.
+        before it on the timeline. Returns the hidden state of the last, (1, 1, D).
         """
         blocks, self.waiting = self.waiting, []
         if not blocks:

@@ -156,10 +156,10 @@ class Shown:
         return self.weights[:see.size(-1)].where(see, -inf)
 
     def read(self, entries, timeline, see):
-        """Read entries (1, n) that stand at timeline positions (n,); they stay in view, loose. Returns hidden states (1, n, D)."""
+        """Read entries (1, n) that stand at timeline positions (n,); they stay in view, loose. Returns the last one's hidden state (1, 1, D)."""
         start = self.cache.length
         positions = self.mapped(timeline) if len(timeline) > 1 else self.mapped_token(timeline[0])
-        hidden = self.gpt.trunk(entries, positions, self.weighed(see), self.cache)
+        hidden = self.gpt.trunk(entries, positions, self.weighed(see), self.cache, last=True)
         self.note(start, timeline)
         return hidden
 

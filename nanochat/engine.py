@@ -219,7 +219,7 @@ class LeftPadded:
     def _forward(self, ids, place, see):
         entries = self.gpt.embed(ids, self.cache.remember(ids))
         positions = place[None, :] - self.pad[:, None] # (B, N); the padding stands below zero
-        return self.gpt.head(self.gpt.trunk(entries, positions, see, self.cache)[:, -1])
+        return self.gpt.head(self.gpt.trunk(entries, positions, see, self.cache, last=True)[:, -1])
 
     def rows(self, rows):
         """Go on with these rows only; a row may be named more than once."""

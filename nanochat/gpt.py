@@ -90,20 +90,21 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.width, config.width, bias=False)
         self.gate = nn.Linear(GATE_CHANNELS, config.kv_heads, bias=False) if has_value else None
 
-    def forward(self, x, value, rope, see, layer, cache):
+    def forward(self, x, value, rope, see, layer, cache, last=False):
         B, N, D = x.shape
-        q = self.q(x).view(B, N, self.heads, self.head_width)
+        asking, turn = (x[:, -1:], [angle[:, :, -1:] for angle in rope]) if last else (x, rope)
+        q = self.q(asking).view(B, -1, self.heads, self.head_width)
         k = self.k(x).view(B, N, self.kv_heads, self.head_width)
         v = self.v(x).view(B, N, self.kv_heads, self.head_width)
         if self.gate is not None:
             gate = 3 * torch.sigmoid(self.gate(x[..., :GATE_CHANNELS])) # (B, N, kv_heads), in (0, 3)
             v = v + gate.unsqueeze(-1) * value.view_as(v).to(v.dtype)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2) # (B, H, N, d)
-        q, k = rotate(norm(q) * QK_GAIN, *rope), rotate(norm(k) * QK_GAIN, *rope)
+        q, k = rotate(norm(q) * QK_GAIN, *turn), rotate(norm(k) * QK_GAIN, *rope)
         if cache is not None:
             k, v = cache.append(layer, k, v)
         y = attend(q, k, v, see)
-        return self.out(y.transpose(1, 2).reshape(B, N, D))
+        return self.out(y.transpose(1, 2).reshape(B, -1, D))
 
 
 class ReluSquared(torch.autograd.Function):
@@ -137,8 +138,8 @@ class Block(nn.Module):
         self.attn = Attention(config, has_value)
         self.mlp = MLP(config)
 
-    def forward(self, x, value, rope, see, layer, cache):
-        x = x + self.attn(norm(x), value, rope, see, layer, cache)
+    def forward(self, x, value, rope, see, layer, cache, last=False):
+        x = (x[:, -1:] if last else x) + self.attn(norm(x), value, rope, see, layer, cache, last)
         return x + self.mlp(norm(x))
 
 
@@ -203,23 +204,30 @@ class GPT(nn.Module):
             cut = cut | bos[:, P - back:P - back + N]
         return Entries(norm(x[:, P:] + self.previous(torch.cat(earlier, dim=-1))), [table(ids.clamp(min=0)) for table in self.value_tables])
 
-    def trunk(self, entries, positions, see, cache=None):
-        """Entries at positions (B or 1, N) -> hidden states (B, N, D), normed. With a cache, `see` covers cache + new entries."""
+    def trunk(self, entries, positions, see, cache=None, last=False):
+        """
+        Entries at positions (B or 1, N) -> hidden states (B, N, D), normed. With a cache, `see` covers cache + new entries.
+        last: only the newest entry's is wanted, (B, 1, D). Then the last layer spares the others all but their keys and values.
+        """
         rope = rope_angles(positions, self.config.head_width)
         values = dict(zip(self.config.value_layers, entries.values))
         x = x0 = entries.x
         views = self.views(see, positions, cache)
+        last = last and x.size(1) > 1
+        if last:
+            assert isinstance(see, (str, torch.Tensor)), f"the newest entry's row is asked of 'causal', 'all' or a mask, got {see!r}"
+            views[-1] = "all" if isinstance(see, str) else see[..., -1:, :]
         for i in range(self.config.layers):
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x = checkpoint(self._layer, i, x, x0, values.get(i), rope, views[i], cache, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = self._layer(i, x, x0, values.get(i), rope, views[i], cache)
+                x = self._layer(i, x, x0, values.get(i), rope, views[i], cache, last and i == self.config.layers - 1)
         if cache is not None:
             cache.advance(entries.x.size(1))
         return norm(x)
 
-    def _layer(self, i, x, x0, value, rope, see, cache):
-        return self.blocks[i](self.resid_scale[i] * x + self.x0_scale[i] * x0, value, rope, see, i, cache)
+    def _layer(self, i, x, x0, value, rope, see, cache, last=False):
+        return self.blocks[i](self.resid_scale[i] * x + self.x0_scale[i] * x0, value, rope, see, i, cache, last)
 
     def views(self, see, positions, cache):
         """What each layer sees: `see`, or the newest of it in a layer with a short window."""
@@ -268,7 +276,7 @@ class GPT(nn.Module):
         positions = torch.arange(start, start + n, device=ids.device)[None]
         see = "all" if n == 1 else "causal" if start == 0 else causal_after(start, n, ids.device)
         entries = self.embed(ids, cache.remember(ids))
-        return self.head(self.trunk(entries, positions, see, cache)[:, -1])
+        return self.head(self.trunk(entries, positions, see, cache, last=True)[:, -1])
 
 
 def causal_after(start, n, device):

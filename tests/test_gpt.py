@@ -7,7 +7,7 @@ import torch
 from nanochat.attention import norm
 from nanochat.gpt import GPT, IGNORE, Entries, GPTConfig, ReluSquared, causal_after
 from nanochat.kv_cache import KVCache
-from tests.tiny import VOCAB, tiny_gpt
+from tests.tiny import VOCAB, stir, tiny_gpt
 
 
 def test_entries_with_a_causal_mask_are_the_plain_gpt():
@@ -45,6 +45,19 @@ def test_reading_in_chunks_is_reading_at_once():
             logits = gpt.extend(ids[:, at:at + n], cache)
             at += n
             assert torch.allclose(logits, whole[:, at - 1], atol=1e-4), f"cuts {cuts}, at {at}"
+
+
+@pytest.mark.parametrize("windows", ["L", "SL"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_newest_alone_is_what_it_is_among_all(masked, windows):
+    """What a prefill asks for: the same hidden state, and the same keys and values of all, though the last layer goes no further with the others."""
+    gpt, ids, worked = stir(GPT(GPTConfig(VOCAB, 64, 3, width=32, windows=windows, short_window=7))), torch.randint(VOCAB, (2, 40)), []
+    gpt.blocks[-1].mlp.register_forward_hook(lambda mlp, inputs, output: worked.append(output.size(1)))
+    whole, alone = KVCache(gpt.config, 2, 40), KVCache(gpt.config, 2, 40)
+    see = torch.ones(2, 1, 40, 40, dtype=torch.bool).tril() & ~(torch.arange(40) == 3) | torch.eye(40, dtype=torch.bool) if masked else "causal"
+    among, newest = (gpt.trunk(gpt.embed(ids), torch.arange(40)[None], see, cache, last) for cache, last in ((whole, False), (alone, True)))
+    assert newest.shape == (2, 1, gpt.config.width) and torch.allclose(newest, among[:, -1:], atol=1e-5)
+    assert torch.equal(whole.k, alone.k) and torch.equal(whole.v, alone.v) and alone.length == 40 and worked == [40, 1]
 
 
 def test_the_future_is_invisible():
