@@ -75,7 +75,7 @@ def test_what_a_tick_opens_is_read_along_with_the_next_token(monkeypatch):
     """The logits, and all keys and values, are those of a forward of its own, which is spared; and whoever marks a moment between the two has them as well."""
     networks, forwards, waited = tiny_networks(seq_len=512), [], 0
     trunk = networks[0].trunk
-    monkeypatch.setattr(networks[0], "trunk", lambda *inputs: forwards.append(1) or trunk(*inputs))
+    monkeypatch.setattr(networks[0], "trunk", lambda *inputs, **named: forwards.append(1) or trunk(*inputs, **named))
     fast, slow = (session(networks, budget=224, margin=0.02, kind=kind) for kind in (Session, AtOnce))
     fast.feed(some_ids(2000)), slow.feed(some_ids(2000))
     for i, t in enumerate(some_ids(300, seed=1)):
