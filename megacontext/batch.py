@@ -39,7 +39,7 @@ class Batch:
                 self.sessions[row].read_waiting()
         places = [session.length for session in self.sessions]
         ids = torch.tensor([[token or 0] for token in tokens], device=device)
-        entries = self.gpt.embed(ids, torch.cat([session.before() for session in self.sessions]))
+        entries = self.gpt.embed(ids, torch.tensor([session.before() for session in self.sessions], device=device))
         positions = torch.cat([session.shown.mapped_token(place) for session, place in zip(self.sessions, places)])
         rows = Rows(self.cache, torch.tensor([session.shown.cache.length for session in self.sessions], device=device))
         logits = self.gpt.head(self.gpt.trunk(entries, positions, self._weighed(rows), rows)[:, -1])
@@ -51,7 +51,7 @@ class Batch:
                 session.shown.note(session.shown.cache.length, [places[row]])
                 session.shown.cache.advance(1)
                 session._count("read", time.perf_counter() - share, read_tokens=1)
-                session.grown(ids[row:row + 1])
+                session.grown([tokens[row]])
         return logits
 
     def _weighed(self, rows):

@@ -128,7 +128,7 @@ class Session:
         self.spans, self.newest_scores, self.edits, self.focus = [], {}, [], Focus() # newest_scores: span -> what LensNet said of it at the last tick
         self.matches = Matches()
         self.waiting = [] # raw blocks of the working context that are read along with the next token
-        self.last = None # ids of the newest tokens, (1, P); None where they have to be looked up
+        self.last = None # ids of the newest tokens, P of them; None where they have to be looked up
 
     # ------------------------------------------------------------------------------------------------------------------
     # Reading
@@ -204,18 +204,18 @@ class Session:
     def _read(self, ids, length):
         """Read tokens that stay within the live block, behind `length` others; a tick when they complete it."""
         start = time.perf_counter()
-        new = torch.tensor([ids], device=self.gpt.device)
-        entries = self.gpt.embed(new, self.before())
+        known, P = torch.tensor([self.before() + ids], device=self.gpt.device), self.gpt.config.previous
+        entries = self.gpt.embed(known[:, P:], known[:, :P])
         self.tree.append_tokens(ids)
         logits = self._forward(entries, length)
         self._count("read", start, read_tokens=len(ids))
-        self.grown(new)
+        self.grown(ids)
         return logits
 
     def before(self):
-        """Ids of the newest tokens, (1, P), in whose light the next one is embedded; -1 where there are not so many."""
+        """Ids of the newest tokens, P of them, in whose light the next one is embedded; -1 where there are not so many."""
         if self.last is None:
-            self.last = ids_before(self.gpt, self.tree, self.tree.length)
+            self.last = ids_before(self.gpt, self.tree, self.tree.length)[0].tolist()
         return self.last
 
     def _forward(self, entries, start):
@@ -228,8 +228,8 @@ class Session:
         return self.gpt.head(hidden[0, -1])
 
     def grown(self, ids):
-        """Tokens ids (1, n) were appended to the tree and read: a finished block gets its place, and after every few tokens there is a tick."""
-        self.last, self._behind = torch.cat([self.before(), ids], dim=1)[:, -self.gpt.config.previous:], True
+        """Tokens ids were appended to the tree and read: a finished block gets its place, and after every few tokens there is a tick."""
+        self.last, self._behind = (self.before() + ids)[-self.gpt.config.previous:], True
         if self.tree.length % BLOCK == 0:
             self.shown.seal(self.spans[-1:])
             start = time.perf_counter()
