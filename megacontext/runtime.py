@@ -9,8 +9,7 @@ Every 8 tokens, one tick:
 Between ticks tokens are read behind what is in view, like in any GPT with a KV cache.
 
 Keys and values belong to entries: a gist's are a function of the gist alone, a raw block's are those it had when it was read. So a refocus
-splices and does not re-read: only blocks that come into view and were never read, or were forgotten, have to be read. They wait for the next
-token, and are read in its forward.
+splices and does not re-read: only blocks that come into view and were never read, or were forgotten, have to be read: in the next token's forward.
 `exact=True` re-reads every raw block from the earliest edit on: the reference that the splicing is compared with.
 
 A session is a stream (nanochat.conversation): feed(ids, prompt) -> logits, skim(ids), length. A prompt much longer than the tail is not read by the GPT
@@ -222,10 +221,9 @@ class Session:
         """Read entries of the timeline's newest tokens, from `start` on, and the blocks that wait, behind what is in view; logits (V,) of the next token."""
         n, have = entries.x.size(1), self.shown.cache.length
         if self.waiting:
-            hidden = self.read_waiting(entries, np.arange(start, start + n))
-        else:
-            hidden = self.shown.read(entries, range(start, start + n), "all" if n == 1 else causal_after(have, n, self.gpt.device))
-        return self.gpt.head(hidden[0, -1])
+            return self.gpt.head(self.read_waiting(entries, np.arange(start, start + n))[0, -1])
+        see = "all" if n == 1 else causal_after(have, n, self.gpt.device)
+        return self.gpt.head(self.shown.read(entries, range(start, start + n), see)[0, -1])
 
     def grown(self, ids):
         """Tokens ids were appended to the tree and read: a finished block gets its place, and after every few tokens there is a tick."""
@@ -277,6 +275,7 @@ class Session:
         check(self.spans, self.tree.length, self.budget)
         start = self._count("allocate", start, edits=len(self.edits))
         if self.edits or self.tree.length % BLOCK == 0: # positions are mapped anew at the end of a block only
+            self.read_waiting() # in the context that it was opened in
             loose = self.shown.lift()
             self.waiting = self._splice()
             self.shown.lay(*loose)
@@ -325,10 +324,7 @@ class Session:
         self.read_waiting()
 
     def _splice(self, now=False):
-        """
-        Show exactly the entries of the working context, but for the live block and for the raw blocks that have to be read first: returns these.
-        now: at the positions of this moment.
-        """
+        """Show the entries of the working context, but for the live block and the raw blocks that must be read first: returns these. now: at the positions of this moment."""
         shown, wanted = self.shown, {span for span in self.spans if not span.live}
         stale = set()
         if self.exact and self.edits:
@@ -359,10 +355,7 @@ class Session:
         return read[:len(spans)]
 
     def read_waiting(self, newest=None, places=()):
-        """
-        Read the blocks that wait behind what is in view, and the newest tokens, entries (1, n) at `places`, all in one forward: each sees what lies
-        before it on the timeline. Returns the hidden state of the last, (1, 1, D).
-        """
+        """Read the blocks that wait, and the newest tokens, entries (1, n) at `places`, in one forward: each sees what lies before it on the timeline. Returns the last's hidden state (1, 1, D)."""
         blocks, self.waiting = self.waiting, []
         if not blocks:
             return None
