@@ -1,7 +1,7 @@
 """
 How often to refocus, by what a session then reads: nats a token of text beside a sliding window of as many entries.
 
-python -m bench.refocus --checkpoint base/d4                                     (rows of 1,024, W = 192; an hour of one thread)
+python -m bench.refocus --checkpoint base/d4                                     (rows of 1,024, W = 192; a quarter of an hour of one thread)
 python -m bench.refocus --checkpoint mid/d4 --seq-len 2048 --budget 256 --rows 8
 
 A session takes in the beginning of a row as the history it finds, then reads the last --read tokens one by one, in every setting of --settings, which are
@@ -42,8 +42,8 @@ parser.add_argument("--budget", type=int, default=192, help="visible entries")
 parser.add_argument("--read", type=int, default=256, help="tokens at the end of a row that are read one by one")
 parser.add_argument("--rows", type=int, default=16, help="for each seed")
 parser.add_argument("--seeds", type=int, default=3, help="samples of rows")
-parser.add_argument("--settings", default="32:4:0:8,32:4:4:8,32:1:4:0,8:1:4:0,8:0.25:4:0,8:1:4:4", help="of sessions: every:margin:edits:rest, comma list")
-parser.add_argument("--every", default="32,8", help="tokens between two choices of bm25 and lens, comma list (empty = leave them out)")
+parser.add_argument("--settings", default="8:1:0:0,8:1:4:0,32:1:4:0,4:1:4:0", help="of sessions: every:margin:edits:rest, comma list")
+parser.add_argument("--every", default="8", help="tokens between two choices of bm25 and lens, comma list (empty = leave them out)")
 add_data_dir(parser)
 
 
