@@ -352,7 +352,7 @@ def test_a_batch_runs_no_forward_for_rows_that_are_done(monkeypatch):
     """nanochat went on decoding finished rows. Rows are thrown out as soon as half of a batch is done."""
     seen = []
     forward = GPT.trunk
-    monkeypatch.setattr(GPT, "trunk", lambda self, entries, *rest: seen.append(entries.x.shape[:2]) or forward(self, entries, *rest))
+    monkeypatch.setattr(GPT, "trunk", lambda self, entries, *rest, **named: seen.append(entries.x.shape[:2]) or forward(self, entries, *rest, **named))
     replies = engine.generate_batch(talkative_gpt(3), [[BOS]], 64, max_tokens=60)[0]
     lengths = sorted((len(reply.ids) + (reply.stop is not None) for reply in replies), reverse=True)
     assert seen[0] == (1, 1), "a prompt is read once, whatever the number of samples"
