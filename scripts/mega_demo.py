@@ -126,9 +126,9 @@ class Watched(Session):
         self.scored = list(self.spans), super().score(found)
         return self.scored[1]
 
-    def refocus(self, found=None):
+    def refocus(self, found=None, wait=False):
         self.watch()
-        edits = super().refocus(found)
+        edits = super().refocus(found, wait)
         self.ticks.append(Tick(self.length, *self.scored, edits, found is not None))
         self.watch()
         return edits
