@@ -156,10 +156,8 @@ class Session:
             self._count("splice", start)
         ids = ids[done:]
         while ids:
-            length = self.tree.length
-            room = step - length % step
-            logits = self._read(ids[:room], length)
-            ids = ids[room:]
+            room = step - self.tree.length % step
+            logits, ids = self._read(ids[:room], self.tree.length), ids[room:]
         if prompt and self.n_diff and self._settle():
             logits = self._read_again()
         return logits
@@ -219,11 +217,12 @@ class Session:
 
     def _forward(self, entries, start):
         """Read entries of the timeline's newest tokens, from `start` on, and the blocks that wait, behind what is in view; logits (V,) of the next token."""
-        n, have = entries.x.size(1), self.shown.cache.length
+        n = entries.x.size(1)
         if self.waiting:
-            return self.gpt.head(self.read_waiting(entries, np.arange(start, start + n))[0, -1])
-        see = "all" if n == 1 else causal_after(have, n, self.gpt.device)
-        return self.gpt.head(self.shown.read(entries, range(start, start + n), see)[0, -1])
+            hidden = self.read_waiting(entries, np.arange(start, start + n))
+        else:
+            hidden = self.shown.read(entries, range(start, start + n), "all" if n == 1 else causal_after(self.shown.cache.length, n, self.gpt.device))
+        return self.gpt.head(hidden[0, -1])
 
     def grown(self, ids):
         """Tokens ids were appended to the tree and read: a finished block gets its place, and after every few tokens there is a tick."""
@@ -268,10 +267,9 @@ class Session:
             start = self._count("ingest", start)
         scores = self.score(found)
         start = self._count("score", start, ticks=1)
-        plan = refocus(self.spans, scores, self.budget, self.focus, n_diff=self.n_diff, margin=self.margin, cooldown=COOLDOWN, tail=self.tail, pins=self.pins, top=coarsest(self.tree.length, self.budget),
-                       room=BLOCK - self.tree.length % BLOCK) # so that the live block can be finished before the next tick
         self.newest_scores = dict(zip(self.spans, scores))
-        self.spans, self.edits, self.focus = plan
+        self.spans, self.edits, self.focus = refocus(self.spans, scores, self.budget, self.focus, n_diff=self.n_diff, margin=self.margin, cooldown=COOLDOWN, tail=self.tail, pins=self.pins, top=coarsest(self.tree.length, self.budget),
+                                                     room=BLOCK - self.tree.length % BLOCK) # so that the live block can be finished before the next tick
         check(self.spans, self.tree.length, self.budget)
         start = self._count("allocate", start, edits=len(self.edits))
         if self.edits or self.tree.length % BLOCK == 0: # positions are mapped anew at the end of a block only
@@ -293,9 +291,8 @@ class Session:
             return best_of(found, spans) + live
         if not spans or not self.n_diff:
             return [0.0] * len(self.spans)
-        device = self.gpt.device
-        hits = torch.from_numpy(self.matches.hits(self.tree, spans)).to(device)
-        levels = torch.tensor([span.level for span in spans], device=device)
+        hits = torch.from_numpy(self.matches.hits(self.tree, spans)).to(self.gpt.device)
+        levels = torch.tensor([span.level for span in spans], device=self.gpt.device)
         distances = self._distances(np.array([span.centre for span in spans]))
         return self.lensnet(hits[None], levels[None], distances[None])[0].tolist() + live
 
@@ -326,12 +323,10 @@ class Session:
     def _splice(self, now=False):
         """Show the entries of the working context, but for the live block and the raw blocks that must be read first: returns these. now: at the positions of this moment."""
         shown, wanted = self.shown, {span for span in self.spans if not span.live}
-        stale = set()
-        if self.exact and self.edits:
-            earliest = min(edit.node.start for edit in self.edits)
-            stale = {span for span in wanted if span.level == 0 and span.start >= earliest}
-            for span in stale:
-                self.store.drop(span)
+        earliest = min((edit.node.start for edit in self.edits), default=inf) if self.exact else inf
+        stale = {span for span in wanted if span.level == 0 and span.start >= earliest}
+        for span in stale:
+            self.store.drop(span)
         for span, (k, v) in shown.remove((set(shown.spans) - wanted) | stale).items():
             if span not in stale:
                 self.store.put(span, k, v)
@@ -345,9 +340,7 @@ class Session:
         return blocks
 
     def _read_gists(self, spans):
-        """
-        Keys and values of gists, as a list of (span, k, v). Those that raw blocks in view will have when they collapse are read along, into the store.
-        """
+        """Keys and values of gists, as a list of (span, k, v). Those that raw blocks in view will have when they collapse are read along, into the store."""
         ahead = [span.parent() for span in self.spans if span.level == 0 and span.index < self.tree.count(1)]
         read = read_gists(self.gpt, self.tree, spans + [span for span in ahead if span not in self.store])
         for span, k, v in read[len(spans):]:
