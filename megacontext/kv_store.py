@@ -15,9 +15,13 @@ import torch
 class KVStore:
     def __init__(self, device, device_entries, ram_entries):
         """Sizes are in entries: a block of tokens takes 32, a gist 1."""
-        self.device = torch.device(device)
-        self.near = Tier(device_entries)
-        self.far = Tier(0 if self.device.type == "cpu" else ram_entries)
+        self.device, self.sizes = torch.device(device), (device_entries, ram_entries)
+        self.clear()
+
+    def clear(self):
+        """Nothing is kept."""
+        self.near = Tier(self.sizes[0])
+        self.far = Tier(0 if self.device.type == "cpu" else self.sizes[1])
 
     def __contains__(self, key):
         return key in self.near.held or key in self.far.held

@@ -68,7 +68,7 @@ class Session:
         self.gpt, self.gistnet, self.lensnet, self.tree = gpt, gistnet, lensnet, tree
         self.budget, self.n_diff, self.margin, self.refocus_every, self.pins, self.exact = budget, n_diff, margin, refocus_every, pins, exact
         self.kept, self.kept_in_ram, self.tail = kept, kept_in_ram, raw_tail(budget)
-        self.shown = Shown(gpt, budget, positions)
+        self.shown, self.store = Shown(gpt, budget, positions), KVStore(gpt.device, kept * budget, kept_in_ram * budget)
         self._forget()
         self.telemetry, self.told = telemetry or Telemetry(), {}
         self.stats = dict(ticks=0, edits=0, read_tokens=0, ingested_tokens=0) | {f"{stage}_ms": 0.0 for stage in STAGES}
@@ -123,7 +123,7 @@ class Session:
     def _forget(self):
         """Nothing is in view, and nothing is kept but the tree."""
         self.shown.clear()
-        self.store = KVStore(self.gpt.device, self.kept * self.budget, self.kept_in_ram * self.budget)
+        self.store.clear()
         self.spans, self.newest_scores, self.edits, self.focus = [], {}, [], Focus() # newest_scores: span -> what LensNet said of it at the last tick
         self.matches = Matches()
         self.waiting = [] # raw blocks of the working context that are read along with the next token
@@ -389,10 +389,11 @@ class Session:
     # Marks: go back to one, go on from one elsewhere, keep one on disk
 
     def mark(self):
-        """This moment as a State: what rewind() and fork() start from. Costs one copy of the keys and values in view, and a look at all ids."""
+        """A State to rewind(), fork() or save(): a copy of the keys and values in view, a look at all ids. What is kept out of view is forgotten, here as there: both go on alike."""
         self.ready()
         with torch.no_grad(), self.changing():
             self.read_waiting()
+        self.store.clear()
         shown = self.shown
         k, v, *_ = loose = shown.lift()
         shown.lay(*loose)
@@ -401,10 +402,7 @@ class Session:
                      spans=list(self.spans), scores=self.scores, focus=self.focus, frame=shown.frame, stats=dict(self.stats), kv=shown.pairs(), loose=(k, v))
 
     def rewind(self, state):
-        """
-        Back to a mark of this session: what was read since is forgotten, and the next tokens are those that followed the mark. The pins are those of the
-        mark again: what was pinned since may lie in what is forgotten, and would hold for other tokens there.
-        """
+        """Back to a mark of this session, to its pins too: what was read since is forgotten, and the next tokens are those that followed the mark."""
         if state.length > self.length:
             raise UserError(f"cannot rewind to {state.length} tokens: this session has {self.length}")
         if state.history != history(self.tree, state.length):
