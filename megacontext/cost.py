@@ -64,5 +64,5 @@ def training_bytes(config, gpt_config, block, saved_bytes, reconstruct_every=0):
     rounds = (1 + gists) * config.layers * w * saved_bytes              # GistNet over children and slots
     left = config.left / block * (4 * D + saved_bytes / 82 * 48 * w)    # gathered, narrowed, and read as keys and values
     rows = 4 * (D + len(gpt_config.value_layers) * gpt_config.value_width) # tokens and gists copied into one row
-    edits = 120 * D                                                     # edited blocks behind their rows' keys and values, a layer at a time
+    edits = 72 * D if block == BLOCK else 0                             # edited blocks behind their rows' keys and values, a layer at a time (70 by the resident memory of d4, all rows labelled)
     return trunk + rounds + left + rows + edits
