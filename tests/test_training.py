@@ -160,7 +160,7 @@ def test_a_checkpoint_of_another_run_is_refused(place):
     assert done.returncode == 2 and "seed" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("flag, value", [("--lr", "0.1"), ("--curriculum", "16:0.5,32:1"), ("--plain-every", "2"), ("--labels-every", "2"), ("--seed", "7")])
+@pytest.mark.parametrize("flag, value", [("--lr", "0.1"), ("--curriculum", "16:0.5,32:1"), ("--plain-every", "2"), ("--labels-every", "4"), ("--seed", "7")])
 def test_a_run_goes_on_with_the_flags_it_was_begun_with(place, monkeypatch, flag, value):
     """Another curriculum, or another share of plain rows, went on without a word, and made neither the one run nor the other."""
     if not (place[0] / "base_checkpoints" / "one").exists():
