@@ -197,7 +197,8 @@ def lens_scores(lensnet, ids, docs, table, block, K, now=None):
     seen = torch.cat([(line == RAW) | (line == GIST), node], dim=2) # (B, P, E)
     levels = torch.cat([(line == GIST).long(), torch.full_like(node, 2, dtype=torch.long)], dim=2)
     centres = entry_positions(T, K, device=device)[0, T:] # (E,)
-    distances = (block[:, :, None] * K - centres).clamp(min=1)
+    now = block * K if now is None else now
+    distances = (now[:, :, None] - centres).clamp(min=1)
     hits = row_hits(ids, docs, block, K, now) # (B, P, Q, KINDS, n)
     hits = torch.cat([hits, hits[:, :, :G * FAN].unflatten(2, (G, FAN)).any(3)], dim=2)
     order = centres.argsort() # the timeline's: a level-2 node stands before the blocks that follow it, as in a working context

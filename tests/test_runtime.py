@@ -340,22 +340,23 @@ def test_a_gist_of_many_tokens_looks_at_some_of_them():
             assert torch.allclose(means[1], table.weight[torch.as_tensor(seen, dtype=torch.long)].mean(dim=0), atol=1e-6)
 
 
-def test_the_session_scores_as_rows_do(monkeypatch):
-    """The same context, once as a session scores it and once as a row of the training layout does: raw blocks, gists and a gist of gists."""
+@pytest.mark.parametrize("more", [0, 8, 24])
+def test_the_session_scores_as_rows_do(more, monkeypatch):
+    """The same context, once as a session scores it and once as a row of the training layout does: raw blocks, gists and a gist of gists; where a block begins, and at its ticks."""
     monkeypatch.setattr(Matches, "hits", lambda self, tree, spans: held_by(tree.tokens(0, tree.length).tolist(), spans)) # where a set may say yes too often
     networks, Q = tiny_networks(seq_len=8192), 104 # more than half of the budget, so that there are gists of gists
-    memory, ids = session(networks, budget=192), some_ids(Q * BLOCK)
+    memory, ids = session(networks, budget=192), some_ids(Q * BLOCK + more)
     for t in ids:
         memory.feed([t])
     assert {span.level for span in memory.spans} == {0, 1, 2}
-    line = np.full((Q + 1, Q + 1), HIDDEN)
-    for span in memory.spans:
+    spans, line = [span for span in memory.spans if not span.live], np.full((Q + 1, Q + 1), HIDDEN)
+    for span in spans:
         line[Q, span.start // BLOCK:span.stop // BLOCK] = (RAW, GIST, NODE)[span.level]
     docs = torch.zeros(1, Q + 1, dtype=torch.long)
-    rows = torch.tensor([ids + [0] * BLOCK])
-    scores = lens_scores(networks[2], rows, docs, torch.from_numpy(line)[None], torch.tensor([[Q]]), BLOCK)[0, 0]
-    expected = [scores[Q + 1 + span.index if span.level == 2 else span.index].item() for span in memory.spans]
-    assert np.allclose(memory.score(), expected, atol=1e-3)
+    rows = torch.tensor([ids + [0] * (BLOCK - more)])
+    scores = lens_scores(networks[2], rows, docs, torch.from_numpy(line)[None], torch.tensor([[Q]]), BLOCK, torch.tensor([[len(ids)]]))[0, 0]
+    expected = [scores[Q + 1 + span.index if span.level == 2 else span.index].item() for span in spans]
+    assert np.allclose(memory.score()[:len(spans)], expected, atol=1e-3)
 
 
 @pytest.mark.parametrize("seed", range(4))
