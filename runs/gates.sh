@@ -5,10 +5,10 @@
 #   bash runs/gates.sh                    every gate
 #   bash runs/gates.sh 2 5                these
 #   bash runs/gates.sh --plan             only say the commands
-#   BASE=base/d4 SFT=sft/d4 OUT=out/gates bash runs/gates.sh     other checkpoints, another folder
+#   BASE=base/d4 MID=mid/d4 SFT=sft/d4 OUT=out/gates bash runs/gates.sh     other checkpoints, another folder
 set -euo pipefail
 cd "$(dirname "$0")/.."
-base=${BASE:-base/d4} sft=${SFT:-sft/d4} out=${OUT:-out/gates} plan=0
+base=${BASE:-base/d4} mid=${MID:-mid/d4} sft=${SFT:-sft/d4} out=${OUT:-out/gates} plan=0
 
 run() { # NAME MODULE FLAGS: what it says goes to $out/NAME.txt
     local name=$1
@@ -26,6 +26,7 @@ gate_2() { # an eighth of the history in view, and more, by what a session reads
     run sessions bench.refocus --checkpoint "$base"
     run long scripts.base_train --tag long --depth 4 --source stdlib --max-seq-len 1536 --batch-tokens 4608 --num-tokens 1474560 --lr 2 --eval-tokens 65536
     run sessions_eighth bench.refocus --checkpoint base/long --seq-len 1536
+    run sessions_mid bench.refocus --checkpoint "$mid" --seq-len 2048 --budget 256 --rows 12
 }
 
 gate_3() { # what the memory costs the plain reader, and a step
@@ -48,11 +49,10 @@ gate_5() { # recall by expansion, and by gists alone
 }
 
 gate_6() { # by level and tokens a vector: bench.gist_recall says it of a toy, mega_eval of the model
-    (( asked[5] )) || run gists_alone bench.gist_recall
-    (( asked[1] )) || run memory scripts.mega_eval --checkpoint "$base" --documents 16 --measured-rows 2
+    [[ " ${gates[*]} " == *" 5 "* ]] || run gists_alone bench.gist_recall
+    [[ " ${gates[*]} " == *" 1 "* ]] || run memory scripts.mega_eval --checkpoint "$base" --documents 16 --measured-rows 2
 }
 
-declare -A asked=([1]=0 [2]=0 [3]=0 [4]=0 [5]=0 [6]=0)
 gates=()
 for word in "$@"; do
     if [[ "$word" == --plan ]]; then
@@ -65,7 +65,6 @@ for word in "$@"; do
     fi
 done
 (( ${#gates[@]} )) || gates=(1 2 3 4 5 6)
-for gate in "${gates[@]}"; do asked[$gate]=1; done
 
 if (( ! plan )); then
     source runs/setup.sh

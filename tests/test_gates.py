@@ -21,12 +21,12 @@ def commands(*words, **environment):
 
 
 def test_every_command_is_one_that_its_script_takes():
-    told = commands(BASE="base/mine", SFT="sft/mine")
+    told = commands(BASE="base/mine", MID="mid/mine", SFT="sft/mine")
     assert len(told) > 12 and len({tuple(words) for words in told}) == len(told), "nothing is measured twice"
     for python, m, module, *flags in told:
         assert (python, m) == ("python", "-m")
         importlib.import_module(module).parser.parse_args(flags)
-    assert {words[words.index("--checkpoint") + 1] for words in told if "--checkpoint" in words} == {"base/mine", "sft/mine", "base/long"}
+    assert {words[words.index("--checkpoint") + 1] for words in told if "--checkpoint" in words} == {"base/mine", "mid/mine", "sft/mine", "base/long"}
 
 
 def test_only_what_is_asked_for():
