@@ -6,7 +6,7 @@ block once more under each edited context, and compare. The keys and values of t
 so an edit costs a forward of K tokens, without gradients.
 
 The label of an entry is the value of its detail in nats over the rest of the block, from the place on where LensNet is asked: the loss with the coarser view
-less the loss with the finer one, whichever of the two the context had. A session asks every 8 tokens, so a place is where one of a block's PLACES parts begins, as likely
+less the loss with the finer one, whichever of the two the context had. A session asks every 8 tokens, so a place is where one of a block's PARTS parts begins, as likely
 as any other: asked where blocks begin and nowhere else, LensNet gets half of what can be gained within the next 8 tokens by two blocks, and three fifths so (LOG.md, 2026-11-27). Positive = detail helps. (A LensNet elsewhere was once trained on the opposite sign
 and looked healthy: tests/test_labels.py has an oracle case.)
 
@@ -21,7 +21,7 @@ from megacontext.layout import GIST, RAW, own_blocks, past
 from nanochat.gpt import IGNORE, Entries
 
 
-PLACES = 4 # of a block, where LensNet is asked: every 8 tokens of 32
+PARTS = 4 # of a block; LensNet is asked where each begins: every 8 tokens of 32
 
 
 @dataclass
@@ -63,8 +63,8 @@ class InFront:
 
 def first_targets(targets, K):
     """
-    targets (B, T) -> (B, Q), the place of each block's first target, or where it begins if it has none. LensNet is asked there: in a text that is where a block
-    begins, as at a tick; in a conversation where an answer does, as after a prompt, behind the whole question.
+    targets (B, T) -> (B, Q), the place of each block's first target, or where it begins if it has none: in a text that is where a block begins, in a conversation
+    where an answer does, as after a prompt, behind the whole question. LensNet is asked what to open there, and learns from there on.
     """
     able = (targets != IGNORE).unflatten(1, (-1, K)) # (B, Q, K)
     return torch.arange(able.size(1), device=targets.device) * K + able.int().argmax(-1)
@@ -72,7 +72,7 @@ def first_targets(targets, K):
 
 def draw_edits(table, left, rng, readings, edits):
     """
-    table (Q, Q) numpy, the working contexts of one row, left (Q, PLACES) bool numpy, whether a block has targets in each of its parts or after it. Returns block (P,), part (P,),
+    table (Q, Q) numpy, the working contexts of one row, left (Q, PARTS) bool numpy, whether a block has targets in each of its parts or after it. Returns block (P,), part (P,),
     entry (P, V) and edited lines (P, V, Q); entry -1 = no edit. Readings are drawn among the blocks that have a target, without which every
     edit is worth 0, and an entry to edit.
     """
@@ -102,11 +102,11 @@ def measure(gpt, entries, front, hidden, targets, table, K, rngs, readings, edit
     """
     B, T = targets.shape
     Q, device = T // K, targets.device
-    parts = (targets != IGNORE).view(B, Q, PLACES, K // PLACES).any(-1)
+    parts = (targets != IGNORE).view(B, Q, PARTS, K // PARTS).any(-1)
     left = parts.flip(-1).cummax(-1).values.flip(-1)
     drawn = [draw_edits(*row, rng, readings, edits) for *row, rng in zip(table.cpu().numpy(), left.cpu().numpy(), rngs)]
     block, part, entry, lines = (torch.from_numpy(np.stack(column)).to(device) for column in zip(*drawn))
-    now = torch.maximum(first_targets(targets, K).gather(1, block), block * K + part * (K // PLACES))
+    now = torch.maximum(first_targets(targets, K).gather(1, block), block * K + part * (K // PARTS))
     places = lambda blocks: (blocks[:, :, None] * K + torch.arange(K, device=device)).flatten(1) # of their tokens
     pick = lambda t, index: t.gather(1, index[:, :, None].expand(-1, -1, t.size(2)))
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from megacontext.labels import PLACES, InFront, RowRead, draw_edits, measure
+from megacontext.labels import PARTS, InFront, RowRead, draw_edits, measure
 from megacontext.layout import GIST, RAW, draw_table, entry_positions, visibility
 from megacontext.losses import row_entries
 from nanochat.gpt import IGNORE, Entries
@@ -56,7 +56,7 @@ def test_detail_that_helps_has_a_positive_label(shown):
 def test_edits_are_legal_and_single(seed):
     rng = np.random.default_rng(seed)
     table = draw_table(np.zeros(Q, dtype=int), K, rng, tail=(0, 32))
-    block, _, entry, lines = draw_edits(table, np.ones((Q, PLACES), bool), rng, 4, 6)
+    block, _, entry, lines = draw_edits(table, np.ones((Q, PARTS), bool), rng, 4, 6)
     for p, q in enumerate(block):
         assert len({e for e in entry[p] if e >= 0}) == (entry[p] >= 0).sum(), "an edit is drawn once"
         for e, line in zip(entry[p], lines[p]):
