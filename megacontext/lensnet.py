@@ -63,7 +63,7 @@ class LensNet(nn.Module):
         levels (M, E)                0 = shown raw, 1 = a gist of tokens, 2 and more = a gist of gists
         distances (M, E)             tokens between the entry's centre and now, > 0
         seen (M, E) bool             False = no such entry; None = all are there
-        Returns scores (M, E) in nats over the next block; entries not seen get 0.
+        Returns scores (M, E) in nats over what is left of the block that is being read; entries not seen get 0.
         """
         hits, blocks = hits.float(), self.blocks[levels.clamp(1, WIDTHS) - 1] # (M, E, KINDS, n), (M, E)
         if seen is not None:

@@ -41,7 +41,7 @@ from nanochat.gpt import Entries, causal_after
 
 COMMIT = 4096         # tokens between commits while reading: a commit waits for the disk, 13 to 100 ms. save() commits too
 REFOCUS_EVERY = 8    # tokens: what the next tokens need is in the newest ones, and a whole block later it is another block (LOG.md, 2026-11-27)
-MARGIN = 1.0         # nats a block: what an expansion must be better by than the collapse that pays for it; with 0.25 twice the edits gain little more
+MARGIN = 1.0         # nats over the rest of a block: what an expansion must be better by than the collapse that pays for it; with 0.25 twice the edits gain little more
 COOLDOWN = 0         # ticks that a node rests after an edit: with 8 what was opened stood in the way of what was wanted next (LOG.md, 2026-11-27)
 TURNS = 10           # refocuses after a prompt for each level in view, as long as they find something to edit: a level is opened at a time, two gists a refocus
 STAGES = ("read", "ingest", "score", "allocate", "splice")
