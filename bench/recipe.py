@@ -3,6 +3,7 @@ Which parts of co-training pay: the same small GPT, GistNet and LensNet trained 
 
 python -m bench.recipe                                          # every variant
 python -m bench.recipe --seeds 0,1,2 --only "no curriculum,no left context"
+python -m bench.recipe --checkpoint base/d4 --num-tokens 245760 --lr 0.5    # the same trained networks go on, where gists carry something already
 
 All variants of a seed start from the same weights where they have them and read the same rows in the same order; all are judged on the same
 validation rows, so differences are paired. In nats per token over the last quarter of rows that are read within an eighth of their length, but for the first:
@@ -11,6 +12,7 @@ validation rows, so differences are paired. In nats per token over the last quar
     none        ... than the same without its gists
     swapped     ... than the same with gists of another document
     raw         what the choice of LensNet is better by than recency
+    sinks       what a window is better by with one of its blocks given to the row's first
     decoded     what a token of a block costs behind nothing, less what it costs behind the block's gist
 Positive is good everywhere but in bpb. The last line is one JSON object.
 """
@@ -30,23 +32,25 @@ from megacontext import losses, probes
 from megacontext.evaluate import Networks, Rows, swapped
 from megacontext.contexts import chosen_table, recency_table, window_table
 from megacontext.gistnet import GistConfig, GistNet
-from megacontext.layout import HIDDEN
+from megacontext.layout import HIDDEN, NODE, RAW, draw_table
 from megacontext.lensnet import LensConfig, LensNet
 from megacontext.losses import CoTraining, CoTrainingOptions
 from nanochat import schedule
-from nanochat.common import print0, run_main
+from nanochat.common import UserError, print0, run_main
 from nanochat.dataloader import Loader, val_loader
-from nanochat.gpt import GPT
+from nanochat.gpt import GPT, IGNORE
 from nanochat.loss_eval import bits_per_byte
 from nanochat.optim import make_optimizer
 from nanochat.report import table
 from nanochat.train import Curves
 from scripts.base_train import parser as training
+from scripts.load import load_stage
 from scripts.mega_eval import long_documents, parts, sample_rows
 
 parser = argparse.ArgumentParser(description="Change one thing at a time in co-training", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 add_flags(parser, seq_len=1024, eval_tokens=65536)
 parser.add_argument("--documents", type=int, default=16, help="validation rows that the memory is judged on")
+parser.add_argument("--checkpoint", default="", help="stage/tag of a checkpoint with memory that every variant goes on from, with gists of 32 tokens: its shape instead of --layers and --width, and --lr times its rates (empty = new networks)")
 
 
 class FromEmptySlot(GistNet):
@@ -74,6 +78,26 @@ class LaterGists(LateGists):
     begin = 0.5
 
 
+class ToFullContext(CoTraining):
+    """Every token that reads through gists is also to say what the same GPT says with all of its row in view: KL(full, gists) nats, added to its loss."""
+
+    def _nats(self, hidden, inputs, targets):
+        with torch.no_grad():
+            wanted = self.gpt(inputs).float().log_softmax(-1)
+        said = self.gpt.head(hidden).float().log_softmax(-1)
+        divergence = (wanted.exp() * (wanted - said)).sum(-1)
+        return super()._nats(hidden, inputs, targets) + (divergence * (targets != IGNORE)).sum()
+
+
+def table_with_sinks(docs, *args, **settings):
+    """A drawn table in which the first block of each document is always raw."""
+    table = draw_table(docs, *args, **settings)
+    first = np.maximum.accumulate(np.where(np.append(True, docs[1:] != docs[:-1]), np.arange(len(docs)), 0))
+    later = np.flatnonzero(first < np.arange(len(docs)))
+    table[later, first[later]] = np.where(table[later, first[later]] == NODE, NODE, RAW) # of a gist of gists all siblings are in view, or none
+    return table
+
+
 # name: (settings of GistConfig, settings of CoTrainingOptions, classes in place of GistNet and CoTraining, patches while it lasts)
 VARIANTS = {
     "as it is": ({}, {}, {}, ()),
@@ -93,33 +117,57 @@ VARIANTS = {
     "gists after a fifth": ({}, {}, dict(CoTraining=LateGists), ()),
     "gists after a half": ({}, {}, dict(CoTraining=LaterGists), ()),
     "twice as many labels": ({}, dict(reading_tokens=256), {}, ()),
+    "half as many labels": ({}, dict(labels_every=4), {}, ()),
+    "LensNet's loss at 0.03": ({}, dict(lens_weight=0.03), {}, ()),
+    "LensNet's loss at 0.3": ({}, dict(lens_weight=0.3), {}, ()),
+    "KL to full attention": ({}, {}, dict(CoTraining=ToFullContext), ()),
+    "sinks": ({}, {}, {}, (patch.object(losses, "draw_table", table_with_sinks),)),
     "LensNet opens nothing": ({}, dict(asked=0.0), {}, ()),
     "no values for gists": ({}, {}, {}, (patch.object(losses, "pool_values", lambda values, fan: torch.zeros_like(values[:, ::fan][:, :values.size(1) // fan])),)),
 }
 
 
+def goes_on(variant):
+    """Whether networks that are trained already can go on with a variant: it changes neither them nor how gists begin."""
+    gist, options, classes, _ = VARIANTS[variant]
+    return not gist and "curriculum" not in options and "GistNet" not in classes and not issubclass(classes.get("CoTraining", CoTraining), LateGists)
+
+
 @contextmanager
-def changed(variant, config, seed):
-    """The objective with new networks as the variant has them, while the block lasts."""
+def changed(variant, config, seed, checkpoint=""):
+    """The objective with networks as the variant has them, new ones or a checkpoint's, while the block lasts."""
     gist, options, classes, patches = VARIANTS[variant]
     with ExitStack() as stack:
         for one in patches:
             stack.enter_context(one)
-        torch.manual_seed(seed)
-        gpt = GPT(config)
-        torch.manual_seed(seed)
-        gistnet = classes.get("GistNet", GistNet)(replace(GistConfig.for_gpt(config), **gist))
-        yield classes.get("CoTraining", CoTraining)(gpt, gistnet, LensNet(LensConfig()), CoTrainingOptions(seed=seed, **dict(reconstruct_every=training.get_default("reconstruct_every")) | options))
+        if checkpoint:
+            loaded = load(checkpoint, config.seq_len)
+            networks, options = (loaded.gpt.train(), loaded.gistnet.train(), loaded.lensnet.train()), dict(curriculum=((32, 1.0),)) | options
+        else:
+            torch.manual_seed(seed)
+            gpt = GPT(config)
+            torch.manual_seed(seed)
+            networks = gpt, classes.get("GistNet", GistNet)(replace(GistConfig.for_gpt(config), **gist)), LensNet(LensConfig())
+        yield classes.get("CoTraining", CoTraining)(*networks, CoTrainingOptions(seed=seed, **dict(reconstruct_every=training.get_default("reconstruct_every")) | options))
+
+
+def load(checkpoint, seq_len):
+    """The networks of "stage/tag", for rows of seq_len; UserError where it has no memory."""
+    stage, _, tag = checkpoint.partition("/")
+    loaded = load_stage(stage, tag or None, seq_len=seq_len)
+    if loaded.gistnet is None:
+        raise UserError(f"--checkpoint {checkpoint}: expected one with memory, this one was trained with --plain")
+    return loaded
 
 
 def train(config, items, val_items, texts, tokenizer, args, seed, variant):
     """-> ({column: number}, seconds)"""
     plan = schedule.plan(config.layers, config.vocab_size, config.seq_len, tokens=args.num_tokens, batch_tokens=args.batch_tokens)
     began, rows = time.perf_counter(), args.batch_tokens // config.seq_len
-    with changed(variant, config, seed) as objective:
+    with changed(variant, config, seed, args.checkpoint) as objective:
         gpt, gistnet, lensnet = objective.gpt, objective.gistnet, objective.lensnet
-        optimizer = make_optimizer(gpt, dict(gistnet=gistnet, lensnet=lensnet), lr_scale=plan.lr_mult * args.lr * schedule.short_run(plan), weight_decay=0.28 * plan.weight_decay_mult)
-        curves = Curves(plan.steps)
+        optimizer = make_optimizer(gpt, dict(gistnet=gistnet, lensnet=lensnet), lr_scale=plan.lr_mult * args.lr * (args.rates or schedule.short_run(plan)), weight_decay=0.28 * plan.weight_decay_mult)
+        curves = Curves(plan.steps, **dict(warmdown_ratio=1.0, final=0.1) if args.checkpoint else {}) # as mid-training goes on
         with Loader(items, tokenizer, rows, config.seq_len, align=32, seed=seed) as loader:
             for step, batch in zip(range(plan.steps), loader):
                 curves.apply(optimizer, step)
@@ -146,6 +194,7 @@ def judge(networks, rows):
         for name, view in views.items():
             found.setdefault(name, []).append(nats(*view) - own)
         found.setdefault("raw", []).append(own - nats(some.tables(chosen_table, some.scores["lensnet"]), tail))
+        found.setdefault("sinks", []).append(nats(window_table(some.Q, some.W), tail) - nats(window_table(some.Q, some.W, sinks=True), tail))
         decoded = probes.reconstruction(some)[1]
         found.setdefault("decoded", []).append(torch.tensor(decoded["nothing"]) - torch.tensor(decoded["own"]))
     return {name: torch.cat(values).mean().item() for name, values in found.items()}
@@ -164,6 +213,14 @@ def told(name, found, first):
 def main():
     args = parser.parse_args()
     names, seeds, tokenizer, config, items, val_items = settle(args, VARIANTS)
+    args.rates = None # of a run from nothing they follow from its length
+    if args.checkpoint:
+        loaded = load(args.checkpoint, args.max_seq_len)
+        config, args.rates = loaded.gpt.config, loaded.meta["lr"]
+        late = [name for name in names if not goes_on(name)]
+        if args.only and late:
+            raise UserError(f"--only {','.join(late)}: a variant that changes the networks, or how gists begin, cannot go on from --checkpoint; leave one of the two out")
+        names = [name for name in names if name not in late]
     first = names[0]
     texts = long_documents(val_items, tokenizer, args.max_seq_len)
     found = {name: [] for name in names}
@@ -172,7 +229,7 @@ def main():
             numbers, seconds = train(config, items, val_items, texts, tokenizer, args, seed, name)
             found[name].append(numbers)
             print0(f"seed {seed} {name:24s} " + " ".join(f"{key} {value:.4f}" for key, value in numbers.items()) + f" ({seconds:.0f} s)")
-    print0(f"\n{args.layers} layers of {args.width}, rows of {args.max_seq_len}, {args.num_tokens} tokens of {args.source}, seeds {args.seeds}; +- is the standard error of the difference to the first line\n")
+    print0(f"\n{config.layers} layers of {config.width}{f' of {args.checkpoint}' * bool(args.checkpoint)}, rows of {args.max_seq_len}, {args.num_tokens} tokens of {args.source}, seeds {args.seeds}; +- is the standard error of the difference to the first line\n")
     print0(table(["variant", *found[first][0]], [told(name, runs, found[first]) for name, runs in found.items()]))
     print0(json.dumps(dict(vars(args), variants=found)))
 

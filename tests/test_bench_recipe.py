@@ -1,5 +1,7 @@
 """bench/recipe.py: a variant is another training, only while it lasts, and rows of the table are what they say."""
 import math
+from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,9 +10,12 @@ import torch
 from bench import recipe
 from megacontext.evaluate import Networks, Rows, trailing
 from megacontext.gistnet import GistConfig
+from megacontext.layout import GIST, NODE, RAW, draw_table
+from megacontext.losses import CoTrainingOptions
 from megacontext.probes import reconstruction
+from nanochat.common import UserError
 from nanochat.dataloader import Batch
-from nanochat.gpt import GPTConfig
+from nanochat.gpt import GPTConfig, IGNORE
 from nanochat.optim import make_optimizer
 from tests.tiny import VOCAB, tiny_networks
 
@@ -26,7 +31,7 @@ def learnt(variant):
             if not p.any(): # else what a gist takes from elsewhere is nothing for the first few steps
                 torch.nn.init.normal_(p, std=0.1)
         optimizer = make_optimizer(objective.gpt, dict(gistnet=objective.gistnet, lensnet=objective.lensnet))
-        for step, first in ((1, 16), (1, 32), (11, 8), (11, 16)):
+        for step, first in ((1, 16), (1, 32), (11, 8), (11, 16), (11, 24)):
             objective.start_step(step, STEPS)
             loss, _ = objective(Batch(ids[:, :-1], ids[:, 1:], torch.zeros(4, 20, dtype=torch.long), torch.arange(first, first + 4)))
             loss.backward()
@@ -36,13 +41,16 @@ def learnt(variant):
     return losses
 
 
+@cache
+def as_it_is():
+    return learnt("as it is")
+
+
 @pytest.mark.parametrize("variant", list(recipe.VARIANTS))
 def test_a_variant_changes_something_and_leaves_nothing_behind(variant):
     """A setting that missed its target would report that it does not matter."""
-    as_it_is = learnt("as it is")
-    if variant != "as it is":
-        assert learnt(variant) != as_it_is
-    assert learnt("as it is") == as_it_is
+    assert (learnt(variant) == as_it_is()) == (variant == "as it is")
+    assert learnt("as it is") == as_it_is()
 
 
 def test_it_is_what_training_builds():
@@ -51,13 +59,53 @@ def test_it_is_what_training_builds():
         assert objective.gistnet.config == GistConfig.for_gpt(config)
 
 
+def test_a_checkpoint_goes_on(monkeypatch):
+    networks, asked = tiny_networks(), []
+
+    def load_stage(stage, tag, seq_len):
+        asked.append((stage, tag, seq_len))
+        return SimpleNamespace(gpt=networks[0], gistnet=None if stage == "plain" else networks[1], lensnet=networks[2])
+
+    monkeypatch.setattr(recipe, "load_stage", load_stage)
+    with recipe.changed("sinks", networks[0].config, 0, "base/d4") as objective:
+        assert asked == [("base", "d4", 2048)] and (objective.gpt, objective.gistnet, objective.lensnet) == networks and objective.gpt.training
+        objective.start_step(0, STEPS)
+        assert objective.block == 32, "gists are of 32 tokens already"
+    with pytest.raises(UserError, match="--checkpoint plain/d4: expected one with memory"):
+        recipe.load("plain/d4", 2048)
+    assert {name for name in recipe.VARIANTS if not recipe.goes_on(name)} == {"no curriculum", "curriculum 4, 8, 16, 32", "no left context", "left context of 64", "left context of 128", "left context of 256",
+                                                                              "two rounds", "from an empty slot", "gists after a fifth", "gists after a half"}
+
+
+def test_the_loss_towards_full_attention_is_the_divergence_from_it():
+    networks, ids = tiny_networks(), torch.randint(VOCAB, (2, 65), generator=torch.Generator().manual_seed(1))
+    objective = recipe.ToFullContext(*networks, CoTrainingOptions())
+    inputs, targets = ids[:, :-1], ids[:, 1:].clone()
+    targets[:, :7] = IGNORE
+    hidden = networks[0].trunk(networks[0].embed(inputs), torch.arange(64)[None], "causal")
+    full = networks[0].loss(hidden, targets, "sum").item()
+    assert objective._nats(hidden, inputs, targets).item() == pytest.approx(full, rel=1e-5), "who sees all of the row diverges from nothing"
+    other = hidden.flip(1)
+    p, q = (torch.distributions.Categorical(logits=networks[0].head(t)[:, 7:]) for t in (hidden, other))
+    assert (objective._nats(other, inputs, targets) - networks[0].loss(other, targets, "sum")).item() == pytest.approx(torch.distributions.kl_divergence(p, q).sum().item(), rel=1e-4)
+
+
+def test_sinks_stay_in_view():
+    docs = np.repeat([0, 1, 2], [5, 70, 1])
+    table = recipe.table_with_sinks(docs, 32, np.random.default_rng(3), gists=1, nodes=1)
+    plain = draw_table(docs, 32, np.random.default_rng(3), gists=1, nodes=1)
+    assert (table[1:5, 0] == RAW).all() and np.isin(table[6:75, 5], (RAW, NODE)).all() and (plain[6:75, 5] == GIST).any()
+    changed = table != plain
+    assert not changed[:, [q for q in range(76) if q not in (0, 5)]].any(), "nothing else is touched"
+
+
 def test_what_is_judged_is_what_mega_eval_tells():
     """Five rows: once the fifth was read by itself, and its gists of another row were its own."""
     networks, ids = Networks(*tiny_networks()), torch.randint(VOCAB, (5, 1281), generator=torch.Generator().manual_seed(1))
     rows = Rows(networks, ids, 160, np.random.default_rng(0))
     nats, decoded = trailing(rows, 320), reconstruction(rows)[1]
     better = {name: (nats[other] - nats["recency"]).mean().item() for name, other in dict(window="window", none="no gists", swapped="swapped").items()}
-    better |= dict(raw=(nats["recency"] - nats["lensnet"]).mean().item(), decoded=np.mean(decoded["nothing"]) - np.mean(decoded["own"]))
+    better |= dict(sinks=(nats["window"] - nats["window with sinks"]).mean().item(), raw=(nats["recency"] - nats["lensnet"]).mean().item(), decoded=np.mean(decoded["nothing"]) - np.mean(decoded["own"]))
     assert recipe.judge(networks, ids) == pytest.approx(better, abs=1e-4) and min(map(abs, better.values())) > 1e-3
 
 
