@@ -7,6 +7,7 @@ entry, that which holds most of what follows it. With the tokens of the entry it
 
 Training asks the rows themselves. At a tick, a session asks a bit set for each entry: the hashes of its tokens and pairs (Bloom, 1970, with one hash
 function), made from the ids in the tree when the entry comes into view, so that a refocus touches newest tokens x entries, whatever the entries cover.
+For a million tokens that takes as long as some steps of the GPT: what 32 gists in view become takes the bits of theirs.
 A bit set may say yes where the truth is no: in one case in 500 for a block, in one of 20 for a gist of 1,024 tokens of ordinary text.
 After a prompt it looks through the ids of the whole history instead.
 
@@ -127,6 +128,7 @@ class _Sets:
         new = [span for span in spans if span not in self.place]
         if not new:
             return
+        of_children = {span: self._of_children(span) for span in new if span.level > 3} # now: children that have just left the view may give up their rows
         if len(self.place) + len(new) > len(self.rows): # first those out of view give up their rows, then there are more rows
             wanted = set(spans)
             self.place = {span: row for span, row in self.place.items() if span in wanted}
@@ -135,11 +137,21 @@ class _Sets:
         used = set(self.place.values())
         free = (row for row in range(len(self.rows)) if row not in used)
         for span, row in zip(new, free):
-            held = _with_before(tree, max(0, span.start - LEAD), span.stop - LEAD)
-            flags = np.zeros(int(self.bits), bool)
-            flags[(hashed(*held) % self.bits).astype(np.int64).ravel()] = True
-            self.rows[row] = np.packbits(flags, bitorder="little")
+            known = of_children.get(span)
+            self.rows[row] = self._of_ids(tree, span) if known is None else known
             self.place[span] = row
+
+    def _of_children(self, span):
+        """The set of a gist of a million tokens or more, packed: all that its children hold. They were in view when they became it. None where one's set is not here."""
+        rows = [self.place.get(child) for child in span.children()]
+        return None if None in rows else np.bitwise_or.reduce(self.rows[rows])
+
+    def _of_ids(self, tree, span):
+        """A span's set, packed, in time in proportion to its tokens (docs/RUNTIME.md)."""
+        held = _with_before(tree, max(0, span.start - LEAD), span.stop - LEAD)
+        flags = np.zeros(int(self.bits), bool)
+        flags[(hashed(*held) % self.bits).astype(np.int64).ravel()] = True
+        return np.packbits(flags, bitorder="little")
 
 
 def _with_before(tree, start, stop):

@@ -118,6 +118,53 @@ def test_rows_of_spans_that_left_are_used_again():
         assert len(kept.sets[0].rows) <= 2 * 20
 
 
+def set_of(kept, span):
+    sets = kept.sets[span.level > 2]
+    return sets.rows[sets.place[span]]
+
+
+def watch_ids(tree, monkeypatch):
+    """From now on, a list of how many ids the tree is asked for at a time."""
+    asked = []
+    monkeypatch.setattr(tree, "tokens", lambda a, b: asked.append(b - a) or MegaTree.tokens(tree, a, b))
+    return asked
+
+
+@pytest.mark.parametrize("gist", [Span(4, 0), Span(4, 1)])
+def test_a_gist_of_a_million_tokens_has_the_sets_of_its_children(gist, monkeypatch):
+    """
+    A million ids were hashed at the first tick that showed a gist of level 4, though the 32 gists that became it had just been in view, with sets as
+    large. Theirs together are its own, bit for bit, and the ids are not looked at. Where one is missing they are.
+    """
+    tree, kept, fresh = tree_of(np.random.default_rng(gist.index).integers(0, 2 ** 31, gist.stop + 100)), Matches(), Matches()
+    fresh.hits(tree, [gist])
+    kept.hits(tree, gist.children())
+    with monkeypatch.context() as patch:
+        asked = watch_ids(tree, patch)
+        kept.hits(tree, [gist])
+        assert asked == [NEWEST + 1], "the newest tokens, and nothing else"
+    assert np.array_equal(set_of(kept, gist), set_of(fresh, gist)) and 0.5 < np.unpackbits(set_of(kept, gist)).mean() < 0.9
+    kept = Matches()
+    kept.hits(tree, gist.children()[1:])
+    kept.hits(tree, [gist])
+    assert np.array_equal(set_of(kept, gist), set_of(fresh, gist))
+
+
+def test_children_that_give_up_their_rows_give_their_sets_first(monkeypatch):
+    """No row is free, and the first that is given up for another newcomer is a child's."""
+    tree, kept, fresh, gist = tree_of(np.random.default_rng(0).integers(0, 2 ** 31, 2 * BLOCK ** 4)), Matches(), Matches(), Span(4, 0)
+    *others, last = Span(4, 1).children()
+    kept.hits(tree, gist.children())
+    kept.hits(tree, gist.children() + others)
+    assert len(kept.sets[1].rows) < len(kept.sets[1].place) + 2
+    asked = watch_ids(tree, monkeypatch)
+    for sets in (kept, fresh):
+        sets.hits(tree, [last, gist])
+    assert sorted(asked)[-2:] == [BLOCK ** 3 + 1, gist.stop - LEAD] and asked.index(gist.stop - LEAD) > len(asked) // 2, "only the fresh one asks for a million ids"
+    assert kept.sets[1].place[last] == 0
+    assert all(np.array_equal(set_of(kept, span), set_of(fresh, span)) for span in (last, gist))
+
+
 def test_bits_are_evenly_used():
     """Ids are small consecutive numbers and a set takes the remainder of their hash: none of its bits may be out of reach."""
     bits = matches.hashed(np.arange(30_000), np.arange(30_000)[::-1]) % np.uint64(1 << 10)

@@ -23,7 +23,7 @@ from megacontext.tree import MegaTree, make_header
 from megacontext.working_context import Pins, advance, assemble, check, coarsest, cost, raw_tail
 from nanochat.common import UserError
 from nanochat.engine import PlainStream
-from tests.test_matches import held_by
+from tests.test_matches import held_by, set_of, watch_ids
 from tests.tiny import VOCAB, tiny_networks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -574,6 +574,30 @@ def test_what_a_session_keeps_for_its_questions_is_bounded():
     for t in some_ids(1500):
         memory.feed([t])
         assert sum(len(sets.rows) for sets in memory.matches.sets) <= 2 * 192
+
+
+def test_a_million_tokens_that_collapse_are_not_looked_at_again(monkeypatch):
+    """
+    The tick after 32 gists of level 3 became one hashed the ids of all that they stand for, and stopped the session for a tenth of a second. Their sets
+    are still there then: the tick that closes them has asked them before.
+    """
+    rng, tree = np.random.default_rng(0), MegaTree.in_memory(make_header(32, 0, gist_dtype="float32"))
+    tree.append_tokens(rng.integers(0, VOCAB, BLOCK ** 4 + 4 * BLOCK ** 3))
+    for level in range(1, 5):
+        tree.append_gists(level, rng.normal(size=(tree.pending(level)[1], 32)).astype(np.float32))
+    memory, node = Session(*tiny_networks(seq_len=512), tree, 192), Span(4, 0)
+    assert set(node.children()) <= set(memory.spans)
+    monkeypatch.setattr(memory, "score", lambda found=None: Session.score(memory) and [{2: 9.0, 3: -9.0}.get(span.level, 0.0) for span in memory.spans])
+    while node not in memory.spans:
+        assert memory.length < BLOCK ** 4 + 5 * BLOCK ** 3, "the case must close them"
+        memory.feed([1])
+    assert node not in memory.matches.sets[1].place
+    asked, fresh = watch_ids(tree, monkeypatch), Matches()
+    while node not in memory.matches.sets[1].place:
+        memory.feed([1])
+    assert max(asked) < BLOCK ** 3
+    fresh.hits(tree, [node])
+    assert np.array_equal(set_of(memory.matches, node), set_of(fresh, node))
 
 
 def test_the_highest_level_is_the_lowest_that_has_room():
