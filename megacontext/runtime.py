@@ -147,9 +147,8 @@ class Session:
             return self._feed(list(ids), prompt and len(ids) > 1)
 
     def _feed(self, ids, prompt):
-        done, step = 0, BLOCK if prompt else self.refocus_every # what is said has every tick, a prompt one a block
-        for done in self.skim(ids):
-            pass
+        step = BLOCK if prompt else self.refocus_every # what is said has every tick, a prompt one a block
+        done = max(self.skim(ids), default=0)
         if done:
             start = time.perf_counter()
             self.ready()
@@ -261,6 +260,7 @@ class Session:
     @torch.no_grad()
     def refocus(self, found=None, wait=False):
         """Score the entries, edit the working context, splice. Returns the edits. found: as in score(); wait: what has to be read may wait for the next token."""
+        self.ready()
         start = time.perf_counter()
         if self.pins.never: # a block may collapse while it is in the tail
             complete(self.gpt, self.gistnet, self.tree)
@@ -268,19 +268,21 @@ class Session:
         scores = self.score(found)
         start = self._count("score", start, ticks=1)
         self.newest_scores = dict(zip(self.spans, scores))
-        self.spans, self.edits, self.focus = refocus(self.spans, scores, self.budget, self.focus, n_diff=self.n_diff, margin=self.margin, cooldown=COOLDOWN, tail=self.tail, pins=self.pins, top=coarsest(self.tree.length, self.budget),
-                                                     room=BLOCK - self.tree.length % BLOCK) # so that the live block can be finished before the next tick
-        check(self.spans, self.tree.length, self.budget)
-        start = self._count("allocate", start, edits=len(self.edits))
-        if self.edits or self.tree.length % BLOCK == 0: # positions are mapped anew at the end of a block only
-            self.read_waiting() # in the context that it was opened in
-            loose = self.shown.lift()
-            self.waiting = self._splice()
-            self.shown.lay(*loose)
-            if not wait:
-                self.read_waiting()
-        self._count("splice", start)
-        self._tell()
+        plan = refocus(self.spans, scores, self.budget, self.focus, n_diff=self.n_diff, margin=self.margin, cooldown=COOLDOWN, tail=self.tail, pins=self.pins, top=coarsest(self.tree.length, self.budget),
+                       room=BLOCK - self.tree.length % BLOCK) # so that the live block can be finished before the next tick
+        with self.changing(): # nothing has until here: pins that do not fit are refused, and all stays in view
+            self.spans, self.edits, self.focus = plan
+            check(self.spans, self.tree.length, self.budget)
+            start = self._count("allocate", start, edits=len(self.edits))
+            if self.edits or self.tree.length % BLOCK == 0: # positions are mapped anew at the end of a block only
+                self.read_waiting() # in the context that it was opened in
+                loose = self.shown.lift()
+                self.waiting = self._splice()
+                self.shown.lay(*loose)
+                if not wait:
+                    self.read_waiting()
+            self._count("splice", start)
+            self._tell()
         return self.edits
 
     def score(self, found=None):

@@ -10,9 +10,10 @@ from megacontext import runtime
 from megacontext.batch import Batch
 from megacontext.ingest import ingest
 from megacontext.runtime import Session
-from megacontext.span import BLOCK
+from megacontext.span import BLOCK, Span
 from megacontext.tree import MegaTree, TreeError, make_header
-from megacontext.working_context import check, cost
+from megacontext.working_context import Pins, check, cost
+from nanochat.common import UserError
 from tests.test_runtime import some_ids
 from tests.tiny import tiny_networks
 
@@ -48,9 +49,15 @@ def on_a_tree_that_fails(networks, ids, left=0, late=False):
     return memory
 
 
-def check_it_goes_on(memory, networks):
-    """It says what a new session on a copy of its tree says, and holds in view what that one holds."""
-    twin = Session(*networks, memory.tree.fork(), memory.budget, margin=memory.margin)
+def check_it_goes_on(memory, networks, refocused=False):
+    """It says what a new session on a copy of its tree says, and holds in view what that one holds. refocused: both are, first of all."""
+    twin = Session(*networks, memory.tree.fork(), memory.budget, margin=memory.margin, pins=memory.pins)
+    for session in (memory, twin) if refocused else ():
+        session.refocus()
+    check_they_agree(memory, twin)
+
+
+def check_they_agree(memory, twin):
     for n in (1, 40, 1):
         assert torch.allclose(memory.feed(some_ids(n, seed=9)), twin.feed(some_ids(n, seed=9)), atol=1e-4)
         assert memory.spans == twin.spans and memory.shown.cache.length + cost(memory.waiting) == cost(memory.spans)
@@ -94,6 +101,59 @@ def test_a_session_goes_on_after_its_network_failed_or_its_reader_left(monkeypat
     assert next(taken) + before == memory.length > before
     taken.close()
     check_it_goes_on(memory, networks)
+
+
+PINNED = Pins(raw=((100, 101),), never=((5960, 5961),)) # of 6,000 tokens: to obey it, gists of gists are opened, a block is read, and one of the tail gets its gist
+
+
+@pytest.mark.parametrize("failing", ["_splice", "_read_gists", "read_waiting", "_tell"])
+def test_a_session_goes_on_after_a_refocus_that_was_asked_for_failed(failing, monkeypatch):
+    """/pin refocuses at once. What failed in that left a plan without its keys and values: every feed and refocus since ended in an error, or in logits of another context."""
+    networks = tiny_networks()
+    for refocused in (False, True):
+        memory = on_a_tree_that_fails(networks, some_ids(6000))
+        memory.pins = PINNED
+        with monkeypatch.context() as patch:
+            patch.setattr(memory, failing, lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                memory.refocus()
+        check_it_goes_on(memory, networks, refocused)
+        assert Span(0, 3) in memory.spans
+
+
+def two_to_pin(networks):
+    """A session that has moved on from what it assembled, and another that goes on alike."""
+    memory = on_a_tree_that_fails(networks, some_ids(5950))
+    for t in some_ids(50, seed=1):
+        memory.feed([t])
+    return memory, memory.fork()
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_what_a_refocus_had_not_changed_when_its_tree_failed_is_still_in_view(late):
+    """A tree that fails at any place, once: while entries are scored nothing has changed, and all goes on as if nobody had asked; later, as a new session does."""
+    networks, kept = tiny_networks(), []
+    memory, _ = two_to_pin(networks)
+    memory.pins, memory.tree.asked = PINNED, 0
+    memory.refocus()
+    for left in np.linspace(1, memory.tree.asked, 6, dtype=int).tolist():
+        memory, twin = two_to_pin(networks)
+        memory.pins = twin.pins = PINNED
+        memory.tree.left, memory.tree.late = left, late
+        with pytest.raises(TreeError, match="no space"):
+            memory.refocus()
+        kept.append(memory.shown.cache.length > 0)
+        check_they_agree(memory, twin) if kept[-1] else check_it_goes_on(memory, networks)
+    assert kept[0] and not kept[-1]
+
+
+def test_pins_that_are_refused_change_nothing():
+    memory, twin = two_to_pin(tiny_networks())
+    memory.pins = Pins(raw=((0, 200),))
+    with pytest.raises(UserError, match="unpin some"):
+        memory.refocus()
+    memory.pins = Pins()
+    check_they_agree(memory, twin)
 
 
 def stopped_in_a_tick(networks, monkeypatch):
