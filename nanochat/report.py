@@ -141,12 +141,16 @@ def summaries(log):
 
 
 def steps(log):
-    """{step: metrics} of a log.jsonl; of a step that was trained twice, after a kill, the later line."""
-    found = {}
+    """{step: metrics} of a log.jsonl. Where a step comes again, or an earlier one, a killed run was resumed: what was logged from there on is forgotten."""
+    found, last = {}, 0
     for line in log.read_text(encoding="utf-8").split("\n"):
         if line.startswith('{"step"') and line.endswith("}"):
             metrics = json.loads(line)
-            found.setdefault(metrics["step"], {}).update(metrics)
+            step = metrics["step"]
+            if step < last or found.get(step, {}).keys() & metrics.keys() > {"step"}: # validation has a line of its own, with other keys
+                found = {n: found[n] for n in found if n < step}
+            found.setdefault(step, {}).update(metrics)
+            last = step
     return found
 
 

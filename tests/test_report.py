@@ -180,7 +180,7 @@ def test_generated_text_cannot_close_its_code_block():
 
 def steps_log(folder, tag, lines):
     path = summary(folder, "base", tag)
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + path.read_text())
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + path.read_text().split("\n", 1)[1]) # in place of its one step
 
 
 def test_training_curves_are_drawn_where_both_runs_are(base, monkeypatch):
@@ -195,6 +195,17 @@ def test_training_curves_are_drawn_where_both_runs_are(base, monkeypatch):
         name, curves = drawn.pop()
         assert name == "training.png" and curves["plain"][:2] == [(20, 5.0, 0), (30, 2.0, 0)]
         assert curves["with memory, rows read plainly"] == [(20, 3.5, 0)] and curves["with memory, rows read through gists"] == [(20, 4.5, 0), (30, 3.25, 0)]
+
+
+@pytest.mark.parametrize("more", [[dict(step=40, loss=6.0)], []])
+def test_what_was_trained_again_is_forgotten(base, more):
+    """
+    Resumed from 20, with other places to log and validate at: what the killed run said of 40 would stand behind the resumed one's 30, and its validation of 30
+    as if the new weights had been measured.
+    """
+    lines = [dict(step=10, loss=9.0), dict(step=20, loss=8.0), dict(step=20, val_bpb=8.0), dict(step=30, loss=7.0), dict(step=30, val_bpb=7.0), *more, dict(step=30, loss=1.0)]
+    steps_log(base, "d4", lines)
+    assert report.steps(base / "base_checkpoints" / "d4" / "log.jsonl") == {10: dict(step=10, loss=9.0), 20: dict(step=20, loss=8.0, val_bpb=8.0), 30: dict(step=30, loss=1.0)}
 
 
 def test_a_page_elsewhere_finds_its_pictures(base, tmp_path, monkeypatch):
