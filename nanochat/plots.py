@@ -20,21 +20,26 @@ def save(figure, path):
 
 def lines(path, panels, x, log=False):
     """
-    panels, side by side: [(title, y label, {name: [(x, y, spread), ...]}), ...]; a spread of 0 or None is not drawn. One legend, of the first panel.
+    panels, side by side: [(title, y label, {name: [(x, y, spread), ...]}), ...]; a spread of 0 or None is not drawn. A name has one colour everywhere, and
+    the first panel a legend, as has each that shows a name which no panel before it did.
     """
+    looks = {name: dict(color=f"C{i % 10}", linestyle=("-", "--", ":")[i // 10 % 3]) for i, name in enumerate(dict.fromkeys(name for _, _, curves in panels for name in curves))}
+    known = set()
     figure, [row] = canvas(columns=len(panels), width=1.0 + 5.5 * len(panels))
     for axes, (title, y, curves) in zip(row, panels):
-        for i, (name, points) in enumerate(curves.items()):
+        for name, points in curves.items():
             across, up, spread = zip(*sorted(points))
             axes.errorbar(across, up, yerr=[s or 0 for s in spread] if any(spread) else None, label=name, capsize=2, linewidth=1.2, marker="o" if len(points) < 20 else None,
-                          markersize=3, linestyle=("-", "--", ":")[i // 10 % 3])
+                          markersize=3, **looks[name])
         if log:
             axes.set_xscale("log", base=2)
             ticks = sorted({point[0] for points in curves.values() for point in points})
             axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
             axes.minorticks_off()
         axes.set(xlabel=x, ylabel=y, title=title)
-    row[0].legend(fontsize=7)
+        if not known.issuperset(curves):
+            axes.legend(fontsize=7)
+        known.update(curves)
     save(figure, path)
 
 

@@ -24,6 +24,16 @@ def test_lines(tmp_path, kept):
     assert (tmp_path / "new" / "a.png").read_bytes().startswith(PNG)
 
 
+def test_a_name_has_one_colour_in_all_panels_and_stands_in_a_legend(tmp_path, kept):
+    """The right panel drew its first curve in the first colour, which the only legend gave to another; names that were only there had none at all."""
+    point = [(1, 2.0, 0)]
+    plots.lines(tmp_path / "a.png", [("left", "nats", {"a": point, "b": point}), ("middle", "nats", {"b": point}), ("right", "nats", {"c": point, "a": point})], "tokens")
+    first, middle, last = ({name: handle[0].get_color() for handle, name in zip(*axes.get_legend_handles_labels())} for axes in kept[0].axes)
+    assert first["b"] == middle["b"] and first["a"] == last["a"] and len({first["a"], first["b"], last["c"]}) == 3
+    legends = [axes.get_legend() and [text.get_text() for text in axes.get_legend().get_texts()] for axes in kept[0].axes]
+    assert legends == [["a", "b"], None, ["c", "a"]]
+
+
 def test_heat_maps(tmp_path, kept):
     """Depth runs down, length to the right, and the cell says the percent."""
     panels = {"passkey": {"lensnet": {1024: {0.0: 1.0, 0.5: 0.25}, 8192: {0.0: 0.0, 0.5: 0.5}}, "window": {1024: {0.0: 0, 0.5: 0}, 8192: {0.0: 0, 0.5: 0}}}}
