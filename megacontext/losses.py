@@ -27,7 +27,7 @@ from nanochat.gpt import IGNORE, Entries
 class CoTrainingOptions:
     seed: int = 0
     plain_every: int = 4      # one round of rows in so many is read plainly (0 = none)
-    labels_every: int = 2     # one round in so many has edits measured, once gists are of 32 tokens, as a session's are
+    labels_every: int = 2     # one round in so many has edits measured, once gists are of 32 tokens, as a session's are; at least 2
     lanes: int = 8            # rows a round
     tail: tuple = (0, 256)    # raw tail in tokens
     asked: float = 0.5        # share of the rows with gists of 32 tokens in which LensNet opens blocks, as in a session, besides those opened by chance
@@ -41,6 +41,15 @@ class CoTrainingOptions:
     def readings(self, T):
         """P, the readings of a labelled row of T tokens."""
         return max(1, T // self.reading_tokens)
+
+    def plain(self, rounds):
+        """Which of these rounds, an array of their numbers, are read plainly."""
+        return rounds % self.plain_every == 0 if self.plain_every else np.zeros(len(rounds), dtype=bool)
+
+    def labelled(self, rounds):
+        """Which of them have edits measured: one in labels_every or, where that one is plain, the next, which is neither plain nor due itself."""
+        due = lambda numbers: numbers % self.labels_every == 1
+        return (due(rounds) | due(rounds - 1) & self.plain(rounds - 1)) & ~self.plain(rounds)
 
 
 def parse_curriculum(text):
@@ -105,8 +114,7 @@ class CoTraining(nn.Module):
         """
         o, K = self.options, self.block
         rounds = batch.rows.cpu().numpy() // o.lanes
-        plain = torch.from_numpy(rounds % o.plain_every == 0) if o.plain_every else torch.zeros(len(rounds), dtype=torch.bool)
-        labelled = torch.from_numpy((rounds % o.labels_every == 1) & (K == FAN))
+        plain, labelled = torch.from_numpy(o.plain(rounds)), torch.from_numpy(o.labelled(rounds) & (K == FAN))
         nats, metrics = 0.0, {}
         for name, chosen, reader in (("plain", plain, self._read_plain), ("gist", ~plain, self._read_gists)):
             if chosen.any():

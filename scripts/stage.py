@@ -28,7 +28,7 @@ def add_step_flags(parser, curriculum, plain_every, labels_every, reconstruct_ev
     parser.add_argument("--device-batch", type=int, default=-1, help="rows a forward on one device; halve it when memory runs out (-1 = what fits)")
     parser.add_argument("--curriculum", default=curriculum, help="children a gist : up to which share of the steps")
     parser.add_argument("--plain-every", type=int, default=plain_every, help="one round of eight rows in so many is read without gists, as a model without a memory reads")
-    parser.add_argument("--labels-every", type=int, default=labels_every, help="one round of eight rows in so many is measured for LensNet, once gists are of 32 tokens: what opening one is worth")
+    parser.add_argument("--labels-every", type=int, default=labels_every, help="one round of eight rows in so many is measured for LensNet, once gists are of 32 tokens: what opening one is worth; where that one is read without gists, the next")
     parser.add_argument("--reconstruct-every", type=int, default=reconstruct_every, help="one block in so many, of the rows with gists, is also read behind its own gist and nothing else (0 = none)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="", help="cuda, mps or cpu (empty = the best there is)")
@@ -84,7 +84,7 @@ def start(args):
         raise UserError(f"--max-seq-len {args.max_seq_len}: expected a multiple of 32, the block of the memory tree, and at least 64")
     if args.plain_every < 2:
         raise UserError(f"--plain-every {args.plain_every}: expected at least 2, or every row is read without gists; base_train --plain trains without a memory")
-    if args.labels_every < 2: # a round's number modulo this is to be 1
+    if args.labels_every < 2: # more than every second round, and some of them would be plain
         raise UserError(f"--labels-every {args.labels_every}: expected at least 2, every second round of rows")
     use_data_dir(getattr(args, "data_dir", "")) # a bench opens no text
     device, dist = setup(args.device, args.seed)

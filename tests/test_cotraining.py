@@ -124,6 +124,29 @@ def test_plain_rounds_are_the_plain_graph():
     assert torch.equal(o(rows)[0], PlainObjective(o.gpt)(rows)[0])
 
 
+@pytest.mark.parametrize("plain_every", [0, 2, 3, 4, 5, 6])
+@pytest.mark.parametrize("labels_every", [2, 3, 4, 6, 7])
+def test_one_round_in_labels_every_is_labelled_and_none_of_them_is_plain(plain_every, labels_every):
+    """With labels every 3 rounds and every second round plain, half of the labels were due on plain rounds, which have no gists, and so were never measured."""
+    options = CoTrainingOptions(plain_every=plain_every, labels_every=labels_every)
+    rounds = np.arange(labels_every * max(1, plain_every) * 4)
+    plain, labelled = options.plain(rounds), options.labelled(rounds)
+    due = rounds % labels_every == 1
+    assert plain.tolist() == [plain_every > 0 and n % plain_every == 0 for n in rounds.tolist()]
+    assert labelled.sum() == len(rounds) / labels_every and not (labelled & plain).any()
+    assert (labelled | plain)[due].all() and labelled[due & ~plain].all(), "only what cannot be measured is moved"
+    if (plain_every, labels_every) in ((4, 2), (2, 2), (2, 4), (0, 2)): # base, mid, fine-tuning, mid with a frozen base
+        assert (labelled == due).all()
+
+
+def test_labels_due_on_a_plain_round_are_the_next_rounds():
+    """By hand: every second round is plain, labels are due on rounds 1, 4, 7 and 10, and 4 and 10 are plain."""
+    o = objective(curriculum=((32, 1.0),), plain_every=2, labels_every=3)
+    told = [set(o(batch([8 * n], T=256))[1]) for n in range(12)]
+    assert [n for n in range(12) if "labels" in told[n]] == [1, 5, 7, 11]
+    assert [n for n in range(12) if "plain_nats" in told[n]] == [0, 2, 4, 6, 8, 10]
+
+
 def no_hits(M, E, n=16):
     return torch.zeros(M, E, KINDS, n, dtype=torch.bool)
 
