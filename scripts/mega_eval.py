@@ -47,7 +47,7 @@ parser.add_argument("--budget", type=int, default=-1, help="visible entries (-1 
 parser.add_argument("--documents", type=int, default=12, help="rows for each seed")
 parser.add_argument("--measured-rows", type=int, default=4, help="rows of each seed with every edit measured: oracle, LensNet, dNLL, one gist")
 parser.add_argument("--seeds", type=int, default=3, help="samples of rows and questions; the spread is over them")
-add_recall_flags(parser)
+add_recall_flags(parser.add_argument_group("recall", "questions, which a model of stage base is not asked: given for one, these flags are refused"))
 parser.add_argument("--telemetry", default=None, help="sum up this file, which chat_cli, chat_web or mega_demo wrote with the same flag, and measure nothing")
 parser.add_argument("--run", default="", help="name of a wandb run (empty = no wandb)")
 parser.add_argument("--device", default="")
@@ -58,6 +58,20 @@ TRAILING = 512 # tokens at the end of a context that the loss is taken over, or 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings
+
+def refuse_unused(args):
+    """UserError where flags of the recall were given, be it with their defaults, that nothing would be asked by."""
+    names = [name for name in vars(args) if name.startswith("recall_")]
+    unused, why = [], ""
+    if args.stage == "base":
+        unused, why = names, "expected a model that was trained on conversations, got base, which is asked nothing: name one by --stage or --checkpoint, or leave them out"
+    elif not args.recall_lengths:
+        unused, why = ("recall_depths", "recall_problems", "recall_budget"), "expected --recall-lengths of at least one beside them, got none: give some, or leave them out"
+    bare = parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(names))) # no default takes the place of these None
+    given = [f"--{name.replace('_', '-')}" for name in unused if getattr(bare, name)] # an empty list asks for nothing, and gets it
+    if given:
+        raise UserError(f"{', '.join(given)}: {why}")
+
 
 def settle(args, seq_len):
     """Fill in what was left to the checkpoint; UserError for what cannot be measured."""
@@ -231,6 +245,7 @@ def main():
         return tell_sessions(args.telemetry)
     if args.checkpoint:
         args.stage, _, args.tag = args.checkpoint.partition("/")
+    refuse_unused(args)
     use_data_dir(args.data_dir)
     began, device = time.time(), torch.device(args.device or pick_device_type())
     loaded = load_stage(args.stage, args.tag or None, device=device)

@@ -82,6 +82,26 @@ def test_what_cannot_be_measured_is_said_before_anything_is(base, tmp_path, monk
         mega_eval.main()
 
 
+@pytest.mark.parametrize("flags, said", [
+    (["--stage", "base", "--recall-tasks", "passkey", "--recall-lengths", "700"], "^--recall-tasks, --recall-lengths: expected .* got base"),
+    (["--checkpoint", "base/t", "--recall-problems", "2"], "^--recall-problems: expected .* got base"), # the default, and given all the same
+    (["--checkpoint", "sft/t", "--recall-lengths", "", "--recall-depths", "0.5", "--recall-budget", "192"], "^--recall-depths, --recall-budget: expected --recall-lengths")])
+def test_a_flag_of_recall_that_would_change_nothing_is_refused(base, monkeypatch, flags, said):
+    """A base model is asked no questions: with the flags that say which, mega_eval measured for an hour and had no table of them."""
+    monkeypatch.setattr(mega_eval, "load_stage", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(sys, "argv", ["mega_eval", *flags])
+    with pytest.raises(UserError, match=said):
+        mega_eval.main()
+
+
+@pytest.mark.parametrize("flags", [["--stage", "base"], ["--stage", "base", "--recall-lengths", ""], ["--stage", "sft", "--recall-lengths", "", "--recall-tasks", "passkey"], ["--stage", "mid", "--recall-depths", "0.5"]])
+def test_what_has_its_effect_is_not_refused(base, monkeypatch, flags):
+    """No table of recall is what an empty --recall-lengths asks for; --recall-tasks are also those that LensNet is asked at the end of a row."""
+    monkeypatch.setattr(sys, "argv", ["mega_eval", *flags])
+    with pytest.raises(UserError, match="^no checkpoint of stage"):
+        mega_eval.main()
+
+
 def test_what_one_sign_for_all_would_get_right_is_told():
     """One edit in ten is worth more than the mean: who never says so has 90% of the signs right, and LensNet's 70% are no merit."""
     told = lambda mean: dict(mean=mean, spread=0.1)
