@@ -18,7 +18,6 @@ Prints a table; the last line is one JSON object. cpu seconds, all threads toget
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -125,6 +124,10 @@ def peak_bytes():
     if Path("/proc/self/status").exists():
         line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
+    if sys.platform == "win32":
+        import psutil
+        return psutil.Process().memory_info().peak_wset
+    import resource # not on Windows
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -135,8 +138,7 @@ def worker(args):
     seconds = time.perf_counter() - start
     peak = peak_bytes()
     Path(args.tokens_out).write_text("\n".join(token.hex() for token in tokens))
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    print(json.dumps({"seconds": seconds, "cpu_seconds": usage.ru_utime + usage.ru_stime, "peak_mb": peak / 1e6}))
+    print(json.dumps({"seconds": seconds, "cpu_seconds": time.process_time(), "peak_mb": peak / 1e6}))
 
 
 def measure(name, corpus, args, threads, rivals, tokens_out):

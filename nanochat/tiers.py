@@ -95,7 +95,7 @@ class Found:
     gpu: str = ""        # name of the first
     vram: float = 0.0    # GiB of the smallest
     cores: int = 1
-    ram: float = 0.0     # GiB
+    ram: float = 0.0     # GiB (0 = unknown)
     disk: float = 0.0    # GB free in base_dir()
     trouble: str = ""    # why GPUs that are there cannot be used
 
@@ -108,7 +108,7 @@ def look():
         wanted = [item.strip() for item in visible.split(",") if item.strip() and item.strip() != "-1"]
         gpus = [gpus[int(item)] for item in wanted if int(item) < len(gpus)] if all(item.isdigit() for item in wanted) else gpus[:len(wanted)]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB if hasattr(os, "sysconf") else 0.0 # not on Windows
     return Found(len(gpus), gpus[0][0] if gpus else "", min((size for _, size in gpus), default=0.0), cores, ram, shutil.disk_usage(base_dir()).free / G, trouble)
 
 

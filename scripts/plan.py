@@ -164,11 +164,12 @@ def told(found, recipe, reason, wishes, commands=True):
     shards = downloads(recipe, run)
     hours = tiers.hours(recipe, wishes.memory, shards)
     gpus = f"{found.gpus} x {found.gpu}, {found.vram:.0f} GiB each" if found.gpus else found.trouble or "no NVIDIA GPU"
+    ram = f"{found.ram:.0f} GiB of RAM" if found.ram else "RAM unknown"
     time = f"{60 * hours:.0f} minutes" if hours < 2 else f"{hours:.0f} hours"
     where = f"on {recipe.card} (an estimate; it goes with the card's speed)" if recipe.card else "on 2 cores"
     counts = cost.parameter_counts(tiers.shape(recipe))
     lines = [
-        ("machine", f"{gpus}; {found.cores} cores, {found.ram:.0f} GiB of RAM, {found.disk:.0f} GB free in {base_dir()}"),
+        ("machine", f"{gpus}; {found.cores} cores, {ram}, {found.disk:.0f} GB free in {base_dir()}"),
         ("tier", f"{recipe.tier} ({reason})"),
         ("model", f"d{recipe.depth}, {counts['total'] / 1e6:.0f}M parameters, vocabulary of {recipe.vocab_size:,}, " + ("with memory" if wishes.memory else "plain, without memory")),
         ("tokens", f"{plan.tokens / 1e6:,.1f}M: {plan.steps:,} steps of {plan.batch_tokens:,}; then {mid:,} steps of mid-training and {sft:,} of fine-tuning"),

@@ -11,11 +11,11 @@ runs again and goes on from its last checkpoint; one that would make something e
 nothing old is mixed in or lost. What the run will read is opened before its first stage.
 """
 import argparse
-import fcntl
 import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from contextlib import contextmanager
 
@@ -62,6 +62,10 @@ def clear(stage, base):
 @contextmanager
 def alone(folder):
     """One run at a time in a base folder."""
+    try:
+        import fcntl
+    except ModuleNotFoundError: # Windows: nor are there all signals that a stage is told to end by
+        raise UserError(f"no run here: expected a system with flock (Linux, macOS), found {sys.platform}. Use Linux, for instance in WSL; --plan tells the commands") from None
     with open(folder / "lock", "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -5,10 +5,12 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import bench.loader as loader
+import bench.tokenizer as tokenizer
 from nanochat.common import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -136,3 +138,13 @@ def test_the_tokenizer_bench_without_text(tmp_path):
     (tmp_path / "tokenizers").mkdir()
     done = subprocess.run([sys.executable, str(ROOT / "bench" / "tokenizer.py"), str(tmp_path / "nowhere"), "--rivals", str(tmp_path)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and done.stderr.startswith("error: no .parquet, .py or .txt text under")
+
+
+def test_the_peak_of_a_process_is_told_by_every_system(monkeypatch):
+    """By /proc, by the module resource where there is no /proc, and on Windows, which has neither."""
+    by_proc = tokenizer.peak_bytes()
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    assert by_proc > 2**24 and tokenizer.peak_bytes() > 2**24
+    monkeypatch.setattr("psutil.Process", lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(peak_wset=123)))
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert tokenizer.peak_bytes() == 123

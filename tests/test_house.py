@@ -107,7 +107,7 @@ for module, names in absent.items():
     vars(seen_by_us[module.__name__]).update({name: value for name, value in vars(module).items() if name not in names.split()})
 real = builtins.__import__
 def windows(name, globals=None, *args, **settings):
-    if name in seen_by_us and (globals or {}).get("__name__", "").startswith(("nanochat.", "megacontext.")):
+    if name in seen_by_us and (globals or {}).get("__name__", "").startswith(("nanochat.", "megacontext.", "tasks.", "scripts.", "bench.")):
         if seen_by_us[name] is None:
             raise ModuleNotFoundError(f"No module named {name!r}, for {globals['__name__']}", name=name)
         return seen_by_us[name]
@@ -118,15 +118,24 @@ for name in sys.argv[1:]:
 """
 
 
-def test_both_packages_are_imported_where_there_is_no_unix(tmp_path):
-    """Windows, as far as an import can tell: modules of ours get its os, signal and mmap, and no fcntl or resource. An offender is stopped."""
-    names = [f"{package}.{name}" for package in ("nanochat", "megacontext") for name in sorted(sources_of(package))]
+def test_every_module_is_imported_where_there_is_no_unix(tmp_path):
+    """Windows, as far as an import can tell: modules of ours get its os, signal and mmap, and no fcntl or resource. An offender is stopped. (Two said not even their --help.)"""
+    names = [f"{package}.{name}" for package in ("nanochat", "megacontext", "tasks", "scripts", "bench") for name in sorted(sources_of(package))]
     subprocess.run([sys.executable, "-c", WITHOUT_UNIX, *names], cwd=ROOT, check=True)
     (tmp_path / "nanochat").mkdir()
     for source, said in (("import fcntl", "No module named 'fcntl', for nanochat.offender"), ("import signal\nsignal.SIGKILL", "has no attribute 'SIGKILL'"), ("from os import pread", "cannot import name 'pread'")):
         (tmp_path / "nanochat" / "offender.py").write_text(source)
         found = subprocess.run([sys.executable, "-c", WITHOUT_UNIX, "nanochat.offender"], cwd=tmp_path, env={"PATH": ""}, capture_output=True, text=True)
         assert found.returncode == 1 and said in found.stderr
+
+
+def test_the_plan_is_told_where_there_is_no_unix_and_a_run_is_refused(tmp_path):
+    speedrun = WITHOUT_UNIX + "\nfrom nanochat.common import run_main\nfrom scripts.speedrun import main\nrun_main(main)\n"
+    for flags, code, said, told in (("--plan", 0, "\npython -m scripts.tok_train ", ""), ("--brief", 0, " cores, RAM unknown, ", ""), ("", 2, "", "error: no run here: expected a system with flock")):
+        command = [sys.executable, "-c", speedrun.replace("sys.argv[1:]", "()"), *flags.split()]
+        found = subprocess.run(command, cwd=ROOT, env={"NANOCHAT_BASE_DIR": str(tmp_path), "PATH": "", "TIER": "cpu"}, capture_output=True, text=True)
+        assert found.returncode == code and said in found.stdout and found.stderr.startswith(told) and found.stderr.count("\n") == bool(told), found
+    assert not (tmp_path / "stages" / "lock").exists()
 
 
 def too_long(name, source):
