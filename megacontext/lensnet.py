@@ -10,7 +10,8 @@ the same token as now (matches.py). A match in few of the entries says more than
 that an entry of many blocks holds a token of many blocks is chance, and says less than that a block does.
 For each entry, the newest 2, 8, 16, 32 and 64 tokens give the mean and the best of these weights; a small head weighs them against distance,
 whether the entry is raw, and the same of the entry before (what followed a match may be in the next block). All entries are seen together: it
-is not causal.
+is not causal. When it chooses, what stands far away is doubted: a nat for each doubling of its distance beyond 512 tokens. Few labels are of such entries, and
+without it sessions of 2,048 tokens opened far blocks where near ones were worth more (LOG.md, 2026-11-27).
 
 A gist of any level is scored alike, for what it holds of the newest tokens. Opened, a gist of gists shows gists, which by themselves are worth
 next to nothing: a score that said so would never lead down to the one block that is worth much. So it learns from gists of tokens alone.
@@ -35,6 +36,7 @@ PLACES = 4 + 2       # of distance, and whether it is shown raw or as a gist
 WIDTHS = 4           # kinds of entries by what they stand for: 1 block (raw or level 1), 32 (level 2), 1,024, 32,768 and more
 ROW = 64             # blocks of the longest rows of training: matches in more than that are not rarer than a head has seen
 FARTHEST = 1024      # tokens; what is further away is just far: no row of training is long enough to say how far a million tokens are
+DOUBT, DOUBTED = 1.0, 512 # nats for each doubling of a distance beyond so many tokens
 
 
 @dataclass(frozen=True)
@@ -57,23 +59,24 @@ class LensNet(nn.Module):
         self.score = nn.Linear(config.hidden, 1, bias=False)
         nn.init.zeros_(self.score.weight)
 
-    def forward(self, hits, levels, distances, seen=None):
+    def forward(self, hits, levels, distances, seen=None, doubt=True):
         """
         hits (M, E, KINDS, n) bool   what each entry, in the order of the timeline, holds of the newest tokens, oldest first
         levels (M, E)                0 = shown raw, 1 = a gist of tokens, 2 and more = a gist of gists
         distances (M, E)             tokens between the entry's centre and now, > 0
         seen (M, E) bool             False = no such entry; None = all are there
+        doubt                        False = what the labels teach, for their loss
         Returns scores (M, E) in nats over what is left of the block that is being read; entries not seen get 0.
         """
         hits, blocks = hits.float(), self.blocks[levels.clamp(1, WIDTHS) - 1] # (M, E, KINDS, n), (M, E)
         if seen is not None:
             hits, blocks = hits * seen[:, :, None, None], blocks * seen
-        scores = self.worth(hits, levels, distances, hits.sum(1), blocks.sum(1), seen)
+        scores = self.worth(hits, levels, distances, hits.sum(1), blocks.sum(1), seen, doubt)
         if seen is None:
             return scores - scores.mean(dim=1, keepdim=True)
         return (scores - (scores * seen).sum(1, keepdim=True) / seen.sum(1, keepdim=True).clamp(min=1)) * seen
 
-    def worth(self, hits, levels, distances, held, blocks, seen=None):
+    def worth(self, hits, levels, distances, held, blocks, seen=None, doubt=True):
         """
         Scores (M, E) that are not centred yet, of some of the entries: held (M, KINDS, n) of all entries hold each of the newest tokens, and all
         stand for blocks (M,). hits are floats. Computed in fp32 wherever it is called, in a bf16 evaluation too: it is tiny.
@@ -88,10 +91,11 @@ class LensNet(nn.Module):
             newest_first = weights.flip(-1)
             best = torch.stack([newest_first[..., :k].amax(-1) for k in RECENT], dim=-1)
             matches = torch.cat([means, best], dim=-1).flatten(2) # (M, E, MATCHES)
+            less = doubt * DOUBT * torch.log2(distances.float().clamp(min=DOUBTED) / DOUBTED)
             distances = distances.float().clamp(max=FARTHEST)[..., None]
             far = torch.log(distances) - 5
             features = [matches, _before(matches, seen), far, far.square(), torch.exp(distances * self.decay), self.shown[levels.clamp(max=1)]]
-            return self.score(F.gelu(self.up(torch.cat(features, dim=-1)))).squeeze(-1)
+            return self.score(F.gelu(self.up(torch.cat(features, dim=-1)))).squeeze(-1) - less
 
 
 def _before(matches, seen):

@@ -177,7 +177,7 @@ class CoTraining(nn.Module):
 
     def _lens_loss(self, ids, docs, table, labels, K):
         """Squared error of LensNet's scores against the labels, both centred over a reading's edits: only differences can be paid for."""
-        scores = lens_scores(self.lensnet, ids, docs, table, labels.block, K, labels.now).gather(2, labels.entry.clamp(min=0))
+        scores = lens_scores(self.lensnet, ids, docs, table, labels.block, K, labels.now, doubt=False).gather(2, labels.entry.clamp(min=0))
         valid = labels.valid & (labels.valid.sum(-1, keepdim=True) > 1)
         count = valid.sum(-1, keepdim=True).clamp(min=1)
         centre = lambda t: (t - (t * valid).sum(-1, keepdim=True) / count) * valid
@@ -196,10 +196,10 @@ def opened_by(lensnet, ids, docs, table, K, count, now):
     return table.scatter(2, chosen, torch.where(best.isfinite(), RAW, table.gather(2, chosen)))
 
 
-def lens_scores(lensnet, ids, docs, table, block, K, now=None):
+def lens_scores(lensnet, ids, docs, table, block, K, now=None, doubt=True):
     """
     LensNet's scores for readings block (B, P) of rows ids (B, T) whose working contexts are table (B, Q, Q):
-    (B, P, Q + G), zero where the entry is not in the reading's context. Column b < Q is block b (raw or gist), Q + n level-2 node n. now as in row_hits.
+    (B, P, Q + G), zero where the entry is not in the reading's context. Column b < Q is block b (raw or gist), Q + n level-2 node n. now as in row_hits, doubt as in LensNet.
     """
     B, P = block.shape
     Q, device = docs.size(1), block.device
@@ -215,4 +215,4 @@ def lens_scores(lensnet, ids, docs, table, block, K, now=None):
     hits = torch.cat([hits, hits[:, :, :G * FAN].unflatten(2, (G, FAN)).any(3)], dim=2)
     order = centres.argsort() # the timeline's: a level-2 node stands before the blocks that follow it, as in a working context
     inputs = [t.flatten(0, 1)[:, order] for t in (hits, levels, distances, seen)]
-    return lensnet(*inputs)[:, order.argsort()].view(B, P, -1)
+    return lensnet(*inputs, doubt)[:, order.argsort()].view(B, P, -1)

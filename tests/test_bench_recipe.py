@@ -101,7 +101,7 @@ def test_sinks_stay_in_view():
 
 def test_what_is_judged_is_what_mega_eval_tells():
     """Five rows: once the fifth was read by itself, and its gists of another row were its own."""
-    networks, ids = Networks(*tiny_networks()), torch.randint(VOCAB, (5, 1281), generator=torch.Generator().manual_seed(1))
+    networks, ids = Networks(*tiny_networks()), torch.randint(VOCAB, (5, 1281), generator=torch.Generator().manual_seed(3))
     rows = Rows(networks, ids, 160, np.random.default_rng(0))
     nats, decoded = trailing(rows, 320), reconstruction(rows)[1]
     better = {name: (nats[other] - nats["recency"]).mean().item() for name, other in dict(window="window", none="no gists", swapped="swapped").items()}

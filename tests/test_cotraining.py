@@ -202,6 +202,34 @@ def test_scores_balance_and_ignore_who_is_not_there():
     assert torch.allclose(scores[:, :7], lensnet(hits[:, :7], levels[:, :7], distances[:, :7]), atol=1e-5)
 
 
+def test_what_lensnet_has_hardly_seen_is_doubted():
+    """Beyond the longest rows that the head tells apart, an entry twice as far is worth one nat less, whatever it holds; within 512 tokens nothing is doubted."""
+    _, _, lensnet = tiny_networks()
+    torch.nn.init.normal_(lensnet.score.weight)
+    distances, hits = torch.tensor([[8192, 4096, 2048, 1024, 500, 60]]), torch.ones(1, 6, KINDS, 5, dtype=torch.bool)
+    worth = lambda at: lensnet.worth(hits[:, :1].float(), torch.ones(1, 1, dtype=torch.long), at, torch.ones(1, KINDS, 5), torch.tensor([9.0])).item()
+    scores = [worth(distances[:, i:i + 1]) for i in range(6)]
+    assert np.diff(scores[:4]) == pytest.approx([1, 1, 1], abs=1e-4)
+    with patch("megacontext.lensnet.DOUBT", 0.0):
+        undoubted = [worth(distances[:, i:i + 1]) for i in range(6)]
+    assert undoubted[4:] == scores[4:] and undoubted[3] == pytest.approx(scores[3] + 1, abs=1e-4)
+
+
+def test_labels_teach_without_doubt():
+    """What it learns is what the labels say, as far as it is told; only what it chooses is doubted. A head that learnt the doubt too would learn it away."""
+    def learnt(doubt):
+        o = objective(asked=0.0, labels_every=2)
+        torch.nn.init.normal_(o.lensnet.score.weight)
+        with patch("megacontext.lensnet.DOUBT", doubt):
+            _, sums = o(batch([8, 9]))
+        return sums["lens_squares"]
+
+    torch.manual_seed(0)
+    first = learnt(0.0)
+    torch.manual_seed(0)
+    assert first > 0 and learnt(5.0) == first
+
+
 def test_the_features_by_hand():
     """Three entries, three newest tokens. The last token is in one of them, log(4 / 1.5) nats; the one before it in all, log(4 / 3.5) nats."""
     _, _, lensnet = tiny_networks()
@@ -217,7 +245,8 @@ def test_the_features_by_hand():
     assert torch.equal(seen["features"][0, :, 20:30], torch.cat([torch.zeros(1, 10), own[:2]])), "what the entry before has"
 
 
-def test_what_is_far_is_just_far():
+@patch("megacontext.lensnet.DOUBT", 0.0)
+def test_to_the_head_what_is_far_is_just_far():
     _, _, lensnet = tiny_networks()
     torch.nn.init.normal_(lensnet.score.weight)
     hits = torch.rand(1, 6, KINDS, 5) < 0.3
@@ -264,7 +293,7 @@ def test_lensnet_opens_what_it_scores_highest():
     wanted = torch.randint(0, Q, (2, Q, 2))
     wanted[..., 1] = (wanted[..., 0] + 1) % Q
     scores = torch.zeros(2, Q, Q + 1).scatter(2, wanted, torch.tensor([2.0, 1.0]).expand_as(wanted))
-    with patch.object(losses, "lens_scores", lambda *_: scores):
+    with patch.object(losses, "lens_scores", lambda *_, **__: scores):
         opened = opened_by(lensnet, ids, torch.zeros(2, Q, dtype=torch.long), table, 32, 2, None)
     changed = opened != table
     assert ((table == GIST) & (opened == RAW))[changed].all()
