@@ -217,6 +217,7 @@ def main():
     if args.checkpoint:
         loaded = load(args.checkpoint, args.max_seq_len)
         config, args.rates = loaded.gpt.config, loaded.meta["lr"]
+        args.layers, args.width = config.layers, config.width
         late = [name for name in names if not goes_on(name)]
         if args.only and late:
             raise UserError(f"--only {','.join(late)}: a variant that changes the networks, or how gists begin, cannot go on from --checkpoint; leave one of the two out")
@@ -229,7 +230,7 @@ def main():
             numbers, seconds = train(config, items, val_items, texts, tokenizer, args, seed, name)
             found[name].append(numbers)
             print0(f"seed {seed} {name:24s} " + " ".join(f"{key} {value:.4f}" for key, value in numbers.items()) + f" ({seconds:.0f} s)")
-    print0(f"\n{config.layers} layers of {config.width}{f' of {args.checkpoint}' * bool(args.checkpoint)}, rows of {args.max_seq_len}, {args.num_tokens} tokens of {args.source}, seeds {args.seeds}; +- is the standard error of the difference to the first line\n")
+    print0(f"\n{args.layers} layers of {args.width}{f' of {args.checkpoint}' * bool(args.checkpoint)}, rows of {args.max_seq_len}, {args.num_tokens} tokens of {args.source}, seeds {args.seeds}; +- is the standard error of the difference to the first line\n")
     print0(table(["variant", *found[first][0]], [told(name, runs, found[first]) for name, runs in found.items()]))
     print0(json.dumps(dict(vars(args), variants=found)))
 

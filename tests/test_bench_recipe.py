@@ -1,4 +1,5 @@
 """bench/recipe.py: a variant is another training, only while it lasts, and rows of the table are what they say."""
+import json
 import math
 from functools import cache
 from types import SimpleNamespace
@@ -75,6 +76,22 @@ def test_a_checkpoint_goes_on(monkeypatch):
         recipe.load("plain/d4", 2048)
     assert {name for name in recipe.VARIANTS if not recipe.goes_on(name)} == {"no curriculum", "curriculum 4, 8, 16, 32", "no left context", "left context of 64", "left context of 128", "left context of 256",
                                                                               "two rounds", "from an empty slot", "gists after a fifth", "gists after a half"}
+
+
+def test_a_checkpoint_tells_its_shape_and_refuses_what_it_cannot_go_on_with(monkeypatch, capsys):
+    networks, trained = tiny_networks(), []
+    monkeypatch.setattr(recipe, "load_stage", lambda *_, **__: SimpleNamespace(gpt=networks[0], gistnet=networks[1], lensnet=networks[2], meta=dict(lr=7.0)))
+    monkeypatch.setattr(recipe, "settle", lambda args, variants: (args.only.split(",") if args.only else list(variants), [0], None, CONFIG, None, None))
+    monkeypatch.setattr(recipe, "long_documents", lambda *_: None)
+    monkeypatch.setattr(recipe, "train", lambda config, items, val_items, texts, tokenizer, args, seed, variant: trained.append((variant, config, args.rates)) or (dict(bpb=1.0), 0.0))
+    monkeypatch.setattr("sys.argv", ["recipe", "--checkpoint", "base/d4", "--only", "as it is,two rounds"])
+    with pytest.raises(UserError, match="--only two rounds: a variant that changes the networks"):
+        recipe.main()
+    monkeypatch.setattr("sys.argv", ["recipe", "--checkpoint", "base/d4"])
+    recipe.main()
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (told["layers"], told["width"]) == (3, 32) and [name for name, _, _ in trained] == [name for name in recipe.VARIANTS if recipe.goes_on(name)]
+    assert all(config is networks[0].config and rates == 7.0 for _, config, rates in trained)
 
 
 def test_the_loss_towards_full_attention_is_the_divergence_from_it():
