@@ -24,6 +24,7 @@ M = readings, E = entries, n = newest tokens, F = features
 import math
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -105,3 +106,34 @@ def _before(matches, seen):
         return earlier[:, :-1]
     newest = torch.where(seen, torch.arange(1, seen.size(1) + 1, device=seen.device), 0).cummax(dim=1).values # of the newest entry so far, from 1
     return earlier.gather(1, F.pad(newest, (1, 0))[:, :-1, None].expand_as(matches))
+
+
+class Scorer:
+    """
+    LensNet.forward() for one reading, as a session asks it every few tokens: in numpy on the CPU, wherever the networks are. The numbers are so few that
+    PyTorch's fifty operations take twice as long.
+    """
+
+    def __init__(self, lensnet):
+        self.share, self.decay, self.blocks, self.shown = (t.cpu().numpy() for t in (lensnet.share, lensnet.decay, lensnet.blocks, lensnet.shown))
+        self.up, self.bias, self.score = (t.detach().cpu().numpy().T for t in (lensnet.up.weight, lensnet.up.bias, lensnet.score.weight))
+
+    def __call__(self, hits, levels, distances):
+        """hits (E, KINDS, n) bool, levels (E,) int, distances (E,) float, numpy, as in LensNet.forward() -> scores (E,), float32 numpy."""
+        (E, _, n), width = hits.shape, levels.clip(1, WIDTHS) - 1
+        blocks = self.blocks[width].sum()
+        share = (hits.sum(0, dtype=np.float32) + np.float32(0.5)) / (blocks + 1)
+        rarity = -np.log(-np.expm1(np.log1p(-share) * self.blocks[:, None, None])) * np.float32(math.log(ROW) / math.log(max(blocks, ROW)))
+        weights = hits * rarity[width]
+        means = weights.reshape(-1, n) @ self.share[NEWEST - n:]
+        newest = np.maximum.reduceat(weights, [max(0, n - k) for k in reversed(RECENT)], axis=2)[:, :, ::-1] # the best of the newest 2, of the next 6, ...
+        best = np.maximum.accumulate(newest, axis=2)
+        matches = np.concatenate([means.reshape(best.shape), best], axis=2).reshape(E, MATCHES)
+        before = np.concatenate([np.zeros_like(matches[:1]), matches[:-1]])
+        distances = distances.astype(np.float32)
+        near = distances.clip(max=FARTHEST)[:, None]
+        far = np.log(near) - np.float32(5)
+        features = np.concatenate([matches, before, far, far * far, np.exp(near * self.decay), self.shown[levels.clip(max=1)]], axis=1)
+        scores = (F.gelu(torch.from_numpy(features @ self.up + self.bias)).numpy() @ self.score)[:, 0]
+        scores = scores - np.float32(DOUBT) * np.log2(distances.clip(DOUBTED) / np.float32(DOUBTED))
+        return scores - scores.mean()

@@ -28,6 +28,7 @@ from megacontext.allocator import Focus, refocus
 from megacontext.gist_reading import read_gists
 from megacontext.ingest import NODES_AT_ONCE, complete, embed_tokens, ids_before, ingest
 from megacontext.kv_store import KVStore
+from megacontext.lensnet import Scorer
 from megacontext.matches import Matches
 from megacontext.positions import compressed
 from megacontext.search import best_of, block_scores
@@ -68,7 +69,7 @@ class Session:
         self.gpt, self.gistnet, self.lensnet, self.tree = gpt, gistnet, lensnet, tree
         self.budget, self.n_diff, self.margin, self.refocus_every, self.pins, self.exact = budget, n_diff, margin, refocus_every, pins, exact
         self.kept, self.kept_in_ram, self.tail = kept, kept_in_ram, raw_tail(budget)
-        self.shown, self.store = Shown(gpt, budget, positions), KVStore(gpt.device, kept * budget, kept_in_ram * budget)
+        self.scorer, self.shown, self.store = Scorer(lensnet), Shown(gpt, budget, positions), KVStore(gpt.device, kept * budget, kept_in_ram * budget)
         self._forget()
         self.telemetry, self.told = telemetry or Telemetry(), {}
         self.stats = dict(ticks=0, edits=0, read_tokens=0, ingested_tokens=0) | {f"{stage}_ms": 0.0 for stage in STAGES}
@@ -293,15 +294,13 @@ class Session:
             return best_of(found, spans) + live
         if not spans or not self.n_diff:
             return [0.0] * len(self.spans)
-        hits = torch.from_numpy(self.matches.hits(self.tree, spans)).to(self.gpt.device)
-        levels = torch.tensor([span.level for span in spans], device=self.gpt.device)
-        distances = self._distances(np.array([span.centre for span in spans]))
-        return self.lensnet(hits[None], levels[None], distances[None])[0].tolist() + live
+        hits, levels = self.matches.hits(self.tree, spans), np.array([span.level for span in spans])
+        widths = BLOCK ** levels.clip(1)
+        return self.scorer(hits, levels, self._distances(np.cumsum(widths) - (widths + 1) / 2)).tolist() + live # spans tile the history, so that is where their centres are
 
     def _distances(self, centres):
-        """Tokens between places on the timeline, numpy (n,), and now, as the GPT sees them, within what was trained: (n,)."""
-        places = self.shown.mapped(np.append(centres, self.tree.length))[0]
-        return (places[-1:] - places[:-1]).clamp(min=1)
+        """Tokens between places on the timeline and now, as the GPT sees them, within what was trained: numpy (n,)."""
+        return (self.shown.mapped(float(self.tree.length)) - self.shown.mapped(centres)).clip(1)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Keys and values
@@ -397,11 +396,9 @@ class Session:
             self.read_waiting()
         self.store.clear()
         shown = self.shown
-        k, v, *_ = loose = shown.lift()
-        shown.lay(*loose)
         return State(model=self.tree.header.get("model"), length=self.length, history=history(self.tree, self.length), budget=self.budget,
                      n_diff=self.n_diff, margin=self.margin, refocus_every=self.refocus_every, pins=self.pins, exact=self.exact, positions=shown.policy,
-                     spans=list(self.spans), scores=self.scores, focus=self.focus, frame=shown.frame, stats=dict(self.stats), kv=shown.pairs(), loose=(k, v))
+                     spans=list(self.spans), scores=self.scores, focus=self.focus, frame=shown.frame, stats=dict(self.stats), kv=shown.pairs(), loose=shown.loose_pair())
 
     def rewind(self, state):
         """Back to a mark of this session, to its pins too: what was read since is forgotten, and the next tokens are those that followed the mark."""
@@ -445,6 +442,7 @@ class Session:
         self.shown.set_frame(state.frame)
         self.shown.add([(span, k, v) for span, (k, v) in state.kv.items()])
         k, v = state.loose
-        self.shown.lay(k, v, np.arange(state.length - k.size(2), state.length))
+        timeline = np.arange(state.length - k.size(2), state.length)
+        self.shown.lay(self.shown.turned(k, timeline), v, timeline, state.frame)
         if self.pins != state.pins:
             self.refocus() # orders are obeyed before anything is read

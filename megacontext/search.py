@@ -20,7 +20,7 @@ def block_scores(lensnet, tree, distance, device="cpu"):
     """
     What LensNet finds each finished block of the tree worth, float32 numpy (blocks,): the best score of the windows that lie in it or reach into it,
     scored as the gists of so many blocks would be.
-    distance  a function: token positions, a float64 numpy array -> distances from now as the GPT sees them, torch (n,)
+    distance  a function: token positions, a float64 numpy array -> distances from now as the GPT sees them, (n,)
     """
     words, n = window_hits(tree), min(NEWEST, tree.length)
     blocks = words[::PER_BLOCK]
@@ -42,7 +42,8 @@ def _scores(lensnet, words, n, held, count, distance):
         first, last = max(0, a - 1), min(len(words), a + AT_ONCE) # LensNet looks at the entry before each
         hits = torch.from_numpy(bits(words[first:last], n)).to(held.device)[None].float()
         levels = torch.ones(1, last - first, dtype=torch.long, device=held.device)
-        scores.append(lensnet.worth(hits, levels, distance(np.arange(first, last))[None], held, count)[0, a - first:])
+        distances = torch.as_tensor(distance(np.arange(first, last)), dtype=torch.float32, device=held.device)[None]
+        scores.append(lensnet.worth(hits, levels, distances, held, count)[0, a - first:])
     return torch.cat(scores).cpu().numpy() if scores else np.zeros(0, np.float32)
 
 

@@ -55,18 +55,21 @@ class Shown:
     # ------------------------------------------------------------------------------------------------------------------
     # Positions
 
-    def mapped(self, timeline):
-        """Timeline positions (n,) -> positions the GPT was trained on, (1, n) fp32."""
-        mapped = self.policy(np.asarray(timeline, dtype=np.float64), self.frame, self.trained)
-        return torch.as_tensor(mapped, dtype=torch.float32, device=self.gpt.device)[None]
+    def mapped(self, timeline, frame=None):
+        """Timeline positions (n,) -> positions the GPT was trained on, float64 numpy (n,); as they are in this frame, or were in another."""
+        return self.policy(np.asarray(timeline, dtype=np.float64), self.frame if frame is None else frame, self.trained)
+
+    def positions(self, timeline, frame=None):
+        """The same as the GPT takes them, (1, n) fp32."""
+        return torch.as_tensor(self.mapped(timeline, frame), dtype=torch.float32, device=self.gpt.device)[None]
 
     def mapped_token(self, place):
-        """mapped() of one token about as new as the frame, at less cost: there, every policy keeps distances."""
+        """positions() of one token about as new as the frame, at less cost: there, every policy keeps distances."""
         return torch.full((1, 1), self.head + (place - self.frame), device=self.gpt.device)
 
-    def turned(self, k, timeline, back=False):
-        """Keys (L, H, n, d) turned to where the timeline positions (n,) are mapped now, or back from there."""
-        cos, sin = rope_angles(self.mapped(timeline), self.gpt.config.head_width)
+    def turned(self, k, timeline, frame=None, back=False):
+        """Keys (L, H, n, d) turned to where the timeline positions (n,) are mapped in this frame or another, or back from there."""
+        cos, sin = rope_angles(self.positions(timeline, frame), self.gpt.config.head_width)
         return rotate(k, cos, -sin if back else sin)
 
     def set_frame(self, length):
@@ -79,9 +82,9 @@ class Shown:
         if length == self.frame or not now and length < self.frame + self.hold:
             return
         n, here = self.cache.length, self.places[:self.cache.length]
-        before = self.policy(here, self.frame, self.trained)
+        before = self.mapped(here)
         self.set_frame(length)
-        if n and not np.array_equal(before, self.policy(here, length, self.trained)):
+        if n and not np.array_equal(before, self.mapped(here)):
             self.cache.k[:, 0, :, :n] = self.turned(self.unturned[:, :, :n], here)
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -91,7 +94,9 @@ class Shown:
         """Show spans: a list of (span, k, v), keys unturned."""
         if triples:
             spans, ks, vs = zip(*triples)
-            self._append(torch.cat(ks, dim=2), torch.cat(vs, dim=2), np.concatenate([span.positions() for span in spans]))
+            k, timeline, start = torch.cat(ks, dim=2), np.concatenate([span.positions() for span in spans]), self.cache.length
+            self.unturned[:, :, start:start + len(timeline)] = k
+            self._append(self.turned(k, timeline), torch.cat(vs, dim=2), timeline)
             self.spans += spans
             self.settled = self.cache.length
             self._weigh()
@@ -158,7 +163,7 @@ class Shown:
     def read(self, entries, timeline, see):
         """Read entries (1, n) that stand at timeline positions (n,); they stay in view, loose. Returns the last one's hidden state (1, 1, D)."""
         start = self.cache.length
-        positions = self.mapped(timeline) if len(timeline) > 1 else self.mapped_token(timeline[0])
+        positions = self.positions(timeline) if len(timeline) > 1 else self.mapped_token(timeline[0])
         hidden = self.gpt.trunk(entries, positions, self.weighed(see), self.cache, last=True)
         self.note(start, timeline)
         return hidden
@@ -183,21 +188,15 @@ class Shown:
         self.settled = end
 
     def lift(self):
-        """Take the loose entries out of the cache -> (k, v, timeline, as_read), keys unturned, and as the GPT reads them in this frame. lay() brings them back."""
+        """Take the loose entries out of the cache -> (k, v, timeline, frame), keys as the GPT reads them in this frame. lay() brings them back."""
         start, end = self.settled, self.cache.length
-        if start == end:
-            return self.unturned[:, :, :0], self.unturned[:, :, :0], self.places[:0], None
-        here, v = self.cache.k[:, 0, :, start:end].clone(), self.cache.v[:, 0, :, start:end].clone()
+        k, v = self.cache.k[:, 0, :, start:end].clone(), self.cache.v[:, 0, :, start:end].clone()
         self.cache.rewind(start)
-        return self.turned(here, self.places[start:end], back=True), v, self.places[start:end].copy(), (self.frame, here)
+        return k, v, self.places[start:end].copy(), self.frame
 
-    def lay(self, k, v, timeline, as_read=None):
-        """Loose entries come back, at the end; where the frame has stayed, without being turned anew: they are lifted several times a block."""
-        if len(timeline):
-            start = self.cache.length
-            self._append(k, v, timeline)
-            if as_read and as_read[0] == self.frame:
-                self.cache.k[:, 0, :, start:self.cache.length] = as_read[1]
+    def lay(self, k, v, timeline, frame):
+        """Loose entries come back, at the end, their keys as they were read in `frame`: they are lifted several times a block, and turned anew only where it has moved since."""
+        self._append(k if frame == self.frame else self.turned(self.turned(k, timeline, frame, back=True), timeline), v, timeline)
 
     def pairs(self):
         """{span: (k, v)} of all spans in the order of the cache, keys unturned."""
@@ -206,6 +205,11 @@ class Shown:
             out[span] = self._pair(at, at + span.cost)
             at += span.cost
         return out
+
+    def loose_pair(self):
+        """(k, v) of the loose entries, keys unturned."""
+        start, end = self.settled, self.cache.length
+        return self.turned(self.cache.k[:, 0, :, start:end], self.places[start:end], back=True), self.cache.v[:, 0, :, start:end].clone()
 
     def move(self, cache, row):
         """Live in one row of a cache of several from now on."""
@@ -219,9 +223,9 @@ class Shown:
         return self.unturned[:, :, start:end].clone(), self.cache.v[:, 0, :, start:end].clone()
 
     def _append(self, k, v, timeline):
+        """Entries come into view at the end, with keys that are turned."""
         start, end = self.cache.length, self.cache.length + len(timeline)
         self.note(start, timeline)
-        self.unturned[:, :, start:end] = k
-        self.cache.k[:, 0, :, start:end] = self.turned(k, timeline)
+        self.cache.k[:, 0, :, start:end] = k
         self.cache.v[:, 0, :, start:end] = v
         self.cache.advance(len(timeline))

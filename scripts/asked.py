@@ -41,11 +41,10 @@ def ask(networks, rows, sizes, W, rng):
     """lens_quality of reading the answers, of so many tokens each, at the end of these rows within W entries."""
     some = Rows(networks, rows, W, rng)
     now = some.T - BLOCK # where the answers begin
-    distance = lambda centres: torch.as_tensor(now - centres, dtype=torch.float32, device=some.device)
     for i, row in enumerate(rows.tolist()):
         tree = MegaTree.in_memory(make_header(networks.gpt.config.width, 0))
         tree.append_tokens(row[:now])
-        some.scores["lensnet"][i, -1, :-1] = block_scores(networks.lensnet, tree, distance, some.device)
+        some.scores["lensnet"][i, -1, :-1] = block_scores(networks.lensnet, tree, lambda centres: now - centres, some.device)
     last, = opened(some, BLOCK)
     for i, size in enumerate(sizes):
         last.gain[i, :, size:] = 0 # what follows an answer is nobody's
