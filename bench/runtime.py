@@ -70,7 +70,7 @@ parser.add_argument("--dtype", default="auto", help="of the weights: auto, bf16,
 # what is measured
 parser.add_argument("--lengths", default="1k,8k,64k,512k,1M", help="histories, ascending; k = 1,024, M = 1,024k")
 parser.add_argument("--prompts", default="", help="prompts of the ttft table (empty = 1k,8k,32k and, without --quick, 100k)")
-parser.add_argument("--tokens", type=int, default=-1, help="tokens decoded at each length in a round (-1 = 512 with --quick, 1024 without)")
+parser.add_argument("--tokens", type=int, default=-1, help="tokens decoded at each length in a round (-1 = 256 with --quick, 1024 without)")
 parser.add_argument("--rounds", type=int, default=-1, help="rounds (-1 = 3 with --quick, 7 without)")
 parser.add_argument("--threads", type=int, default=1, help="of the CPU; more make every step wait for the slowest, where others use the machine too")
 parser.add_argument("--cpu-time", action="store_true", help="measure the CPU time of the one thread instead of the wall clock's, for a machine that others use too")
@@ -82,7 +82,7 @@ def main():
     lengths = sizes("--lengths", args.lengths)
     prompts = sizes("--prompts", args.prompts or ("1k,8k,32k" if args.quick else "1k,8k,32k,100k"))
     rounds = args.rounds if args.rounds != -1 else 3 if args.quick else 7
-    tokens = args.tokens if args.tokens != -1 else 512 if args.quick else 1024
+    tokens = args.tokens if args.tokens != -1 else 256 if args.quick else 1024
     check(args, lengths, prompts, rounds, tokens)
     device, _ = setup(args.device, args.seed)
     if args.cpu_time and (device.type != "cpu" or args.threads != 1):
