@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Set-up, then the tests: the Rust ones, then pytest without those marked slow or gpu. Arguments go to pytest:
+# Set-up, then the tests: the Rust ones, then pytest without those marked slow or gpu, in as many processes as there are cores, four at most. Arguments go to pytest:
 #   bash runtests.sh -k laws
 #   bash runtests.sh -m slow
+#   bash runtests.sh -n 0         in one process, for a debugger
 set -euo pipefail
 cd "$(dirname "$0")"
 source runs/setup.sh
@@ -13,4 +14,4 @@ else
     echo "the Rust tests are left out: no cargo here (rustbpe came as a wheel)"
 fi
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false # several tests start processes of their own
-exec python -m pytest -x -q --durations=10 -m "not slow and not gpu" "$@"
+exec python -m pytest -x -q --durations=10 -n logical --maxprocesses 4 --dist worksteal -m "not slow and not gpu" "$@"
