@@ -123,6 +123,8 @@ VARIANTS = {
     "KL to full attention": ({}, {}, dict(CoTraining=ToFullContext), ()),
     "sinks": ({}, {}, {}, (patch.object(losses, "draw_table", table_with_sinks),)),
     "LensNet opens nothing": ({}, dict(asked=0.0), {}, ()),
+    "LensNet opens five": ({}, dict(opens=5), {}, ()),
+    "LensNet opens five in every row": ({}, dict(asked=1.0, opens=5), {}, ()),
     "no values for gists": ({}, {}, {}, (patch.object(losses, "pool_values", lambda values, fan: torch.zeros_like(values[:, ::fan][:, :values.size(1) // fan])),)),
 }
 
