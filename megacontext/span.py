@@ -11,7 +11,7 @@ gist of level 2 or more gives its 32 children. Either way an edit moves the cost
 say 1,023 for level 2 -> 1; that is the number of tokens the children cover beyond the first 1, not what they cost).
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 BLOCK = 32        # tokens in a block, and children of a gist
 GAIN = BLOCK - 1  # entries that any expansion costs and any collapse frees
@@ -22,16 +22,21 @@ def width_of(level):
     return BLOCK ** (level or 1)
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class _Span(NamedTuple):
     level: int
     index: int     # node number within its level, oldest = 0
     live: int = 0  # tokens written so far if this is the unfinished block, else 0
 
-    def __post_init__(self):
-        assert self.level >= 0 and self.index >= 0, f"a span has level >= 0 and index >= 0, got {self}"
-        assert 0 <= self.live < BLOCK, f"a live block holds 1..{BLOCK - 1} tokens (0 = finished), got {self.live}"
-        assert self.level == 0 or self.live == 0, f"only a block of tokens can be live, got level {self.level}"
+
+class Span(_Span):
+    """A tuple, because sets and dictionaries of some hundred of them are made at every tick: a dataclass takes four times as long to hash."""
+    __slots__ = ()
+
+    def __new__(cls, level, index, live=0):
+        assert level >= 0 and index >= 0, f"a span has level >= 0 and index >= 0, got {level} and {index}"
+        assert 0 <= live < BLOCK, f"a live block holds 1..{BLOCK - 1} tokens (0 = finished), got {live}"
+        assert level == 0 or live == 0, f"only a block of tokens can be live, got level {level}"
+        return super().__new__(cls, level, index, live)
 
     @property
     def start(self):
