@@ -5,8 +5,9 @@ python -m bench.refocus --checkpoint base/d4                                    
 python -m bench.refocus --checkpoint mid/d4 --seq-len 2048 --budget 256 --rows 8
 
 A session takes in the beginning of a row as the history it finds, then reads the last --read tokens one by one, in every setting of --settings, which are
-tokens between refocuses : margin : edits a refocus : ticks a node rests. 0 edits is recency alone. Beside it, on the same tokens:
-    window      the newest W tokens at every token, as a KV cache has them that drops the oldest
+tokens between refocuses : margin : edits a refocus : ticks a node rests. 0 edits is recency alone. With --read-history it has read the beginning one by one too, as in a
+chat, so that what it opens again was read in front of its own past and not for the first time, behind gists. Beside it, on the same tokens:
+    window      the newest W tokens at every token, as a KV cache has them that drops the oldest: it has read all of the row
     full        all of the row
     bm25, lens  the newest blocks and as many older ones that BM25 or LensNet finds, chosen anew every so many tokens; no gists
 In nats a token better than the window, +- standard error over rows, with the share of the way from the window to full attention. The last line is JSON.
@@ -40,6 +41,7 @@ parser.add_argument("--source", default="stdlib", help="long validation document
 parser.add_argument("--seq-len", type=int, default=1024, help="tokens of a row, no more than the checkpoint was trained on")
 parser.add_argument("--budget", type=int, default=192, help="visible entries")
 parser.add_argument("--read", type=int, default=256, help="tokens at the end of a row that are read one by one")
+parser.add_argument("--read-history", action="store_true", help="the session reads the beginning of the row too, instead of taking it in unread")
 parser.add_argument("--rows", type=int, default=16, help="for each seed")
 parser.add_argument("--seeds", type=int, default=3, help="samples of rows")
 parser.add_argument("--settings", default="8:1:0:0,8:1:4:0,32:1:4:0,4:1:4:0", help="of sessions: every:margin:edits:rest, comma list")
@@ -57,15 +59,20 @@ def window(gpt, row, W, read):
     return gpt.loss(hidden[:, -read:], targets, "none")[0].numpy()
 
 
-def session(networks, row, W, read, every, margin, n_diff, rest):
-    """Nats (read,) of the same tokens from a session that finds the row's beginning in its tree, and {edits, read again} a block."""
+def session(networks, row, W, read, every, margin, n_diff, rest, read_history=False):
+    """Nats (read,) of the same tokens from a session that finds the row's beginning in its tree, or has read it, and {edits, read again} a block."""
     ids, tree = row.tolist(), MegaTree.in_memory(make_header(networks.gpt.config.width, 0))
     history = len(ids) - 1 - read
-    ingest(networks.gpt, networks.gistnet, tree, ids[:history])
+    if not read_history:
+        ingest(networks.gpt, networks.gistnet, tree, ids[:history])
     with patch.object(runtime, "COOLDOWN", rest):
         memory = runtime.Session(networks.gpt, networks.gistnet, networks.lensnet, tree, W, n_diff=n_diff, margin=margin, refocus_every=every)
+        for at in range(0, history if read_history else 0, BLOCK): # so few at a time that none are only taken in
+            memory.feed(ids[at:min(at + BLOCK, history)], prompt=False)
+        before = dict(memory.stats)
         nats = [-memory.feed([now]).float().log_softmax(-1)[then].item() for now, then in zip(ids[history:-1], ids[history + 1:])]
-    return np.array(nats), dict(edits=BLOCK * memory.stats["edits"] / read, again=BLOCK * memory.stats["read_tokens"] / read - BLOCK)
+    a_block = lambda name: BLOCK * (memory.stats[name] - before[name]) / read
+    return np.array(nats), dict(edits=a_block("edits"), again=a_block("read_tokens") - BLOCK)
 
 
 @torch.no_grad()
@@ -138,7 +145,7 @@ def main():
                 for name, found in retrieved(networks, row, args.budget, args.read, n).items():
                     add(f"{name}, every {n}", found)
             for text, setting in settings:
-                found, count = session(networks, row, args.budget, args.read, *setting)
+                found, count = session(networks, row, args.budget, args.read, *setting, args.read_history)
                 add(f"session {text}", found)
                 for key, value in count.items():
                     counts.setdefault(f"session {text}", {}).setdefault(key, []).append(value)

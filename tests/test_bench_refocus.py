@@ -68,6 +68,21 @@ def test_a_session_is_run_as_the_setting_says(monkeypatch):
     assert nats.shape == (READ,) and np.isfinite(nats).all() and busy["edits"] > quiet["edits"] and runtime.COOLDOWN == 0
 
 
+def test_a_history_is_read_or_taken_in(monkeypatch):
+    """Read, every token of the row passes through the GPT, once or again, with a tick every few of them; what is counted is of the last tokens alone, and these are those of decoding one by one."""
+    some, row, ticks = networks(), a_row(512), []
+    torch.nn.init.normal_(some.lensnet.score.weight)
+    plan, read = runtime.refocus, runtime.Session._read
+    monkeypatch.setattr(runtime, "refocus", lambda *args, **settings: ticks.append(1) or plan(*args, **settings))
+    tokens = []
+    monkeypatch.setattr(runtime.Session, "_read", lambda self, ids, length: tokens.extend(ids) or read(self, ids, length))
+    nats, count = refocus.session(some, row, 192, READ, 8, 0.0, 4, 0, read_history=True)
+    assert tokens == row[:512].tolist() and len(ticks) == 512 // 8
+    assert nats.shape == (READ,) and 0 <= count["edits"] <= 4 * 4 and 0 <= count["again"] < 16 * BLOCK
+    ingested, _ = refocus.session(some, row, 192, READ, 8, 0.0, 4, 0)
+    assert not np.allclose(nats, ingested)
+
+
 def test_a_row_of_the_table_is_paired():
     cells, numbers = refocus.told("x", [1.0, 2.5], [1.5, 2.6], 0.5, dict(edits=2.0, again=3.0))
     assert numbers["better"] == pytest.approx(0.3) and numbers["error"] == pytest.approx(0.4 / math.sqrt(2) / math.sqrt(2)) and numbers["share"] == pytest.approx(0.6)
