@@ -118,8 +118,6 @@ VARIANTS = {
     "gists after a half": ({}, {}, dict(CoTraining=LaterGists), ()),
     "twice as many labels": ({}, dict(reading_tokens=256), {}, ()),
     "half as many labels": ({}, dict(labels_every=4), {}, ()),
-    "LensNet's loss at 0.03": ({}, dict(lens_weight=0.03), {}, ()),
-    "LensNet's loss at 0.3": ({}, dict(lens_weight=0.3), {}, ()),
     "KL to full attention": ({}, {}, dict(CoTraining=ToFullContext), ()),
     "sinks": ({}, {}, {}, (patch.object(losses, "draw_table", table_with_sinks),)),
     "LensNet opens nothing": ({}, dict(asked=0.0), {}, ()),

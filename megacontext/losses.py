@@ -34,7 +34,6 @@ class CoTrainingOptions:
     opens: int = 2            # how many, for every block that reads
     reading_tokens: int = 512 # tokens of a labelled row a reading, of which it has at least one: labels cost the same share of a step at any length
     edits: int = 6            # V, edits a reading
-    lens_weight: float = 0.1
     reconstruct_every: int = 0 # one block in so many of a row with gists is also read behind its gist and nothing else (0 = none)
     curriculum: tuple = ((8, 0.3), (16, 0.55), (FAN, 1.0)) # (children a gist, up to this share of the steps)
 
@@ -127,7 +126,8 @@ class CoTraining(nn.Module):
                     nats = nats + told[0]
                     metrics.update(told_nats=told[0].detach(), told_tokens=told[1])
                 if labels is not None:
-                    nats = nats + o.lens_weight * labels["lens_squares"] * batch.inputs.size(1) / (o.readings(batch.inputs.size(1)) * o.edits)
+                    # without a weight, which would change nothing: this reaches no other network, and Adam's steps do not depend on the scale of a loss
+                    nats = nats + labels["lens_squares"] * batch.inputs.size(1) / (o.readings(batch.inputs.size(1)) * o.edits)
                     metrics.update({key: value.detach() for key, value in labels.items()})
         return nats / batch.inputs.numel(), metrics
 
