@@ -23,10 +23,10 @@ gate_1() { # gists carry content; gate 4 on text, and gate 6's horizons, are of 
 }
 
 gate_2() { # an eighth of the history in view, and more, by what a session reads
-    run sessions bench.refocus --checkpoint "$base"
+    run sessions bench.refocus --checkpoint "$base" --read-history
     run long scripts.base_train --tag long --depth 4 --source stdlib --max-seq-len 1536 --batch-tokens 4608 --num-tokens 1474560 --lr 2 --eval-tokens 65536
-    run sessions_eighth bench.refocus --checkpoint base/long --seq-len 1536
-    run sessions_mid bench.refocus --checkpoint "$mid" --seq-len 2048 --budget 256 --rows 12
+    run sessions_eighth bench.refocus --checkpoint base/long --seq-len 1536 --read-history
+    run sessions_mid bench.refocus --checkpoint "$mid" --seq-len 2048 --budget 256 --rows 6 --seeds 6 --read-history
 }
 
 gate_3() { # what the memory costs the plain reader, and a step
