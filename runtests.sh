@@ -2,7 +2,7 @@
 # Set-up, then the tests: the Rust ones, then pytest without those marked slow or gpu, in as many processes as there are cores, four at most. Arguments go to pytest:
 #   bash runtests.sh -k laws
 #   bash runtests.sh -m slow
-#   bash runtests.sh -n 0         in one process, for a debugger
+#   bash runtests.sh -n 0         in one process, for a debugger or -s
 set -euo pipefail
 cd "$(dirname "$0")"
 source runs/setup.sh

@@ -152,7 +152,7 @@ def main():
         print0(f"seed {seed}: " + " ".join(f"{name} {np.mean(values[-args.rows:]):.4f}" for name, values in nats.items()))
     base, gap = nats["window"], float(np.mean(nats["window"]) - np.mean(nats["full"]))
     rows, numbers = zip(*(told(name, values, base, gap, {key: float(np.mean(value)) for key, value in counts.get(name, {}).items()}) for name, values in nats.items()))
-    print0(f"\n{len(base)} rows of {args.seq_len} tokens of {args.source}, the last {args.read}, {args.budget} entries in view, {args.checkpoint} of step {loaded.meta['step']}\n")
+    print0(f"\n{len(base)} rows of {args.seq_len} tokens of {args.source}, the last {args.read}, {args.budget} entries in view, history {'read' if args.read_history else 'taken in'}, {args.checkpoint} of step {loaded.meta['step']}\n")
     print0(table(["read", "better than the window by", "share of the way to full", "edits a block", "tokens read again a block"], rows))
     print0(json.dumps(dict(vars(args), found=dict(zip(nats, numbers)), nats=nats)))
 

@@ -126,7 +126,7 @@ class CoTraining(nn.Module):
                     nats = nats + told[0]
                     metrics.update(told_nats=told[0].detach(), told_tokens=told[1])
                 if labels is not None:
-                    # without a weight, which would change nothing: this reaches no other network, and Adam's steps do not depend on the scale of a loss
+                    # without a weight, which would change nothing but the gradient's norm in the log: this reaches no other network, and Adam's steps do not depend on the scale of a loss
                     nats = nats + labels["lens_squares"] * batch.inputs.size(1) / (o.readings(batch.inputs.size(1)) * o.edits)
                     metrics.update({key: value.detach() for key, value in labels.items()})
         return nats / batch.inputs.numel(), metrics

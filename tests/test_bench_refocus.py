@@ -12,6 +12,7 @@ from megacontext.evaluate import Networks
 from megacontext.span import BLOCK
 from nanochat.common import UserError
 
+from tests.tiny_run import make_run, make_text
 from tiny import tiny_gpt, tiny_networks
 
 READ = 2 * BLOCK
@@ -78,9 +79,21 @@ def test_a_history_is_read_or_taken_in(monkeypatch):
     monkeypatch.setattr(runtime.Session, "_read", lambda self, ids, length: tokens.extend(ids) or read(self, ids, length))
     nats, count = refocus.session(some, row, 192, READ, 8, 0.0, 4, 0, read_history=True)
     assert tokens == row[:512].tolist() and len(ticks) == 512 // 8
-    assert nats.shape == (READ,) and 0 <= count["edits"] <= 4 * 4 and 0 <= count["again"] < 16 * BLOCK
+    assert nats.shape == (READ,) and 0 <= count["edits"] <= 4 * 4 and 0 <= count["again"] < 4 * BLOCK, "the history's own 448 tokens would be 224 a block"
     ingested, _ = refocus.session(some, row, 192, READ, 8, 0.0, 4, 0)
     assert not np.allclose(nats, ingested)
+
+
+@pytest.mark.parametrize("flags, words", [([], "history taken in"), (["--read-history"], "history read")])
+def test_the_flag_reaches_the_sessions_and_the_headline(base, tmp_path, monkeypatch, capsys, flags, words):
+    make_run("base", seq_len=256)
+    asked = []
+    monkeypatch.setattr(refocus, "session", lambda *args: asked.append(args[-1]) or (np.ones(READ), dict(edits=0.0, again=0.0)))
+    monkeypatch.setattr(sys, "argv", ["refocus", "--checkpoint", "base/t", "--source", make_text(tmp_path / "text"), "--seq-len", "256", "--read", str(READ), "--rows", "2", "--seeds", "1",
+                                      "--settings", "8:1:4:0", "--every", "", *flags])
+    with torch.no_grad(): # which main() leaves off
+        refocus.main()
+    assert asked == [bool(flags)] * 2 and f"192 entries in view, {words}, base/t" in capsys.readouterr().out
 
 
 def test_a_row_of_the_table_is_paired():

@@ -216,19 +216,22 @@ def test_what_lensnet_has_hardly_seen_is_doubted():
     assert undoubted[4:] == scores[4:] and undoubted[3] == pytest.approx(scores[3] + 1, abs=1e-4)
 
 
-@pytest.mark.parametrize("entries, newest", [(1, 1), (3, 5), (40, 33), (200, 64)])
-def test_one_reading_in_numpy_is_scored_as_in_torch(entries, newest):
-    """What a session asks at a tick, and in an evaluation in bf16 too: levels, distances and numbers of tokens that training never shows among them."""
+@pytest.mark.parametrize("entries, newest, levels", [(1, 64, 2), (7, 1, 2), (7, 2, 2), (10, 64, 2), (3, 5, 7), (40, 33, 7), (200, 64, 7)])
+def test_one_reading_in_numpy_is_scored_as_in_torch(entries, newest, levels):
+    """
+    What a session asks at a tick, and in an evaluation in bf16 too: of fewer blocks than a row of training has and of millions, at distances and behind numbers of
+    tokens that training never shows. One entry alone is worth 0.
+    """
     _, _, lensnet = tiny_networks()
     torch.nn.init.normal_(lensnet.score.weight)
     g = torch.Generator().manual_seed(entries)
     hits = torch.rand(1, entries, KINDS, newest, generator=g) < 0.2
-    levels, distances = torch.randint(0, 7, (1, entries), generator=g), 1 + 1e5 * torch.rand(1, entries, generator=g) ** 4
+    levels, distances = torch.randint(0, levels, (1, entries), generator=g), 1 + 1e5 * torch.rand(1, entries, generator=g) ** 4
     with torch.no_grad():
         expected = lensnet(hits, levels, distances)[0]
     with torch.autocast("cpu", torch.bfloat16):
         got = Scorer(lensnet)(hits[0].numpy(), levels[0].numpy(), distances[0].double().numpy())
-    assert got.dtype == np.float32 and np.allclose(got, expected, atol=2e-5) and (entries == 1 or expected.std() > 0.1)
+    assert got.shape == (entries,) and got.dtype == np.float32 and np.allclose(got, expected, atol=2e-5) and (entries == 1 or expected.std() > 0.1)
 
 
 def test_labels_teach_without_doubt():

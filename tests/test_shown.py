@@ -142,6 +142,27 @@ def test_positions_stay_within_the_trained_range_between_two_frames():
     assert 1 < len(frames) <= 200 // memory.shown.hold + 2
 
 
+@torch.no_grad()
+def test_loose_entries_are_turned_to_where_a_frame_has_moved():
+    """They leave as they were read in one frame and come back in another: other keys, and the same ones once unturned. In the same frame they come back bit for bit."""
+    memory = session(tiny_networks(seq_len=512), budget=224)
+    memory.feed(some_ids(2000))
+    for t in some_ids(5):
+        memory.feed([t])
+    memory.read_waiting()
+    shown = memory.shown
+    keys = lambda: shown.cache.k[:, 0, :, shown.settled:shown.cache.length].clone()
+    assert shown.loose == 2005 % BLOCK
+    here, (unturned, values) = keys(), shown.loose_pair()
+    shown.lay(*shown.lift())
+    assert torch.equal(keys(), here)
+    loose = shown.lift()
+    shown.reframe(shown.frame + 4000, now=True)
+    shown.lay(*loose)
+    assert not torch.allclose(keys(), here, atol=1e-3)
+    assert torch.allclose(shown.loose_pair()[0], unturned, atol=1e-4) and torch.equal(shown.loose_pair()[1], values)
+
+
 @pytest.mark.parametrize("policy", POLICIES.values())
 def test_one_token_is_mapped_as_many_are(policy):
     """What decoding uses, against the policy itself, at a length where float32 cannot tell neighbours apart."""
