@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat import gpt as model
-from nanochat import cross_entropy, muon, schedule
+from nanochat import cross_entropy, hardware, muon, schedule
 from nanochat.common import UserError, print0, run_main
 from nanochat.dataloader import Loader, val_loader
 from nanochat.dataset import add_data_dir, open_source, use_data_dir
@@ -45,7 +45,18 @@ def add_flags(parser, seq_len, eval_tokens):
     parser.add_argument("--eval-tokens", type=int, default=eval_tokens)
     parser.add_argument("--seeds", default="0,1,2", help="comma list")
     parser.add_argument("--only", default="", help="comma list of variants (empty = all)")
+    add_dtype(parser)
     add_data_dir(parser)
+
+
+def add_dtype(parser):
+    parser.add_argument("--dtype", default="auto", help="of training on the CPU: auto (bf16 where it multiplies that), bf16 or fp32; what is judged is read in fp32")
+
+
+def mixed(asked):
+    """A function whose context trains on the CPU in the format of --dtype, as base_train does there; and the format's name."""
+    dtype, _ = hardware.pick_dtype(hardware.describe(torch.device("cpu")), asked)
+    return (lambda: torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32)), str(dtype).removeprefix("torch.")
 
 
 def settle(args, variants):
@@ -137,13 +148,15 @@ def without(variant, config, seed, **settings):
 def train(config, items, val_items, tokenizer, args, seed, variant):
     """-> (bits per byte on validation text, seconds)"""
     plan = schedule.plan(config.layers, config.vocab_size, config.seq_len, tokens=args.num_tokens, batch_tokens=args.batch_tokens)
-    began, rows = time.perf_counter(), args.batch_tokens // config.seq_len
+    began, rows, (amp, _) = time.perf_counter(), args.batch_tokens // config.seq_len, mixed(args.dtype)
     with without(variant, config, seed, lr_scale=plan.lr_mult * args.lr * schedule.short_run(plan), weight_decay=0.28 * plan.weight_decay_mult) as (gpt, optimizer, curve):
         curves = Curves(plan.steps, **curve)
         with Loader(items, tokenizer, rows, config.seq_len, align=32, seed=seed) as loader:
             for step, batch in zip(range(plan.steps), loader):
                 curves.apply(optimizer, step)
-                (gpt(batch.inputs, batch.targets, "sum") / batch.inputs.numel()).backward()
+                with amp():
+                    loss = gpt(batch.inputs, batch.targets, "sum") / batch.inputs.numel()
+                loss.backward()
                 optimizer.step(check=True)
                 optimizer.zero_grad()
         gpt.eval()
@@ -175,9 +188,9 @@ def main():
             found[name].append(bpb)
             print0(f"seed {seed} {name:24s} {bpb:.4f} ({seconds:.0f} s)")
     rows, numbers = rows_of(found)
-    print0(f"\n{args.layers} layers of {args.width}, rows of {args.max_seq_len}, {args.num_tokens} tokens of {args.source}, seeds {args.seeds}: bits per byte, and what taking the trick out costs (+- standard error)\n")
+    print0(f"\n{args.layers} layers of {args.width}, rows of {args.max_seq_len}, {args.num_tokens} tokens of {args.source}, {mixed(args.dtype)[1]}, seeds {args.seeds}: bits per byte, and what taking the trick out costs (+- standard error)\n")
     print0(table(["variant", "bits per byte", "costs"], rows))
-    print0(json.dumps(dict(source=args.source, tokens=args.num_tokens, seeds=seeds, layers=args.layers, width=args.width, variants=numbers)))
+    print0(json.dumps(dict(source=args.source, dtype=mixed(args.dtype)[1], tokens=args.num_tokens, seeds=seeds, layers=args.layers, width=args.width, variants=numbers)))
 
 
 if __name__ == "__main__":

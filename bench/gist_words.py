@@ -13,10 +13,12 @@ In nats a token of validation text: behind the block's gist, behind that of anot
 import argparse
 import json
 import time
+from contextlib import nullcontext
 
 import numpy as np
 import torch
 
+from bench.ablate import add_dtype, mixed
 from megacontext.evaluate import swapped
 from megacontext.gistnet import GistConfig, GistNet
 from megacontext.layout import FAN, GIST, HIDDEN, entry_positions, stretches
@@ -43,6 +45,7 @@ parser.add_argument("--max-seq-len", type=int, default=256)
 parser.add_argument("--lr", type=float, default=0.5, help="times the reference rates")
 parser.add_argument("--eval-rows", type=int, default=128)
 parser.add_argument("--seeds", default="0", help="comma list")
+add_dtype(parser)
 add_data_dir(parser)
 
 
@@ -59,13 +62,15 @@ def block_nats(gpt, gistnet, batch, K, view, reduction="mean"):
     return gpt.loss(hidden[:, :T], batch.targets.masked_fill(place % K == K - 1, IGNORE), reduction) # the last target is the next block's
 
 
-def learn(gpt, gistnet, batches, steps, lr):
-    """Rates rise over the first tenth of the steps and fall over the last third."""
+def learn(gpt, gistnet, batches, steps, lr, amp=nullcontext):
+    """Rates rise over the first tenth of the steps and fall over the last third. amp: the context of a forward."""
     optimizer = make_optimizer(gpt, dict(gistnet=gistnet), lr_scale=lr)
     for step, batch in zip(range(steps), batches):
         optimizer.set_schedule(min(1, (step + 1) / (0.1 * steps), (steps - step) / (0.33 * steps)))
         K = next(block for block, share in CoTrainingOptions().curriculum if step < share * steps)
-        block_nats(gpt, gistnet, batch, K, "own").backward()
+        with amp():
+            loss = block_nats(gpt, gistnet, batch, K, "own")
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -102,7 +107,7 @@ def main():
     widths, lengths, seeds = settle(args)
     use_data_dir(args.data_dir)
     tokenizer, items, val_items = Tokenizer.load(), open_source(args.source, "train"), open_source(args.source, "val")
-    found, began = {}, time.perf_counter()
+    (amp, args.dtype), found, began = mixed(args.dtype), {}, time.perf_counter()
     for width in widths:
         config = GPTConfig(tokenizer.vocab_size, args.max_seq_len, args.layers, width // 64, width // 64, width, tokenizer.bos)
         inner = GistConfig.for_gpt(config).inner if args.inner == -1 else args.inner
@@ -111,7 +116,7 @@ def main():
                 torch.manual_seed(seed)
                 gpt, gistnet = GPT(config), GistNet(GistConfig(width, inner))
                 with Loader(items, tokenizer, args.rows, config.seq_len, align=FAN, seed=seed) as loader:
-                    learn(gpt, gistnet, loader, steps, args.lr)
+                    learn(gpt, gistnet, loader, steps, args.lr, amp)
                 val = val_loader(val_items, tokenizer, args.rows, config.seq_len, align=FAN, max_rows=args.eval_rows)
                 told = judge(gpt, gistnet, val)
                 found.setdefault((width, steps), []).append(told)

@@ -27,7 +27,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from bench.ablate import add_flags, settle
+from bench.ablate import add_flags, mixed, settle
 from megacontext import losses, probes
 from megacontext.evaluate import Networks, Rows, swapped
 from megacontext.contexts import chosen_table, recency_table, window_table
@@ -163,7 +163,7 @@ def load(checkpoint, seq_len):
 def train(config, items, val_items, texts, tokenizer, args, seed, variant):
     """-> ({column: number}, seconds)"""
     plan = schedule.plan(config.layers, config.vocab_size, config.seq_len, tokens=args.num_tokens, batch_tokens=args.batch_tokens)
-    began, rows = time.perf_counter(), args.batch_tokens // config.seq_len
+    began, rows, (amp, _) = time.perf_counter(), args.batch_tokens // config.seq_len, mixed(args.dtype)
     with changed(variant, config, seed, args.checkpoint) as objective:
         gpt, gistnet, lensnet = objective.gpt, objective.gistnet, objective.lensnet
         optimizer = make_optimizer(gpt, dict(gistnet=gistnet, lensnet=lensnet), lr_scale=plan.lr_mult * args.lr * (args.rates or schedule.short_run(plan)), weight_decay=0.28 * plan.weight_decay_mult)
@@ -172,7 +172,9 @@ def train(config, items, val_items, texts, tokenizer, args, seed, variant):
             for step, batch in zip(range(plan.steps), loader):
                 curves.apply(optimizer, step)
                 objective.start_step(step, plan.steps)
-                objective(batch)[0].backward()
+                with amp():
+                    loss, _ = objective(batch)
+                loss.backward()
                 optimizer.step(check=True)
                 optimizer.zero_grad()
         val = val_loader(val_items, tokenizer, rows, config.seq_len, align=32, max_rows=args.eval_tokens // config.seq_len)
@@ -230,9 +232,9 @@ def main():
             numbers, seconds = train(config, items, val_items, texts, tokenizer, args, seed, name)
             found[name].append(numbers)
             print0(f"seed {seed} {name:24s} " + " ".join(f"{key} {value:.4f}" for key, value in numbers.items()) + f" ({seconds:.0f} s)")
-    print0(f"\n{args.layers} layers of {args.width}{f' of {args.checkpoint}' * bool(args.checkpoint)}, rows of {args.max_seq_len}, {args.num_tokens} tokens of {args.source}, seeds {args.seeds}; +- is the standard error of the difference to the first line\n")
+    print0(f"\n{args.layers} layers of {args.width}{f' of {args.checkpoint}' * bool(args.checkpoint)}, rows of {args.max_seq_len}, {args.num_tokens} tokens of {args.source}, {mixed(args.dtype)[1]}, seeds {args.seeds}; +- is the standard error of the difference to the first line\n")
     print0(table(["variant", *found[first][0]], [told(name, runs, found[first]) for name, runs in found.items()]))
-    print0(json.dumps(dict(vars(args), variants=found)))
+    print0(json.dumps(dict(vars(args), dtype=mixed(args.dtype)[1], variants=found)))
 
 
 if __name__ == "__main__":
