@@ -113,6 +113,7 @@ VARIANTS = {
     "raw tail up to 512": ({}, dict(tail=(0, 512)), {}, ()),
     "no reconstruction": ({}, dict(reconstruct_every=0), {}, ()),
     "one block in four reconstructed": ({}, dict(reconstruct_every=4), {}, ()),
+    "one block in sixteen reconstructed": ({}, dict(reconstruct_every=16), {}, ()),
     "half of the rows plain": ({}, dict(plain_every=2), {}, ()),
     "gists after a fifth": ({}, {}, dict(CoTraining=LateGists), ()),
     "gists after a half": ({}, {}, dict(CoTraining=LaterGists), ()),
