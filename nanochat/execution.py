@@ -52,8 +52,9 @@ def run_code(code, timeout=5.0, memory_mb=256):
         folder = os.path.join(os.path.realpath(outer), "work")
         os.mkdir(folder)
         environment.update({name: folder for name in ("HOME", "TMPDIR", "TEMP", "TMP")})
-        request = json.dumps(dict(code=code, folder=folder, memory_mb=memory_mb, timeout=timeout, nonce=nonce)).encode()
-        with open(os.path.join(outer, "stdout"), "w+b") as out, open(os.path.join(outer, "stderr"), "w+b") as err:
+        with (open(os.path.join(outer, "stdout"), "w+b") as out, open(os.path.join(outer, "stderr"), "w+b") as err,
+              open(os.path.join(outer, "guards"), "w+b") as told):
+            request = json.dumps(dict(code=code, folder=folder, told=told.name, memory_mb=memory_mb, timeout=timeout, nonce=nonce)).encode()
             process = subprocess.Popen([sys.executable, "-I", "-S", os.path.abspath(__file__)], stdin=subprocess.PIPE, stdout=out,
                                        stderr=err, cwd=folder, env=environment, start_new_session=os.name == "posix")
             late = False
@@ -63,13 +64,11 @@ def run_code(code, timeout=5.0, memory_mb=256):
                 late = True
             finally:
                 kill_group(process)
-            return read_result(process.returncode, late, nonce, read(out), read(err), timeout, memory_mb)
+            return read_result(process.returncode, late, nonce, tuple(read(told).split()), read(out), read(err), timeout, memory_mb)
 
 
-def read_result(code, late, nonce, stdout, stderr, timeout, memory_mb):
-    """Our first line of stderr names the guards, our last says that the end was reached; between them is the code's own."""
-    first, _, stderr = stderr.partition("\n")
-    guards = tuple(first.split()[1:]) if first.startswith(nonce) else ()
+def read_result(code, late, nonce, guards, stdout, stderr, timeout, memory_mb):
+    """Our last line of stderr says that the end was reached; what comes before is the code's own. No guards: it never ran."""
     done = stderr.endswith(f"{nonce} done\n")
     stderr = stderr.removesuffix(f"{nonce} done\n")
     if done and code == 0 and not late:
@@ -77,7 +76,7 @@ def read_result(code, late, nonce, stdout, stderr, timeout, memory_mb):
     elif late:
         error = f"timeout: still running after {timeout:g} s"
     elif not guards:
-        error = f"sandbox: it did not start: {(first + ' ' + stderr).strip()[-500:]}"
+        error = f"sandbox: it did not start: {stderr.strip()[-500:]}"
     elif "MemoryError" in stderr[-200:]:
         error = f"memory: it wanted more than {memory_mb} MB"
     elif code < 0:
@@ -123,6 +122,7 @@ def child():
     """Shut every door, then run the code. Started as a script by run_code, with a request on stdin."""
     request = json.loads(sys.stdin.buffer.read())
     folder, nonce = request["folder"], request["nonce"]
+    told = open(request["told"], "w") # outside the folder and closed before the code runs: it cannot take back that it was started
     guards = limit(request["memory_mb"], request["timeout"])
     if sys.platform == "linux":
         guards += isolate(folder) # what follows may run in a forked process
@@ -136,7 +136,8 @@ def child():
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     report = os.dup(2) # the code may close its stderr
     sys.addaudithook(audit_hook(folder))
-    os.write(report, f"{nonce} {' '.join(guards + ['audit'])}\n".encode())
+    with told:
+        told.write(" ".join(guards + ["audit"]))
 
     import traceback
     import types

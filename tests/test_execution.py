@@ -48,6 +48,13 @@ def test_only_code_that_reaches_its_end_is_ok(code, error):
     assert not result.ok and (error in result.error or (code == "\0" and "null bytes" in result.error)), result
 
 
+@pytest.mark.parametrize("code", ["import os; os.ftruncate(2, 0); os._exit(0)", "import sys; sys.stderr.seek(0); sys.stderr.write('x' * 300); sys.exit()"])
+def test_code_cannot_look_as_if_it_had_never_been_started(code):
+    """The guards were told in stderr's first line, which code could wipe: its own end was then taken for a sandbox that did not start."""
+    result = run_code(code, timeout=30)
+    assert not result.ok and result.guards == run_code("pass", timeout=30).guards and not result.error.startswith("sandbox"), result
+
+
 def test_a_script_is_main_and_may_use_its_folder():
     result = run_code("import os\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n    x: 'int' = 3\n"
                       "os.makedirs('a/b')\nopen('a/b/c.txt', 'w').write('hi')\nos.rename('a/b/c.txt', 'd.txt')\n"
