@@ -7,8 +7,8 @@ The code runs in a process of its own, in an empty folder that is deleted afterw
 What keeps it there, layer on layer; `Result.guards` names those that held on this machine:
     limits     memory, processor time, file size (Unix), and everywhere a wall-clock timeout that kills the whole group
     network    Linux: a network namespace with nothing in it
-    processes  Linux: a process namespace; it can see and signal nobody else, and nothing it starts outlives it
-    files      Linux: a mount namespace where all is read-only but the folder, /proc is empty, the folder is 64 MB of memory
+    processes  Linux: a process namespace; it can signal nobody else, and nothing it starts outlives it
+    files      Linux: a mount namespace where all is read-only but the folder, /proc is empty (so it sees no other process), the folder is 64 MB of memory
     landlock   Linux: the kernel refuses writes outside the folder, TCP, and signals to others, also where namespaces are forbidden
     seccomp    Linux on x86-64 and 64-bit ARM: the kernel refuses new processes and programs, and memory that no limit counts
     audit      everywhere: a Python audit hook refuses sockets, processes, ctypes, and writes outside the folder
@@ -182,11 +182,8 @@ def isolate(folder):
     uid, gid = os.getuid(), os.getgid()
     if libc.unshare(NEWUSER | NEWNET | NEWPID | NEWIPC | NEWNS) != 0:
         return []
-    for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
-        with open(f"/proc/self/{name}", "w") as file:
-            file.write(text)
     guards = ["network", "processes"]
-    if read_only_but(libc, folder):
+    if map_user(uid, gid) and read_only_but(libc, folder): # a user who is not mapped could make nothing in a file system of ours
         guards.append("files")
 
     pid = os.fork()
@@ -200,6 +197,17 @@ def isolate(folder):
     header = (ctypes.c_uint32 * 2)(0x20080522, 0) # capability version 3, this process
     dropped = libc.capset(header, (ctypes.c_uint32 * 6)()) == 0
     return guards if dropped else []
+
+
+def map_user(uid, gid):
+    """Stay who we are in our own user namespace. False where that is refused: /proc read-only, as in some containers, or AppArmor (Ubuntu 24.04)."""
+    try:
+        for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
+            with open(f"/proc/self/{name}", "w") as file:
+                file.write(text)
+    except OSError:
+        return False
+    return True
 
 
 def read_only_but(libc, folder):

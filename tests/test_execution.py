@@ -1,5 +1,6 @@
 """The sandbox: what code says and how it ends is told truly, and it gets nowhere. The laws are tried by code that wants out."""
 
+import errno
 import os
 import socket
 import subprocess
@@ -18,6 +19,15 @@ unix = pytest.mark.skipif(os.name != "posix", reason="limits are Unix's")
 PAST_THE_HOOK = "import sys; g = sys._getframe(1).f_globals; g['REFUSED'] = ('none of it',); g['CHANGES'] = {}; g['set'] = lambda x: frozenset(); "
 # and a second copy of what starts programs, without our refusal in it
 PAST_THE_REFUSAL = PAST_THE_HOOK + "del sys.modules['_posixsubprocess']; "
+
+# Python to begin with where the kernel gives namespaces and refuses to map our user in them
+READ_ONLY_PROC = """
+import ctypes, os
+from nanochat.execution import map_user
+libc, uid, gid = ctypes.CDLL(None), os.getuid(), os.getgid()
+assert libc.unshare(0x10020000) == 0 and map_user(uid, gid) and libc.mount(b"none", b"/", None, 0x44000, None) == 0
+assert libc.syscall(442, -100, b"/proc", 0x8000, (ctypes.c_uint64 * 4)(1, 0, 0, 0), 32) == 0 and not os.access("/proc/self/uid_map", os.W_OK)
+"""
 
 
 def running(marker):
@@ -199,6 +209,36 @@ def test_what_the_kernel_shut_cannot_be_opened_again():
     code = PAST_THE_HOOK + ("\nimport ctypes\nlibc = ctypes.CDLL(None)\n"
                             "print(libc.mount(b'none', b'/', None, 32 | 4096, None), libc.umount(b'/proc'), libc.sethostname(b'x', 1))")
     assert run_code(code, timeout=30).stdout == "-1 -1 -1\n"
+
+
+@linux
+def test_where_our_user_cannot_be_mapped_the_other_guards_hold():
+    """Namespaces allowed and /proc read-only, or AppArmor against the map: the sandbox died of the OSError, and HumanEval's every answer was wrong."""
+    need("network", "processes", "files")
+    code = PAST_THE_HOOK + "\nimport os\nos.makedirs('a/b')\nopen('a/b/c', 'w').write('hi')\nprint(os.getpid(), open('a/b/c').read())"
+    code = READ_ONLY_PROC + f"from nanochat.execution import run_code\nresult = run_code({code!r}, timeout=30)\nprint(result.stdout, *result.guards, result.error)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    held = [guard for guard in run_code("pass", timeout=30).guards if guard != "files"]
+    assert said.stdout == f"1 hi\n {' '.join(held)} None\n", said
+
+
+@linux
+@pytest.mark.parametrize("before", ["", READ_ONLY_PROC], ids=["mapped", "not mapped"])
+def test_namespaces_alone_shut_network_and_processes(tmp_path, before):
+    """Without seccomp and the hook, which would refuse the same earlier."""
+    need("network", "processes", *(["files"] if before else []))
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        server.setblocking(False)
+        code = (f"from nanochat.execution import isolate\nprint(*isolate({str(tmp_path)!r}))\nimport ctypes, os, socket\n"
+                f"print(os.getpid(), ctypes.CDLL(None).unshare({0x40000000}))\n" # no capability is left to make another network with
+                f"for reach in (lambda: socket.create_connection(('127.0.0.1', {server.getsockname()[1]}), 2), lambda: os.kill({os.getpid()}, 0)):\n"
+                f"    try:\n        reach()\n    except OSError as error:\n        print(type(error).__name__, error.errno)")
+        said = subprocess.run([sys.executable, "-c", before + code], capture_output=True, text=True)
+        assert said.stdout == f"network processes{'' if before else ' files'}\n1 -1\nOSError {errno.ENETUNREACH}\nProcessLookupError {errno.ESRCH}\n", said
+        with pytest.raises(BlockingIOError):
+            server.accept()
 
 
 def test_our_environment_stays_with_us(monkeypatch):
