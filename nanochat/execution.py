@@ -73,10 +73,10 @@ def read_result(code, late, nonce, guards, stdout, stderr, timeout, memory_mb):
     stderr = stderr.removesuffix(f"{nonce} done\n")
     if done and code == 0 and not late:
         error = None
+    elif not guards:
+        error = f"sandbox: it did not start {f'in {timeout:g} s' if late else f'(exit code {code})'} {' '.join(stderr.split())[-500:]}".strip()
     elif late:
         error = f"timeout: still running after {timeout:g} s"
-    elif not guards:
-        error = f"sandbox: it did not start: {stderr.strip()[-500:]}"
     elif "MemoryError" in stderr[-200:]:
         error = f"memory: it wanted more than {memory_mb} MB"
     elif code < 0:

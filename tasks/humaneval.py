@@ -3,7 +3,7 @@ HumanEval (Chen et al. 2021): 164 Python functions to complete, graded by runnin
 Rows: prompt (signature and docstring), entry_point, canonical_solution, test.
 
 What the model wrote may be the body alone (it continued the prompt), the whole function, or either of them inside a ``` fence.
-The program runs in the sandbox of nanochat.execution; code that does not finish in time is wrong.
+The program runs in the sandbox of nanochat.execution; code that does not finish in time is wrong, a sandbox that does not start is an error.
 """
 
 import re
@@ -34,6 +34,8 @@ class HumanEval(RowTask):
     def evaluate(self, conversation, answer_text):
         from nanochat.execution import run_code # only grading needs the sandbox
         result = run_code(program(conversation, answer_text), timeout=self.timeout)
+        if not result.guards:
+            raise UserError(f"HumanEval cannot be graded: {result.error}. If the machine is short of memory or processors, free some; else leave humaneval out of --tasks")
         return result.ok
 
 

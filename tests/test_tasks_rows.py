@@ -348,6 +348,18 @@ def test_humaneval_is_graded_in_the_sandbox(data):
     assert not task.evaluate(task[0], "    return a - b\n") and not task.evaluate(task[0], "    return (\n")
 
 
+@pytest.mark.parametrize("timeout, trouble", [(0.001, "did not start in 0.001 s"), (20, r"did not start \(exit code 3\) no room for Python")])
+def test_a_sandbox_that_does_not_start_is_no_wrong_answer(data, monkeypatch, timeout, trouble):
+    """It counted as one: where no sandbox could start, a good model was told to have 0%, and nothing said why."""
+    write(data / "humaneval" / "test.jsonl", [ADD])
+    task = HumanEval(timeout=timeout)
+    if timeout > 1:
+        began = subprocess.Popen
+        monkeypatch.setattr(subprocess, "Popen", lambda command, **kwargs: began([command[0], "-c", "import sys; print('no room\\nfor Python', file=sys.stderr); sys.exit(3)"], **kwargs))
+    with pytest.raises(UserError, match=f"HumanEval cannot be graded: sandbox: it {trouble}"):
+        task.evaluate(task[0], ADD["canonical_solution"])
+
+
 def test_customjson_reads_both_shapes_and_nothing_but_their_messages(tmp_path):
     """
     Other fields were handed on once: one called `turns`, `task` or `answer` was then taken for the task's own, and grading turn by turn
