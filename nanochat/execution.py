@@ -10,13 +10,14 @@ What keeps it there, layer on layer; `Result.guards` names those that held on th
     processes  Linux: a process namespace; it can signal nobody else, and nothing it starts outlives it
     files      Linux: a mount namespace where all is read-only but the folder, /proc is empty (so it sees no other process), the folder is 64 MB of memory
     landlock   Linux: the kernel refuses writes outside the folder, TCP, and signals to others, also where namespaces are forbidden
-    seccomp    Linux on x86-64 and 64-bit ARM: the kernel refuses new processes and programs, and memory that no limit counts
+    seccomp    Linux on x86-64 and 64-bit ARM: the kernel refuses new processes and programs, sockets of every kind, and memory that no limit counts
     audit      everywhere: a Python audit hook refuses sockets, processes, ctypes, and writes outside the folder
 
-What it does not cover. Files that our user may read can be read (with `network` held they cannot be sent anywhere). The audit
+What it does not cover. Files that our user may read can be read (with `seccomp` held no socket carries them away). The audit
 hook lives in the process that it watches and can be undone from there: where only it held (macOS, Windows), it stops
-accidents, not attackers; landlock alone leaves UDP open. Windows has no memory limit, macOS none on address space. A memory limit
-is one process's, and holds as long as there is one: without seccomp a Unix is told to allow no other, which it does not hold root to.
+accidents, not attackers; network alone leaves Unix sockets on disk open, landlock alone UDP too. Windows has no memory limit,
+macOS none on address space. A memory limit is one process's, and holds as long as there is one: without seccomp a Unix is told to
+allow no other, which it does not hold root to.
 Processor caches, kernel bugs and code that guesses our end marker are out of scope: for code from strangers use a
 virtual machine. The standard library is there, installed packages are not.
 """
@@ -248,12 +249,14 @@ def landlock(folder):
 
 
 # By machine: its number for the kernel; clone, refused where it does not make a thread; clone3, whose flags a filter cannot see; what is
-# refused always: fork, vfork, execve, execveat, memfd_create, memfd_secret, shmget
-CALLS = {"x86_64": (0xC000003E, 56, 435, (57, 58, 59, 322, 319, 447, 29)), "aarch64": (0xC00000B7, 220, 435, (221, 281, 279, 447, 194))}
+# refused always: fork, vfork, execve, execveat, memfd_create, memfd_secret, shmget; socket, connect, socketpair (a pair of datagrams sends to any
+# path), io_uring_setup (a ring makes sockets without a call)
+CALLS = {"x86_64": (0xC000003E, 56, 435, (57, 58, 59, 322, 319, 447, 29, 41, 42, 53, 425)),
+         "aarch64": (0xC00000B7, 220, 435, (221, 281, 279, 447, 194, 198, 203, 199, 425))}
 
 
 def seccomp():
-    """A filter before every call to the kernel, for good: threads may start, processes and programs may not. [] on a machine not in CALLS."""
+    """A filter before every call to the kernel, for good: threads may start, processes and programs may not, nor sockets be made. [] on a machine not in CALLS."""
     import ctypes
     import struct
     if os.uname().machine not in CALLS or sys.maxsize < 2**32:

@@ -132,6 +132,28 @@ def test_no_network(past):
             server.accept()
 
 
+@linux
+@pytest.mark.parametrize("attempt", [
+    "s = socket.socket(socket.AF_UNIX)\ns.connect({stream!r})\ns.send(b'secret')", "socket.socket(type=socket.SOCK_DGRAM).sendto(b'secret', ('127.0.0.1', {port}))",
+    "socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)[0].sendto(b'secret', {datagrams!r})",
+], ids=["unix", "udp", "pair"])
+def test_seccomp_alone_shuts_what_no_other_guard_does(tmp_path, attempt):
+    """A Unix socket on disk was reached from another network namespace and past landlock; where there are no namespaces, UDP went out too."""
+    need("seccomp")
+    with socket.socket(socket.AF_UNIX) as stream, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as datagrams, socket.socket(type=socket.SOCK_DGRAM) as udp:
+        for server, address in ((stream, str(tmp_path / "stream")), (datagrams, str(tmp_path / "datagrams")), (udp, ("127.0.0.1", 0))):
+            server.bind(address)
+            server.setblocking(False)
+        stream.listen()
+        code = "\nimport socket\n" + attempt.format(stream=stream.getsockname(), datagrams=datagrams.getsockname(), port=udp.getsockname()[1])
+        alone = [sys.executable, "-c", "from nanochat.execution import seccomp\nassert seccomp()" + code] # no hook, no namespace, no landlock
+        for error in (run_code(PAST_THE_HOOK + code, timeout=30).error, subprocess.run(alone, capture_output=True, text=True).stderr):
+            assert error and "Operation not permitted" in error
+        for arrived in (stream.accept, lambda: datagrams.recv(1), lambda: udp.recv(1)):
+            with pytest.raises(BlockingIOError):
+                arrived()
+
+
 @pytest.mark.parametrize("attempt", ["import subprocess; subprocess.run(['ls'])", "import os; os.system('ls')", "import os; os.fork()",
                                      "import ctypes; ctypes.CDLL(None)", "import os; os.execv('/bin/ls', ['ls'])"])
 def test_no_processes_and_no_native_calls(attempt):
@@ -159,6 +181,15 @@ def test_pythons_own_way_to_start_a_program_is_shut(past):
 def test_the_kernel_refuses_processes_and_memory_beside_the_limit(attempt):
     need("seccomp")
     assert "Operation not permitted" in run_code(PAST_THE_HOOK + "\nimport os\n" + attempt, timeout=30).error
+
+
+@linux
+def test_neither_an_open_socket_nor_a_ring_is_of_use():
+    """Without the filter the kernel says what is wrong with the arguments: no such descriptor, no such address."""
+    need("seccomp")
+    calls = "lambda: libc.connect(-1, None, 0), lambda: libc.syscall(425, 1, None)" # io_uring_setup has this number on every machine
+    result = run_code(PAST_THE_HOOK + f"\nimport ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\nprint([(call(), ctypes.get_errno()) for call in ({calls})])", timeout=30)
+    assert result.stdout == f"[(-1, {errno.EPERM}), (-1, {errno.EPERM})]\n", result
 
 
 @linux
