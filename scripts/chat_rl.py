@@ -48,7 +48,7 @@ parser.add_argument("--max-tokens", type=int, default=256, help="longest answer"
 parser.add_argument("--temperature", type=float, default=1.0)
 parser.add_argument("--top-k", type=int, default=50, help="draw from the K likeliest tokens (-1 = all)")
 parser.add_argument("--lr", type=float, default=0.05, help="times the base run's learning rates; falls linearly to 0")
-parser.add_argument("--device-batch", type=int, default=64, help="answers a forward on one device; halve it when memory runs out")
+parser.add_argument("--device-batch", type=int, default=64, help="most answers in a forward on one device, drawn or learned from; halve it when memory runs out, the answers stay the same")
 parser.add_argument("--eval-every", type=int, default=60, help="test every N steps (-1 = at the start and the end only)")
 parser.add_argument("--eval-examples", type=int, default=400, help="questions of the test split")
 parser.add_argument("--eval-samples", type=int, default=8, help="answers to each: pass@1 is their mean, pass@K whether one of K is right")
@@ -65,18 +65,21 @@ parser.add_argument("--run", default="", help="name of a wandb run (empty = no w
 
 def sample(engine, gpt, task, conversations, samples, batch, settings, seed):
     """
-    Answers to each question, `batch` at a time -> list of (prompt, [Reply], rewards (samples,)).
-    settings: max_tokens, temperature, top_k
+    Answers to each question, one question after the other: yields (prompt, [Reply], rewards (samples,)).
+    batch      most answers in a forward: whole questions together, or a part of one; the answers are the same
+    settings   max_tokens, temperature, top_k
     """
-    tokenizer, together, out = engine.tokenizer, max(1, batch // samples), []
+    tokenizer, together = engine.tokenizer, max(1, batch // samples)
     for first in range(0, len(conversations), together):
         asked = conversations[first:first + together]
         prompts = [tokenizer.render_prompt(conversation) for conversation in asked]
-        groups = engine.generate_batch(gpt, prompts, samples, seed=f"{seed}/{first}", **settings)
+        groups = [[] for _ in asked]
+        for begun in range(0, samples, batch):
+            for replies, more in zip(groups, engine.generate_batch(gpt, prompts, min(batch, samples - begun), seed=seed, first=(first, begun), **settings)):
+                replies += more
         for conversation, prompt, replies in zip(asked, prompts, groups):
             rewards = [task.reward(conversation, tokenizer.decode(reply.ids)) for reply in replies]
-            out.append((prompt, replies, torch.tensor(rewards)))
-    return out
+            yield prompt, replies, torch.tensor(rewards)
 
 
 def make_rows(groups):
@@ -146,10 +149,9 @@ def evaluate(engine, gpt, task, args, settings, dist):
     """pass@1 and pass@K on the test split, the ranks together."""
     most = min(args.eval_examples, len(task))
     mine, hits, solved, n = range(dist.rank, most, dist.world), 0.0, 0.0, 0
-    step = max(1, args.device_batch // args.eval_samples)
-    for first in tqdm(range(0, len(mine), step), desc="test", unit="batch", disable=None if dist.main else True, leave=False):
-        for _, _, rewards in sample(engine, gpt, task, [task[i] for i in mine[first:first + step]], args.eval_samples, args.device_batch, settings, f"test/{args.seed}/{dist.rank}/{first}"):
-            hits, solved, n = hits + rewards.mean().item(), solved + (rewards.max() > 0).item(), n + 1
+    answered = sample(engine, gpt, task, [task[i] for i in mine], args.eval_samples, args.device_batch, settings, f"test/{args.seed}/{dist.rank}")
+    for _, _, rewards in tqdm(answered, total=len(mine), desc="test", unit="question", disable=None if dist.main else True, leave=False):
+        hits, solved, n = hits + rewards.mean().item(), solved + (rewards.max() > 0).item(), n + 1
     hits, solved, n = added([hits, solved, n], dist)
     return {"pass@1": hits / n, f"pass@{args.eval_samples}": solved / n}
 
@@ -160,7 +162,7 @@ SAME = ("task", "digits", "examples", "samples", "max_tokens", "temperature", "t
 def resume(folder, loaded, optimizer, meta):
     """
     Bring networks and optimizer to the last checkpoint of a folder. Returns (its step, tokens sampled until there). What a step draws follows from
-    its number, so there is nothing else to restore; with another number of processes other answers are drawn.
+    its number, so there is nothing else to restore: with another --device-batch the same, with another number of processes other answers.
     """
     saved = checkpoint.load(folder)
     told = lambda meta: meta | {flag: meta["args"].get(flag) for flag in SAME}
@@ -216,7 +218,7 @@ def main():
         start = time.perf_counter()
         first = step * args.examples
         asked = [task[i % len(task)] for i in range(first + dist.rank, first + args.examples, dist.world)]
-        groups = sample(engine, speaker, task, asked, args.samples, args.device_batch, settings, f"{args.seed}/{step}/{dist.rank}")
+        groups = list(sample(engine, speaker, task, asked, args.samples, args.device_batch, settings, f"{args.seed}/{step}/{dist.rank}"))
         rows, tokens = make_rows(groups)
         rewards = torch.stack([rewards for _, _, rewards in groups]) # (questions, samples)
         mixed = (rewards.max(dim=1).values > rewards.min(dim=1).values).sum().item()

@@ -39,9 +39,9 @@ def settings(**changed):
     return dict(max_tokens=6, temperature=1.0, top_k=None) | changed
 
 
-def groups_of(gpt, seed=0, samples=6, questions=3, **changed):
+def groups_of(gpt, seed=0, samples=6, questions=3, batch=64, **changed):
     asked = [{"messages": [{"role": "user", "content": "?" * (1 + 4 * n)}]} for n in range(questions)]
-    return sample(Engine(tokenizer), gpt, First(range(128)), asked, samples, 64, settings(**changed), seed)
+    return list(sample(Engine(tokenizer), gpt, First(range(128)), asked, samples, batch, settings(**changed), seed))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -71,6 +71,19 @@ def test_targets_are_the_chosen_tokens_in_their_order_and_advantages_cancel(seed
         assert ids == full[:-1] and [target for target in targets if target != IGNORE] == chosen
         assert all(target in (IGNORE, after) for target, after in zip(targets, full[1:], strict=True)), "a target is the next token"
     assert abs(sum(advantage for _, _, advantage in rows)) < 1e-5
+
+
+@pytest.mark.parametrize("batch, rows", [(1, [1] * 18), (4, [4, 2] * 3), (6, [6] * 3), (13, [12, 6]), (64, [18])])
+def test_no_forward_has_more_answers_than_asked_and_they_are_the_same(monkeypatch, batch, rows):
+    """A question was always answered at once: 64, 16, 8 and 4 all drew 16 rows, and halving the flag freed no memory."""
+    gpt, drawn = random_gpt(seed=2), []
+    whole = groups_of(gpt, batch=18)
+    choose = Engine.generate_batch
+    monkeypatch.setattr(Engine, "generate_batch", lambda self, gpt, prompts, samples, **more: drawn.append(len(prompts) * samples) or choose(self, gpt, prompts, samples, **more))
+    cut = groups_of(gpt, batch=batch)
+    assert drawn == rows
+    assert [(prompt, replies, rewards.tolist()) for prompt, replies, rewards in cut] == [(prompt, replies, rewards.tolist()) for prompt, replies, rewards in whole]
+    assert len({tuple(reply.ids) for _, replies, _ in cut for reply in replies}) > 12, "each has a draw of its own"
 
 
 def test_the_loss_of_batches_is_the_sum_over_answers_one_at_a_time():
@@ -117,7 +130,7 @@ def test_the_gradient_points_where_the_exact_policy_gradient_points():
     p = torch.softmax(gpt(torch.tensor([prompt]))[0, -1], dim=-1)
     worth = torch.tensor([float(i in task.wanted) for i in range(tokenizer.vocab_size)])
     exact = torch.autograd.grad((p * worth).sum(), gpt.lm_head.weight)[0]
-    groups = sample(Engine(tokenizer), gpt, task, [QUESTION], n, n, settings(max_tokens=1), 0)
+    groups = list(sample(Engine(tokenizer), gpt, task, [QUESTION], n, n, settings(max_tokens=1), 0))
     assert any(reply.stop is not None for reply in groups[0][1]), "some answers end at once"
     rows, tokens = make_rows(groups)
     assert tokens == n
@@ -132,7 +145,7 @@ def test_rewards_rise():
     optimizer = make_optimizer(gpt, {}, lr_scale=0.1, weight_decay=0.0)
     means = []
     for step in range(12):
-        groups = sample(engine, gpt, task, [QUESTION], 64, 64, settings(max_tokens=2), step)
+        groups = list(sample(engine, gpt, task, [QUESTION], 64, 64, settings(max_tokens=2), step))
         rows, tokens = make_rows(groups)
         means.append(groups[0][2].mean().item())
         for batch in batches(rows, 64, "cpu"):
