@@ -30,6 +30,7 @@ from nanochat.engine import Engine
 from nanochat.gpt import IGNORE
 from nanochat.optim import make_optimizer
 from nanochat.run import Log
+from nanochat.train import kept
 from scripts.load import describe, load_stage
 from scripts.stage import begin_folder, check_numbers, given
 from tasks.arithmetic import Arithmetic
@@ -117,6 +118,19 @@ def policy_loss(gpt, ids, targets, advantages, tokens):
     return (gpt(ids, targets, "none") * advantages).sum() / tokens # nats are -log p, and 0 where nothing was sampled
 
 
+def learn(gpt, optimizer, rows, tokens, batch, dtype, dist):
+    """A step towards what paid, from the rows of this rank and `tokens`, the sampled ones of all ranks -> (loss, norm of the gradient)."""
+    device, loss = gpt.device, 0.0
+    for ids, targets, advantages in batches(rows, batch, device):
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            part = policy_loss(gpt, ids, targets, advantages, tokens / dist.world) # the optimizer takes the mean over ranks
+        part.backward()
+        loss += part.item() / dist.world
+    norm = optimizer.step(norm=True, check=device.type == "cpu")
+    optimizer.zero_grad()
+    return added([loss], dist)[0], norm
+
+
 def added(numbers, dist):
     """Sums over all ranks."""
     total = torch.tensor(numbers, dtype=torch.float64)
@@ -156,6 +170,7 @@ def evaluate(engine, gpt, task, args, settings, dist):
     return {"pass@1": hits / n, f"pass@{args.eval_samples}": solved / n}
 
 
+LESS = "Lower --device-batch or --max-tokens" # when memory runs out
 SAME = ("task", "digits", "examples", "samples", "max_tokens", "temperature", "top_k", "lr", "seed") # flags that whoever resumes a run gives again
 
 
@@ -212,40 +227,39 @@ def main():
     print0(f"model       {meta['start']}; {why}")
     print0(f"plan        {steps} steps x {args.examples} questions x {args.samples} answers of {args.task}; output in {folder}")
 
-    last, sampled, began = evaluate(engine, speaker, test, args, settings, dist), before, time.perf_counter()
-    log.write(begin, **last)
+    def tested(step):
+        with hardware.out_of_memory_told(f"in the test after step {step}{kept(saved)}", LESS):
+            metrics = evaluate(engine, speaker, test, args, settings, dist)
+        log.write(step, **metrics)
+        return metrics
+
+    saved = begin
+    last, sampled, began = tested(begin), before, time.perf_counter()
     for step in range(begin, steps):
-        start = time.perf_counter()
+        start, done = time.perf_counter(), step + 1
         first = step * args.examples
         asked = [task[i % len(task)] for i in range(first + dist.rank, first + args.examples, dist.world)]
-        groups = list(sample(engine, speaker, task, asked, args.samples, args.device_batch, settings, f"{args.seed}/{step}/{dist.rank}"))
+        with hardware.out_of_memory_told(f"while answers were drawn in step {done}{kept(saved)}", LESS):
+            groups = list(sample(engine, speaker, task, asked, args.samples, args.device_batch, settings, f"{args.seed}/{step}/{dist.rank}"))
         rows, tokens = make_rows(groups)
         rewards = torch.stack([rewards for _, _, rewards in groups]) # (questions, samples)
         mixed = (rewards.max(dim=1).values > rewards.min(dim=1).values).sum().item()
         total, tokens, mixed, reward = added([rewards.numel(), tokens, mixed, rewards.sum().item()], dist)
-        loss = 0.0
-        for ids, targets, advantages in batches(rows, args.device_batch, device):
-            with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-                part = policy_loss(gpt, ids, targets, advantages, tokens / dist.world) # the optimizer takes the mean over ranks
-            part.backward()
-            loss += part.item() / dist.world
-        [loss] = added([loss], dist)
-        if not math.isfinite(loss):
-            raise UserError(f"the loss is {loss} at step {step + 1}; the checkpoints before stay. Lower --lr")
         lr = 1 - step / steps
         optimizer.set_schedule(lr, weight_decay=0.0)
-        norm = optimizer.step(norm=True, check=device.type == "cpu")
-        optimizer.zero_grad()
+        with hardware.out_of_memory_told(f"while answers were learned from in step {done}{kept(saved)}", LESS):
+            loss, norm = learn(gpt, optimizer, rows, tokens, args.device_batch, dtype, dist)
+        if not math.isfinite(loss):
+            raise UserError(f"the loss is {loss} at step {done}{kept(saved)}. Lower --lr")
         if speaker is not gpt:
             speaker.load_state_dict(gpt.state_dict())
         sampled += tokens
-        log.write(step + 1, reward=reward / total, mixed=mixed / args.examples, loss=loss, answer_tokens=tokens / total, grad_norm=norm, lr=lr, dt=time.perf_counter() - start)
-        done = step + 1
+        log.write(done, reward=reward / total, mixed=mixed / args.examples, loss=loss, answer_tokens=tokens / total, grad_norm=norm, lr=lr, dt=time.perf_counter() - start)
         if done == steps or args.save_every > 0 and done % args.save_every == 0:
             checkpoint.save(folder, done, loaded.modules, optimizer, meta | dict(sampled=sampled), keep=2, main=dist.main)
+            saved = done
         if done == steps or args.eval_every > 0 and done % args.eval_every == 0:
-            last = evaluate(engine, speaker, test, args, settings, dist)
-            log.write(done, **last)
+            last = tested(done)
     seconds = time.perf_counter() - began
     log.summary(stage="rl", tag=args.tag or loaded.tag, **last, steps=steps, tokens=int(sampled), tokens_per_s=(sampled - before) / seconds, train_s=seconds, gists=int(loaded.gistnet is not None),
                 params=sum(p.numel() for module in loaded.modules.values() for p in module.parameters()), peak_mb=hardware.peak_memory(device) / 2**20, seed=args.seed)

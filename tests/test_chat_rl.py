@@ -232,6 +232,26 @@ def test_a_wrong_flag_is_one_clear_line(base, monkeypatch, arguments, told):
         run(monkeypatch, *TINY, *arguments)
 
 
+@pytest.mark.parametrize("place, call, told", [
+    ("sample", 1, "in the test after step 0; no checkpoint was written yet: --save-every"), ("sample", 2, "while answers were drawn in step 1; no checkpoint was written yet"),
+    ("sample", 4, "while answers were drawn in step 3; the checkpoint of step 2 is kept"), ("sample", 5, "in the test after step 3; the checkpoint of step 3 is kept"),
+    ("policy_loss", 1, "while answers were learned from in step 1; no checkpoint was written yet")])
+def test_out_of_memory_names_the_flags_and_keeps_what_was_saved(base, monkeypatch, place, call, told):
+    """It ended the run in a traceback, which says neither what to lower nor what is left."""
+    make_run("sft")
+    monkeypatch.setattr(chat_rl.Arithmetic, "evaluate", lambda self, conversation, text: any(c.isalpha() for c in text[:3]))
+    real, calls = getattr(chat_rl, place), []
+
+    def full(*args):
+        calls.append(1)
+        if len(calls) == call:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return real(*args)
+    monkeypatch.setattr(chat_rl, place, full)
+    with pytest.raises(UserError, match=f"memory ran out {told}.*. Lower --device-batch or --max-tokens "):
+        run(monkeypatch, *TINY, "--save-every", "2")
+
+
 def test_an_answer_that_does_not_fit_behind_its_question_is_told_before_the_first_step(base, monkeypatch):
     """GSM8K has long questions: some hundred steps on, one of them ended the run in a traceback."""
     make_run("sft", seq_len=64)
