@@ -186,6 +186,7 @@ def resume(folder, loaded, optimizer, meta):
     for name, module in loaded.modules.items():
         module.load_state_dict(saved.tensors[name])
     optimizer.load_state_dict(saved.optimizer)
+    optimizer.skipped = saved.meta.get("skipped", 0)
     print0(f"resume      from step {saved.step} of {folder}")
     return saved.step, saved.meta["sampled"]
 
@@ -245,24 +246,28 @@ def main():
         rewards = torch.stack([rewards for _, _, rewards in groups]) # (questions, samples)
         mixed = (rewards.max(dim=1).values > rewards.min(dim=1).values).sum().item()
         total, tokens, mixed, reward = added([rewards.numel(), tokens, mixed, rewards.sum().item()], dist)
-        lr = 1 - step / steps
+        lr, skipped = 1 - step / steps, optimizer.skipped
         optimizer.set_schedule(lr, weight_decay=0.0)
         with hardware.out_of_memory_told(f"while answers were learned from in step {done}{kept(saved)}", LESS):
             loss, norm = learn(gpt, optimizer, rows, tokens, args.device_batch, dtype, dist)
+        then = f"at step {done}{kept(saved)}. Lower --lr"
         if not math.isfinite(loss):
-            raise UserError(f"the loss is {loss} at step {done}{kept(saved)}. Lower --lr")
+            raise UserError(f"the loss is {loss} {then}")
+        if optimizer.skipped == skipped and not math.isfinite(norm): # its step was taken: the weights are not numbers any more
+            raise UserError(f"the gradient's norm is {norm} {then}")
         if speaker is not gpt:
             speaker.load_state_dict(gpt.state_dict())
         sampled += tokens
-        log.write(done, reward=reward / total, mixed=mixed / args.examples, loss=loss, answer_tokens=tokens / total, grad_norm=norm, lr=lr, dt=time.perf_counter() - start)
+        log.write(done, reward=reward / total, mixed=mixed / args.examples, loss=loss, answer_tokens=tokens / total, grad_norm=norm, skipped=optimizer.skipped, lr=lr, dt=time.perf_counter() - start)
         if done == steps or args.save_every > 0 and done % args.save_every == 0:
-            checkpoint.save(folder, done, loaded.modules, optimizer, meta | dict(sampled=sampled), keep=2, main=dist.main)
+            checkpoint.save(folder, done, loaded.modules, optimizer, meta | dict(sampled=sampled, skipped=optimizer.skipped), keep=2, main=dist.main)
             saved = done
         if done == steps or args.eval_every > 0 and done % args.eval_every == 0:
             last = tested(done)
     seconds = time.perf_counter() - began
     log.summary(stage="rl", tag=args.tag or loaded.tag, **last, steps=steps, tokens=int(sampled), tokens_per_s=(sampled - before) / seconds, train_s=seconds, gists=int(loaded.gistnet is not None),
-                params=sum(p.numel() for module in loaded.modules.values() for p in module.parameters()), peak_mb=hardware.peak_memory(device) / 2**20, seed=args.seed)
+                params=sum(p.numel() for module in loaded.modules.values() for p in module.parameters()), peak_mb=hardware.peak_memory(device) / 2**20, seed=args.seed,
+                skipped_steps=optimizer.skipped)
     log.close()
     cleanup()
 

@@ -12,7 +12,7 @@ from nanochat import checkpoint, report
 from nanochat.common import UserError, checkpoint_dir
 from nanochat.engine import Engine, Reply
 from nanochat.gpt import IGNORE
-from nanochat.optim import make_optimizer
+from nanochat.optim import MuonAdamW, make_optimizer
 from scripts.chat_rl import batches, make_rows, policy_loss, sample
 from scripts.load import load_stage
 from tasks.common import Task
@@ -230,6 +230,43 @@ def test_a_wrong_flag_is_one_clear_line(base, monkeypatch, arguments, told):
     make_run("sft")
     with pytest.raises(UserError, match=told):
         run(monkeypatch, *TINY, *arguments)
+
+
+def overflows(monkeypatch, at):
+    """Call number `at` of the loss is a number and its gradient is none. Every answer with a letter pays, so that each step has one."""
+    real, calls = chat_rl.policy_loss, []
+
+    def policy_loss(*args):
+        loss = real(*args)
+        calls.append(1)
+        if len(calls) == at:
+            loss.register_hook(lambda grad: grad * float("inf"))
+        return loss
+    monkeypatch.setattr(chat_rl, "policy_loss", policy_loss)
+    monkeypatch.setattr(chat_rl.Arithmetic, "evaluate", lambda self, conversation, text: any(c.isalpha() for c in text[:3]))
+
+
+def test_a_step_whose_gradient_is_no_number_is_skipped_and_counted(base, monkeypatch):
+    make_run("sft")
+    overflows(monkeypatch, at=2)
+    run(monkeypatch, *TINY, "--save-every", "2")
+    lines = [json.loads(line) for line in (checkpoint_dir("rl", "t") / "log.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "reward" in line]
+    assert [line["skipped"] for line in steps] == [0, 1, 1] and steps[1]["grad_norm"] in ("inf", "nan") and lines[-1]["summary"]["skipped_steps"] == 1
+    shutil.rmtree(checkpoint_dir("rl", "t") / "step_000003")
+    run(monkeypatch, *TINY, "--resume")
+    assert json.loads((checkpoint_dir("rl", "t") / "log.jsonl").read_text().splitlines()[-1])["summary"]["skipped_steps"] == 1, "a run that goes on counts them too"
+
+
+def test_weights_that_are_no_numbers_are_not_saved(base, monkeypatch):
+    """On a GPU steps are not checked one by one: a gradient of NaN under a loss that is a number was stepped, and saved as the last checkpoint."""
+    make_run("sft")
+    overflows(monkeypatch, at=3)
+    step = MuonAdamW.step
+    monkeypatch.setattr(MuonAdamW, "step", lambda self, norm, check: step(self, norm=norm))
+    with pytest.raises(UserError, match="the gradient's norm is (inf|nan) at step 3; the checkpoint of step 2 is kept. Lower --lr"):
+        run(monkeypatch, *TINY, "--save-every", "1")
+    assert checkpoint.steps(checkpoint_dir("rl", "t")) == [1, 2]
 
 
 @pytest.mark.parametrize("place, call, told", [
