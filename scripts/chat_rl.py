@@ -32,7 +32,7 @@ from nanochat.optim import make_optimizer
 from nanochat.run import Log
 from nanochat.train import kept
 from scripts.load import describe, load_stage
-from scripts.stage import begin_folder, check_numbers, given
+from scripts.stage import SMALLER, begin_folder, check_numbers, given
 from tasks.arithmetic import Arithmetic
 from tasks.gsm8k import GSM8K
 
@@ -212,18 +212,19 @@ def main():
     for questions, count in ((task, steps * args.examples), (test, args.eval_examples)):
         check_room([questions[i] for i in range(min(count, len(questions)))], tokenizer, gpt.config.seq_len, args)
     base = schedule.plan(gpt.config.layers, tokenizer.vocab_size, gpt.config.seq_len, steps=steps, batch_tokens=loaded.meta["batch_tokens"])
-    optimizer = make_optimizer(gpt, {}, dist, lr_scale=base.lr_mult * args.lr, weight_decay=0.0)
     folder = checkpoint_dir("rl", args.tag or loaded.tag)
     about = describe(gpt, loaded.gistnet, loaded.lensnet, tokenizer)
     meta = dict(networks=about, args=vars(args), batch_tokens=loaded.meta["batch_tokens"], steps=steps, start=f"{loaded.stage}/{loaded.tag} step {loaded.meta['step']}")
     if dist.world > 1:
         td.barrier() # with --stage rl, all have read what is now set aside
     begin, before = 0, 0
+    with hardware.out_of_memory_told("while the device took the optimizer and the networks to draw answers with, before any step", SMALLER):
+        optimizer = make_optimizer(gpt, {}, dist, lr_scale=base.lr_mult * args.lr, weight_decay=0.0)
+        if args.resume and checkpoint.steps(folder):
+            begin, before = resume(folder, loaded, optimizer, meta)
+        speaker = gpt if dtype == torch.float32 else copy.deepcopy(gpt).to(dtype) # sampling reads half the bytes
     if not args.resume:
         begin_folder(folder, dist)
-    elif checkpoint.steps(folder):
-        begin, before = resume(folder, loaded, optimizer, meta)
-    speaker = gpt if dtype == torch.float32 else copy.deepcopy(gpt).to(dtype) # sampling reads half the bytes
     log = Log(folder, wandb_project="nanochat-rl", run=args.run, config=vars(args), main=dist.main)
     print0(f"model       {meta['start']}; {why}")
     print0(f"plan        {steps} steps x {args.examples} questions x {args.samples} answers of {args.task}; output in {folder}")

@@ -102,13 +102,16 @@ def given(value):
     return None if value == -1 else value
 
 
+SMALLER = "Free what other programs hold of it, take a device with more, or train a smaller model (base_train --depth)" # where fewer rows do not help
+
+
+@hardware.out_of_memory_told("while the device took the networks and their optimizer, before any step", SMALLER)
 def equip(args, place, networks, plan, rates=1.0):
     """
     Bring the networks to the device in the formats that the flags ask for, pick what computes attention there, find what steps them:
     (objective, optimizer, loss scale or None, rows a forward, forwards a step). plan, rates: as in train().
     """
-    with hardware.out_of_memory_told(f"while {place.device} took the networks, before any step"):
-        gpt, gistnet, lensnet = (network and network.to(place.device).train() for network in networks)
+    gpt, gistnet, lensnet = (network and network.to(place.device).train() for network in networks)
     config, world, dtype = gpt.config, place.dist.world, place.amp or torch.float32
     gpt.checkpoint_activations = args.checkpoint_activations
     if args.fp8:
@@ -152,20 +155,13 @@ def train(stage, tag, args, place, networks, tokenizer, plan, items, val_items, 
     identity = dict(identity, batch_tokens=plan.batch_tokens, steps=plan.steps, seed=args.seed)
     begin, loader_state, lanes = 0, None, lanes_for(dist.world)
     if args.resume and checkpoint.steps(folder):
-        saved = checkpoint.load(folder)
-        same = same_flags(args)
-        checkpoint.check_match(saved.meta | {flag: saved.meta["args"].get(flag) for flag in same}, networks=about, **identity | same)
-        for name, module in named.items():
-            module.load_state_dict(saved.tensors[name])
-        optimizer.load_state_dict(saved.optimizer)
-        begin, loader_state, optimizer.skipped = saved.step, saved.meta["loader"], saved.meta.get("skipped", 0)
-        lanes = loader_state["settings"]["lanes"]
-        checkpoint.set_rng_state(saved.meta["rng"])
-        if scale is not None and saved.meta.get("loss_scale"):
-            scale = LossScale(**saved.meta["loss_scale"])
-        print0(f"resume      from step {begin} of {folder}")
+        saved = resume(folder, named, optimizer, about, identity, args)
+        begin, loader_state, lanes = saved["step"], saved["loader"], saved["loader"]["settings"]["lanes"]
+        if scale is not None and saved.get("loss_scale"):
+            scale = LossScale(**saved["loss_scale"])
     elif first_optimizer is not None:
-        optimizer.load_state_dict(first_optimizer, partial=True)
+        with hardware.out_of_memory_told("while the optimizer of the stage before was read, before any step", SMALLER):
+            optimizer.load_state_dict(first_optimizer, partial=True)
     loader = Loader(items, tokenizer, rows, args.max_seq_len, align=32, rank=dist.rank, world=dist.world, lanes=lanes, seed=args.seed, state=loader_state)
     val = val_loader(val_items, tokenizer, rows, args.max_seq_len, align=32, rank=dist.rank, world=dist.world, lanes=lanes, max_rows=max(1, args.eval_tokens // args.max_seq_len))
     if not args.resume:
@@ -199,6 +195,20 @@ def train(stage, tag, args, place, networks, tokenizer, plan, items, val_items, 
     loader.close()
     cleanup()
     return last
+
+
+@hardware.out_of_memory_told("while the last checkpoint was read, which stays as it is", SMALLER)
+def resume(folder, named, optimizer, about, identity, args):
+    """Bring networks, optimizer and generators to the last checkpoint of a folder; returns its meta."""
+    saved, same = checkpoint.load(folder), same_flags(args)
+    checkpoint.check_match(saved.meta | {flag: saved.meta["args"].get(flag) for flag in same}, networks=about, **identity | same)
+    for name, module in named.items():
+        module.load_state_dict(saved.tensors[name])
+    optimizer.load_state_dict(saved.optimizer)
+    optimizer.skipped = saved.meta.get("skipped", 0)
+    checkpoint.set_rng_state(saved.meta["rng"])
+    print0(f"resume      from step {saved.step} of {folder}")
+    return saved.meta
 
 
 def same_flags(args):

@@ -272,20 +272,21 @@ def test_weights_that_are_no_numbers_are_not_saved(base, monkeypatch):
 @pytest.mark.parametrize("place, call, told", [
     ("sample", 1, "in the test after step 0; no checkpoint was written yet: --save-every"), ("sample", 2, "while answers were drawn in step 1; no checkpoint was written yet"),
     ("sample", 4, "while answers were drawn in step 3; the checkpoint of step 2 is kept"), ("sample", 5, "in the test after step 3; the checkpoint of step 3 is kept"),
-    ("policy_loss", 1, "while answers were learned from in step 1; no checkpoint was written yet")])
+    ("make_optimizer", 1, "while the device took the optimizer and the networks to draw answers with, before any step"), ("policy_loss", 1, "while answers were learned from in step 1; no checkpoint was written yet")])
 def test_out_of_memory_names_the_flags_and_keeps_what_was_saved(base, monkeypatch, place, call, told):
     """It ended the run in a traceback, which says neither what to lower nor what is left."""
     make_run("sft")
     monkeypatch.setattr(chat_rl.Arithmetic, "evaluate", lambda self, conversation, text: any(c.isalpha() for c in text[:3]))
     real, calls = getattr(chat_rl, place), []
 
-    def full(*args):
+    def full(*args, **settings):
         calls.append(1)
         if len(calls) == call:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return real(*args)
+        return real(*args, **settings)
     monkeypatch.setattr(chat_rl, place, full)
-    with pytest.raises(UserError, match=f"memory ran out {told}.*. Lower --device-batch or --max-tokens "):
+    helps = "train a smaller model" if place == "make_optimizer" else "Lower --device-batch or --max-tokens "
+    with pytest.raises(UserError, match=f"memory ran out {told}.*{helps}"):
         run(monkeypatch, *TINY, "--save-every", "2")
 
 

@@ -13,6 +13,7 @@ import torch
 
 from nanochat.common import UserError
 from nanochat.gpt import GPT
+from nanochat.optim import MuonAdamW
 from scripts import stage
 from scripts.load import newest_tag
 from scripts.stage import same_flags
@@ -133,13 +134,27 @@ def test_a_number_that_nobody_can_mean_is_one_line(base, monkeypatch, script, fl
         in_process(monkeypatch, (base, None), script, flag, value, "--device", "cpu")
 
 
-def test_networks_that_do_not_fit_are_told_in_a_line(place, monkeypatch):
-    """The first to run out of memory is often the copy of the weights to the GPU."""
-    def to(self, device):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-    monkeypatch.setattr(GPT, "to", to)
-    with pytest.raises(UserError, match="memory ran out while cpu took the networks, before any step.*--depth"):
+def no_memory(*args, **settings):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+@pytest.mark.parametrize("module, name", [(GPT, "to"), (stage, "make_optimizer"), (stage, "pick_attention")])
+def test_what_does_not_fit_before_the_first_step_is_told_in_a_line(place, monkeypatch, module, name):
+    """The first to run out of memory is often the copy of the weights to the GPU; the optimizer, twice as large, ended in a traceback."""
+    monkeypatch.setattr(module, name, no_memory)
+    with pytest.raises(UserError, match="memory ran out while the device took the networks and their optimizer, before any step.*--depth"):
         in_process(monkeypatch, place, "base_train", *TINY, "--plain", "--source", f"dir:{place[1]}", "--tag", "no")
+
+
+def test_a_checkpoint_that_does_not_fit_is_told_in_a_line(place, monkeypatch):
+    """Of this run with --resume, or of the stage before, whose optimizer the next one begins with."""
+    flags = ["--plain", "--source", f"dir:{place[1]}", "--tag", "fits", "--num-steps", "1"]
+    in_process(monkeypatch, place, "base_train", *TINY, *flags)
+    monkeypatch.setattr(MuonAdamW, "load_state_dict", no_memory)
+    with pytest.raises(UserError, match="memory ran out while the last checkpoint was read, which stays as it is.*--depth"):
+        in_process(monkeypatch, place, "base_train", *TINY, *flags, "--resume")
+    with pytest.raises(UserError, match="memory ran out while the optimizer of the stage before was read, before any step.*--depth"):
+        in_process(monkeypatch, place, "mid_train", "--base-tag", "fits", *flags[1:], "--documents", "1", "--max-seq-len", "512", "--eval-tokens", "1024", "--device", "cpu")
 
 
 def test_a_validation_that_is_still_owed_tells_of_memory_too(place, monkeypatch):
