@@ -54,6 +54,7 @@ parser.add_argument("--eval-every", type=int, default=60, help="test every N ste
 parser.add_argument("--eval-examples", type=int, default=400, help="questions of the test split")
 parser.add_argument("--eval-samples", type=int, default=8, help="answers to each: pass@1 is their mean, pass@K whether one of K is right")
 parser.add_argument("--save-every", type=int, default=-1, help="checkpoint every N steps (-1 = at the end only)")
+parser.add_argument("--keep", type=int, default=2, help="checkpoints of this run that stay, the newest N (-1 = all)")
 parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of this tag, if there is one; without it, what an earlier run left under this tag is set aside under another name")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--device", default="", help="cuda, mps or cpu (empty = the best there is)")
@@ -261,7 +262,7 @@ def main():
         sampled += tokens
         log.write(done, reward=reward / total, mixed=mixed / args.examples, loss=loss, answer_tokens=tokens / total, grad_norm=norm, skipped=optimizer.skipped, lr=lr, dt=time.perf_counter() - start)
         if done == steps or args.save_every > 0 and done % args.save_every == 0:
-            checkpoint.save(folder, done, loaded.modules, optimizer, meta | dict(sampled=sampled, skipped=optimizer.skipped), keep=2, main=dist.main)
+            checkpoint.save(folder, done, loaded.modules, optimizer, meta | dict(sampled=sampled, skipped=optimizer.skipped), keep=given(args.keep), main=dist.main)
             saved = done
         if done == steps or args.eval_every > 0 and done % args.eval_every == 0:
             last = tested(done)

@@ -45,6 +45,7 @@ def add_flags(parser, curriculum, plain_every, labels_every, reconstruct_every=0
     parser.add_argument("--eval-every", type=int, default=-1, help="validate every N steps (-1 = at the end only)")
     parser.add_argument("--eval-tokens", type=int, default=262144, help="validation tokens")
     parser.add_argument("--save-every", type=int, default=-1, help="checkpoint every N steps (-1 = at the end only)")
+    parser.add_argument("--keep", type=int, default=2, help="checkpoints of this run that stay, the newest N (-1 = all)")
     parser.add_argument("--log-every", type=int, default=10, help="a line every N steps")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of this tag, if there is one; without it, what an earlier run left under this tag is set aside under another name")
     add_data_dir(parser)
@@ -65,7 +66,7 @@ def check_numbers(args):
     def check(flag, able, expected):
         if hasattr(args, flag) and not able(getattr(args, flag)):
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected {expected}")
-    for flag in ("num_tokens", "num_steps", "batch_tokens", "eval_every", "save_every", "top_k"):
+    for flag in ("num_tokens", "num_steps", "batch_tokens", "eval_every", "save_every", "keep", "top_k"):
         check(flag, lambda value: value == -1 or value >= 1, "at least 1, or -1 for what --help says")
     for flag in ("log_every", "eval_tokens", "digits", "examples", "samples", "max_tokens", "eval_examples", "eval_samples"):
         check(flag, lambda value: value >= 1, "at least 1")
@@ -179,7 +180,7 @@ def train(stage, tag, args, place, networks, tokenizer, plan, items, val_items, 
 
     def save(step):
         meta = dict(identity, networks=about, args=vars(args), loader=gather_state(loader), rng=checkpoint.rng_state(), skipped=optimizer.skipped, loss_scale=scale and scale.state())
-        checkpoint.save(folder, step, named, optimizer, meta, keep=2, main=dist.main)
+        checkpoint.save(folder, step, named, optimizer, meta, keep=given(args.keep), main=dist.main)
 
     last = {}
     progress = Progress(plan.steps, plan.batch_tokens, cost.train_flops(config), place.machine.peak_flops and place.machine.peak_flops * dist.world, start=begin)

@@ -186,6 +186,13 @@ def test_a_run_on_sums(base, monkeypatch, capsys, dtype):
     assert report.last_run("rl")["steps"] == 3 and "rl training, with memory (t)" in report.assemble()
 
 
+@pytest.mark.parametrize("keep, steps", [("1", [3]), ("2", [2, 3]), ("-1", [1, 2, 3])])
+def test_as_many_checkpoints_stay_as_asked(base, monkeypatch, keep, steps):
+    make_run("sft")
+    run(monkeypatch, *TINY, "--save-every", "1", "--keep", keep)
+    assert checkpoint.steps(checkpoint_dir("rl", "t")) == steps
+
+
 def test_a_new_run_sets_the_old_one_aside(base, monkeypatch, capsys):
     """Three steps over a run of ten: the old step 10 stayed, and was what talked."""
     make_run("sft", "rl")

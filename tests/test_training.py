@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nanochat import checkpoint
 from nanochat.common import UserError
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
@@ -121,13 +122,21 @@ def test_a_new_run_under_an_old_tag_sets_the_old_one_aside(place, monkeypatch, c
     assert newest_tag("base") != aside.name, "what was set aside is not what a next stage begins with"
 
 
+@pytest.mark.parametrize("keep, steps", [(("--keep", "1"), [3]), ((), [2, 3]), (("--keep", "-1"), [1, 2, 3])])
+def test_as_many_checkpoints_stay_as_asked(place, monkeypatch, keep, steps):
+    """Two, always: a curve over a run, or its best step, could not be had afterwards."""
+    tag = "keep" + "".join(keep)
+    in_process(monkeypatch, place, "base_train", *TINY, "--plain", "--source", f"dir:{place[1]}", "--tag", tag, "--num-steps", "3", "--save-every", "1", *keep)
+    assert checkpoint.steps(place[0] / "base_checkpoints" / tag) == steps
+
+
 @pytest.mark.parametrize("script, flag, value", [
     *(("base_train", flag, value) for flag, values in {
         "--lr": ("0", "-1", "nan", "inf"), "--log-every": "0", "--seed": ("-1", str(2**63)), "--num-tokens": ("0", "-2"), "--num-steps": "0", "--device-batch": ("0", "-2"),
-        "--batch-tokens": "0", "--eval-every": "0", "--save-every": "0", "--eval-tokens": "0", "--max-seq-len": ("0", "100"), "--plain-every": "1", "--labels-every": "0"}.items() for value in values),
+        "--batch-tokens": "0", "--eval-every": "0", "--save-every": "0", "--keep": ("0", "-2"), "--eval-tokens": "0", "--max-seq-len": ("0", "100"), "--plain-every": "1", "--labels-every": "0"}.items() for value in values),
     ("mid_train", "--lr", "0"), ("mid_train", "--documents", "2"), ("chat_sft", "--lr", "-1"), ("chat_sft", "--num-steps", "0"),
     *(("chat_rl", flag, value) for flag, values in {
-        "--lr": ("0", "-1"), "--top-k": ("0", "-2"), "--temperature": ("-1", "0", "nan"), "--digits": "0", "--num-steps": "0", "--device-batch": "0", "--seed": ("-1",)}.items() for value in values)])
+        "--lr": ("0", "-1"), "--top-k": ("0", "-2"), "--temperature": ("-1", "0", "nan"), "--digits": "0", "--num-steps": "0", "--device-batch": "0", "--keep": ("0", "-2"), "--seed": ("-1",)}.items() for value in values)])
 def test_a_number_that_nobody_can_mean_is_one_line(base, monkeypatch, script, flag, value):
     """Some ended in a traceback, some were taken for -1, "you decide", and --lr -1 trained uphill to the end."""
     with pytest.raises(UserError, match=f"^{flag} {float(value) if flag in ('--lr', '--temperature', '--documents') else value}: expected "):
@@ -331,7 +340,6 @@ def test_the_shares_of_plain_and_of_labelled_rows_are_flags_of_every_stage(place
 
 def test_a_frozen_base_is_left_as_it_is_while_its_memory_learns(place):
     """Of a base that was trained without a memory; what the two networks learn is told as ever."""
-    from nanochat import checkpoint
     base_train(place, "bare", "--plain", "--max-seq-len", "512")
     run(place, "scripts.mid_train", "--base-tag", "bare", "--tag", "frozen", "--freeze-base", "--source", f"dir:{place[1]}", "--documents", "1", "--num-steps", "5", "--max-seq-len", "512",
         "--batch-tokens", "4096", "--device-batch", "8", "--eval-tokens", "1024", "--save-every", "1", "--log-every", "1", "--device", "cpu")
