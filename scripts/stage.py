@@ -163,8 +163,9 @@ def train(stage, tag, args, place, networks, tokenizer, plan, items, val_items, 
     elif first_optimizer is not None:
         with hardware.out_of_memory_told("while the optimizer of the stage before was read, before any step", SMALLER):
             optimizer.load_state_dict(first_optimizer, partial=True)
-    loader = Loader(items, tokenizer, rows, args.max_seq_len, align=32, rank=dist.rank, world=dist.world, lanes=lanes, seed=args.seed, state=loader_state)
-    val = val_loader(val_items, tokenizer, rows, args.max_seq_len, align=32, rank=dist.rank, world=dist.world, lanes=lanes, max_rows=max(1, args.eval_tokens // args.max_seq_len))
+    deal = dict(align=32, rank=dist.rank, world=dist.world, lanes=lanes, pin=device.type == "cuda") # a copy to the GPU need not wait then
+    loader = Loader(items, tokenizer, rows, args.max_seq_len, seed=args.seed, state=loader_state, **deal)
+    val = val_loader(val_items, tokenizer, rows, args.max_seq_len, max_rows=max(1, args.eval_tokens // args.max_seq_len), **deal)
     if not args.resume:
         begin_folder(folder, dist)
     log = Log(folder, wandb_project=f"nanochat-{stage}", run=args.run, config=vars(args), main=dist.main)

@@ -122,6 +122,19 @@ def test_a_new_run_under_an_old_tag_sets_the_old_one_aside(place, monkeypatch, c
     assert newest_tag("base") != aside.name, "what was set aside is not what a next stage begins with"
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_batches_are_pinned_where_a_gpu_takes_them(place, monkeypatch, device):
+    """The loader could pin and nobody asked it to: every copy to the GPU was from memory that can be moved, and waited."""
+    pins = []
+
+    def watched(make):
+        return lambda *args, **settings: pins.append(settings.get("pin")) or make(*args, **settings)
+    for name in ("Loader", "val_loader"):
+        monkeypatch.setattr(stage, name, watched(getattr(stage, name)))
+    in_process(monkeypatch, place, "base_train", *TINY, "--plain", "--source", f"dir:{place[1]}", "--tag", f"pin-{device}", "--num-steps", "1", "--device", device, "--no-compile")
+    assert pins == [device == "cuda"] * 2
+
+
 @pytest.mark.parametrize("keep, steps", [(("--keep", "1"), [3]), ((), [2, 3]), (("--keep", "-1"), [1, 2, 3])])
 def test_as_many_checkpoints_stay_as_asked(place, monkeypatch, keep, steps):
     """Two, always: a curve over a run, or its best step, could not be had afterwards."""
