@@ -281,11 +281,12 @@ class Engine:
             yield token
 
     @torch.no_grad()
-    def generate_batch(self, gpt, prompts, num_samples=1, max_tokens=256, temperature=1.0, top_k=None, top_p=None, seed=0, static=None):
+    def generate_batch(self, gpt, prompts, num_samples=1, max_tokens=256, temperature=1.0, top_k=None, top_p=None, seed=0, first=(0, 0), static=None):
         """
         Every prompt num_samples times, all in lock-step -> for each prompt a list of num_samples Reply.
         The same tokens as generate() over a PlainStream, one by one, with row_seed(seed, prompt number, sample number).
         There is no overflow here: prompt and max_tokens together must fit into the model's context.
+        first: the numbers that count from here, where this is a piece of a larger batch and is to say what that would say.
         static: decode in steps of fixed shape (None = on CUDA, where they are recorded; elsewhere they are slower).
         """
         sampler, P = Sampler(temperature, top_k, top_p), len(prompts)
@@ -296,7 +297,7 @@ class Engine:
         if longest + max_tokens > gpt.config.seq_len:
             raise ValueError(f"the longest prompt has {longest} tokens and {max_tokens} may follow, but the model reads "
                              f"{gpt.config.seq_len}: shorten the prompts or lower max_tokens")
-        rows = [Row(self, random.Random(row_seed(seed, p, s))) for p in range(P) for s in range(num_samples)]
+        rows = [Row(self, random.Random(row_seed(seed, first[0] + p, first[1] + s))) for p in range(P) for s in range(num_samples)]
         batch = LeftPadded(gpt, prompts, max_tokens, gpt.device.type == "cuda" if static is None else static)
         spread = [p for p in range(P) for _ in range(num_samples)]
         logits = self.check(batch.read())[spread] # a prompt is read once, however many samples it has

@@ -197,7 +197,7 @@ def hours(recipe, memory, shards):
 
 
 def disk(recipe, shards):
-    """GB that the run leaves: two checkpoints of each of three stages with their optimizer, one more being written, and the shards."""
+    """GB that the run leaves: two checkpoints (--keep) of each of three stages with their optimizer, one more being written, and the shards."""
     counts = cost.parameter_counts(shape(recipe))
     total, matrices = counts["total"], counts["matrices"]
     checkpoint = 4 * total + 4 * matrices + 8 * (total - matrices)  # weights; momentum of Muon, two moments of AdamW

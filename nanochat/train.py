@@ -104,17 +104,12 @@ def fit(objective, optimizer, loader, curves, *, log, progress, dist, device, st
     gc.collect()
     gc.freeze() # what lives now lives to the end: the collector need not look at it every few hundred steps
 
-    def kept():
-        """What an error that ends the run leaves, for its line."""
-        if save is None:
-            return "; nothing is saved here"
-        return f"; the checkpoint of step {saved} is kept" if saved else "; no checkpoint was written yet: --save-every N writes one every N steps"
-
+    left = lambda: "; nothing is saved here" if save is None else kept(saved)
     for step in range(start, curves.total):
         lr = curves.apply(optimizer, step)
         objective.start_step(step, curves.total)
         factor, skipped = 1.0 if scale is None else scale.value, optimizer.skipped
-        with hardware.out_of_memory_told(f"in step {step + 1}{kept()}"):
+        with hardware.out_of_memory_told(f"in step {step + 1}{left()}"):
             for _ in range(accumulate):
                 batch = next(batches).to(device)
                 with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
@@ -133,7 +128,7 @@ def fit(objective, optimizer, loader, curves, *, log, progress, dist, device, st
         if done % log_every == 0 or last or saving: # what is not a number must not be saved
             metrics = objective.report(added(sums, dist))
             sums = dict.fromkeys(objective.SUMS, 0.0)
-            then = f"at step {done}{kept()}. Lower the learning rates, or look at the data"
+            then = f"at step {done}{left()}. Lower the learning rates, or look at the data"
             if not math.isfinite(metrics["loss"]):
                 raise UserError(f"the loss is {metrics['loss']} {then}")
             if not skipped and not math.isfinite(norm): # its step was taken: the weights are not numbers any more
@@ -149,10 +144,15 @@ def fit(objective, optimizer, loader, curves, *, log, progress, dist, device, st
             save(done)
             saved = done
         if evaluate is not None and (last or eval_every > 0 and done % eval_every == 0):
-            with hardware.out_of_memory_told(f"in the validation after step {done}{kept()}"):
+            with hardware.out_of_memory_told(f"in the validation after step {done}{left()}"):
                 log.write(done, **evaluate(done))
         progress.left_out(time.perf_counter() - began)
     gc.unfreeze()
+
+
+def kept(saved):
+    """What an error that ends a run leaves, for its line. saved: step of the last checkpoint, 0 = none."""
+    return f"; the checkpoint of step {saved} is kept" if saved else "; no checkpoint was written yet: --save-every N writes one every N steps"
 
 
 def added(sums, dist):

@@ -30,8 +30,9 @@ from nanochat.engine import Engine
 from nanochat.gpt import IGNORE
 from nanochat.optim import make_optimizer
 from nanochat.run import Log
+from nanochat.train import kept
 from scripts.load import describe, load_stage
-from scripts.stage import begin_folder, check_numbers, given
+from scripts.stage import SMALLER, begin_folder, check_numbers, given
 from tasks.arithmetic import Arithmetic
 from tasks.gsm8k import GSM8K
 
@@ -48,11 +49,12 @@ parser.add_argument("--max-tokens", type=int, default=256, help="longest answer"
 parser.add_argument("--temperature", type=float, default=1.0)
 parser.add_argument("--top-k", type=int, default=50, help="draw from the K likeliest tokens (-1 = all)")
 parser.add_argument("--lr", type=float, default=0.05, help="times the base run's learning rates; falls linearly to 0")
-parser.add_argument("--device-batch", type=int, default=64, help="answers a forward on one device; halve it when memory runs out")
+parser.add_argument("--device-batch", type=int, default=64, help="most answers in a forward on one device, drawn or learned from; halve it when memory runs out, the answers stay the same")
 parser.add_argument("--eval-every", type=int, default=60, help="test every N steps (-1 = at the start and the end only)")
 parser.add_argument("--eval-examples", type=int, default=400, help="questions of the test split")
 parser.add_argument("--eval-samples", type=int, default=8, help="answers to each: pass@1 is their mean, pass@K whether one of K is right")
 parser.add_argument("--save-every", type=int, default=-1, help="checkpoint every N steps (-1 = at the end only)")
+parser.add_argument("--keep", type=int, default=2, help="checkpoints of this run that stay, the newest N (-1 = all)")
 parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of this tag, if there is one; without it, what an earlier run left under this tag is set aside under another name")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--device", default="", help="cuda, mps or cpu (empty = the best there is)")
@@ -65,18 +67,21 @@ parser.add_argument("--run", default="", help="name of a wandb run (empty = no w
 
 def sample(engine, gpt, task, conversations, samples, batch, settings, seed):
     """
-    Answers to each question, `batch` at a time -> list of (prompt, [Reply], rewards (samples,)).
-    settings: max_tokens, temperature, top_k
+    Answers to each question, one question after the other: yields (prompt, [Reply], rewards (samples,)).
+    batch      most answers in a forward: whole questions together, or a part of one; the answers are the same
+    settings   max_tokens, temperature, top_k
     """
-    tokenizer, together, out = engine.tokenizer, max(1, batch // samples), []
+    tokenizer, together = engine.tokenizer, max(1, batch // samples)
     for first in range(0, len(conversations), together):
         asked = conversations[first:first + together]
         prompts = [tokenizer.render_prompt(conversation) for conversation in asked]
-        groups = engine.generate_batch(gpt, prompts, samples, seed=f"{seed}/{first}", **settings)
+        groups = [[] for _ in asked]
+        for begun in range(0, samples, batch):
+            for replies, more in zip(groups, engine.generate_batch(gpt, prompts, min(batch, samples - begun), seed=seed, first=(first, begun), **settings)):
+                replies += more
         for conversation, prompt, replies in zip(asked, prompts, groups):
             rewards = [task.reward(conversation, tokenizer.decode(reply.ids)) for reply in replies]
-            out.append((prompt, replies, torch.tensor(rewards)))
-    return out
+            yield prompt, replies, torch.tensor(rewards)
 
 
 def make_rows(groups):
@@ -114,6 +119,19 @@ def policy_loss(gpt, ids, targets, advantages, tokens):
     return (gpt(ids, targets, "none") * advantages).sum() / tokens # nats are -log p, and 0 where nothing was sampled
 
 
+def learn(gpt, optimizer, rows, tokens, batch, dtype, dist):
+    """A step towards what paid, from the rows of this rank and `tokens`, the sampled ones of all ranks -> (loss, norm of the gradient)."""
+    device, loss = gpt.device, 0.0
+    for ids, targets, advantages in batches(rows, batch, device):
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            part = policy_loss(gpt, ids, targets, advantages, tokens / dist.world) # the optimizer takes the mean over ranks
+        part.backward()
+        loss += part.item() / dist.world
+    norm = optimizer.step(norm=True, check=device.type == "cpu")
+    optimizer.zero_grad()
+    return added([loss], dist)[0], norm
+
+
 def added(numbers, dist):
     """Sums over all ranks."""
     total = torch.tensor(numbers, dtype=torch.float64)
@@ -146,21 +164,21 @@ def evaluate(engine, gpt, task, args, settings, dist):
     """pass@1 and pass@K on the test split, the ranks together."""
     most = min(args.eval_examples, len(task))
     mine, hits, solved, n = range(dist.rank, most, dist.world), 0.0, 0.0, 0
-    step = max(1, args.device_batch // args.eval_samples)
-    for first in tqdm(range(0, len(mine), step), desc="test", unit="batch", disable=None if dist.main else True, leave=False):
-        for _, _, rewards in sample(engine, gpt, task, [task[i] for i in mine[first:first + step]], args.eval_samples, args.device_batch, settings, f"test/{args.seed}/{dist.rank}/{first}"):
-            hits, solved, n = hits + rewards.mean().item(), solved + (rewards.max() > 0).item(), n + 1
+    answered = sample(engine, gpt, task, [task[i] for i in mine], args.eval_samples, args.device_batch, settings, f"test/{args.seed}/{dist.rank}")
+    for _, _, rewards in tqdm(answered, total=len(mine), desc="test", unit="question", disable=None if dist.main else True, leave=False):
+        hits, solved, n = hits + rewards.mean().item(), solved + (rewards.max() > 0).item(), n + 1
     hits, solved, n = added([hits, solved, n], dist)
     return {"pass@1": hits / n, f"pass@{args.eval_samples}": solved / n}
 
 
+LESS = "Lower --device-batch or --max-tokens" # when memory runs out
 SAME = ("task", "digits", "examples", "samples", "max_tokens", "temperature", "top_k", "lr", "seed") # flags that whoever resumes a run gives again
 
 
 def resume(folder, loaded, optimizer, meta):
     """
     Bring networks and optimizer to the last checkpoint of a folder. Returns (its step, tokens sampled until there). What a step draws follows from
-    its number, so there is nothing else to restore; with another number of processes other answers are drawn.
+    its number, so there is nothing else to restore: with another --device-batch the same, with another number of processes other answers.
     """
     saved = checkpoint.load(folder)
     told = lambda meta: meta | {flag: meta["args"].get(flag) for flag in SAME}
@@ -169,6 +187,7 @@ def resume(folder, loaded, optimizer, meta):
     for name, module in loaded.modules.items():
         module.load_state_dict(saved.tensors[name])
     optimizer.load_state_dict(saved.optimizer)
+    optimizer.skipped = saved.meta.get("skipped", 0)
     print0(f"resume      from step {saved.step} of {folder}")
     return saved.step, saved.meta["sampled"]
 
@@ -194,59 +213,63 @@ def main():
     for questions, count in ((task, steps * args.examples), (test, args.eval_examples)):
         check_room([questions[i] for i in range(min(count, len(questions)))], tokenizer, gpt.config.seq_len, args)
     base = schedule.plan(gpt.config.layers, tokenizer.vocab_size, gpt.config.seq_len, steps=steps, batch_tokens=loaded.meta["batch_tokens"])
-    optimizer = make_optimizer(gpt, {}, dist, lr_scale=base.lr_mult * args.lr, weight_decay=0.0)
     folder = checkpoint_dir("rl", args.tag or loaded.tag)
     about = describe(gpt, loaded.gistnet, loaded.lensnet, tokenizer)
     meta = dict(networks=about, args=vars(args), batch_tokens=loaded.meta["batch_tokens"], steps=steps, start=f"{loaded.stage}/{loaded.tag} step {loaded.meta['step']}")
     if dist.world > 1:
         td.barrier() # with --stage rl, all have read what is now set aside
     begin, before = 0, 0
+    with hardware.out_of_memory_told("while the device took the optimizer and the networks to draw answers with, before any step", SMALLER):
+        optimizer = make_optimizer(gpt, {}, dist, lr_scale=base.lr_mult * args.lr, weight_decay=0.0)
+        if args.resume and checkpoint.steps(folder):
+            begin, before = resume(folder, loaded, optimizer, meta)
+        speaker = gpt if dtype == torch.float32 else copy.deepcopy(gpt).to(dtype) # sampling reads half the bytes
     if not args.resume:
         begin_folder(folder, dist)
-    elif checkpoint.steps(folder):
-        begin, before = resume(folder, loaded, optimizer, meta)
-    speaker = gpt if dtype == torch.float32 else copy.deepcopy(gpt).to(dtype) # sampling reads half the bytes
     log = Log(folder, wandb_project="nanochat-rl", run=args.run, config=vars(args), main=dist.main)
     print0(f"model       {meta['start']}; {why}")
     print0(f"plan        {steps} steps x {args.examples} questions x {args.samples} answers of {args.task}; output in {folder}")
 
-    last, sampled, began = evaluate(engine, speaker, test, args, settings, dist), before, time.perf_counter()
-    log.write(begin, **last)
+    def tested(step):
+        with hardware.out_of_memory_told(f"in the test after step {step}{kept(saved)}", LESS):
+            metrics = evaluate(engine, speaker, test, args, settings, dist)
+        log.write(step, **metrics)
+        return metrics
+
+    saved = begin
+    last, sampled, began = tested(begin), before, time.perf_counter()
     for step in range(begin, steps):
-        start = time.perf_counter()
+        start, done = time.perf_counter(), step + 1
         first = step * args.examples
         asked = [task[i % len(task)] for i in range(first + dist.rank, first + args.examples, dist.world)]
-        groups = sample(engine, speaker, task, asked, args.samples, args.device_batch, settings, f"{args.seed}/{step}/{dist.rank}")
+        with hardware.out_of_memory_told(f"while answers were drawn in step {done}{kept(saved)}", LESS):
+            groups = list(sample(engine, speaker, task, asked, args.samples, args.device_batch, settings, f"{args.seed}/{step}/{dist.rank}"))
         rows, tokens = make_rows(groups)
         rewards = torch.stack([rewards for _, _, rewards in groups]) # (questions, samples)
         mixed = (rewards.max(dim=1).values > rewards.min(dim=1).values).sum().item()
         total, tokens, mixed, reward = added([rewards.numel(), tokens, mixed, rewards.sum().item()], dist)
-        loss = 0.0
-        for ids, targets, advantages in batches(rows, args.device_batch, device):
-            with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-                part = policy_loss(gpt, ids, targets, advantages, tokens / dist.world) # the optimizer takes the mean over ranks
-            part.backward()
-            loss += part.item() / dist.world
-        [loss] = added([loss], dist)
-        if not math.isfinite(loss):
-            raise UserError(f"the loss is {loss} at step {step + 1}; the checkpoints before stay. Lower --lr")
-        lr = 1 - step / steps
+        lr, skipped = 1 - step / steps, optimizer.skipped
         optimizer.set_schedule(lr, weight_decay=0.0)
-        norm = optimizer.step(norm=True, check=device.type == "cpu")
-        optimizer.zero_grad()
+        with hardware.out_of_memory_told(f"while answers were learned from in step {done}{kept(saved)}", LESS):
+            loss, norm = learn(gpt, optimizer, rows, tokens, args.device_batch, dtype, dist)
+        then = f"at step {done}{kept(saved)}. Lower --lr"
+        if not math.isfinite(loss):
+            raise UserError(f"the loss is {loss} {then}")
+        if optimizer.skipped == skipped and not math.isfinite(norm): # its step was taken: the weights are not numbers any more
+            raise UserError(f"the gradient's norm is {norm} {then}")
         if speaker is not gpt:
             speaker.load_state_dict(gpt.state_dict())
         sampled += tokens
-        log.write(step + 1, reward=reward / total, mixed=mixed / args.examples, loss=loss, answer_tokens=tokens / total, grad_norm=norm, lr=lr, dt=time.perf_counter() - start)
-        done = step + 1
+        log.write(done, reward=reward / total, mixed=mixed / args.examples, loss=loss, answer_tokens=tokens / total, grad_norm=norm, skipped=optimizer.skipped, lr=lr, dt=time.perf_counter() - start)
         if done == steps or args.save_every > 0 and done % args.save_every == 0:
-            checkpoint.save(folder, done, loaded.modules, optimizer, meta | dict(sampled=sampled), keep=2, main=dist.main)
+            checkpoint.save(folder, done, loaded.modules, optimizer, meta | dict(sampled=sampled, skipped=optimizer.skipped), keep=given(args.keep), main=dist.main)
+            saved = done
         if done == steps or args.eval_every > 0 and done % args.eval_every == 0:
-            last = evaluate(engine, speaker, test, args, settings, dist)
-            log.write(done, **last)
+            last = tested(done)
     seconds = time.perf_counter() - began
     log.summary(stage="rl", tag=args.tag or loaded.tag, **last, steps=steps, tokens=int(sampled), tokens_per_s=(sampled - before) / seconds, train_s=seconds, gists=int(loaded.gistnet is not None),
-                params=sum(p.numel() for module in loaded.modules.values() for p in module.parameters()), peak_mb=hardware.peak_memory(device) / 2**20, seed=args.seed)
+                params=sum(p.numel() for module in loaded.modules.values() for p in module.parameters()), peak_mb=hardware.peak_memory(device) / 2**20, seed=args.seed,
+                skipped_steps=optimizer.skipped)
     log.close()
     cleanup()
 

@@ -11,7 +11,7 @@ from threading import Lock
 
 import torch
 
-from nanochat import checkpoint
+from nanochat import checkpoint, hardware
 from nanochat.common import ASIDE, UserError, checkpoint_dir
 from nanochat.engine import PlainStream
 from nanochat.gpt import GPT, GPTConfig
@@ -107,17 +107,19 @@ def load_stage(stage, tag=None, step=None, device="cpu", dtype=None, seq_len=Non
     seq_len overrides the longest row: the next stage of training may read longer ones.
     """
     tag = tag or newest_tag(stage)
-    saved = checkpoint.load(checkpoint_dir(stage, tag), step, device="cpu", optimizer=False)
-    networks = saved.meta["networks"]
-    config = GPTConfig(**({"previous": 1} | networks["gpt"] | ({"seq_len": seq_len} if seq_len else {}))) # where nothing is said, an embedding knew one token before it
-    gpt, gistnet, lensnet = build(config, networks["gistnet"] is not None, networks["gistnet"], networks["lensnet"])
-    tokenizer = Tokenizer.load()
-    checkpoint.check_match(networks, tokenizer=tokenizer.fingerprint)
-    for name, module in modules(gpt, gistnet, lensnet).items():
-        module.load_state_dict(saved.tensors[name])
-    identity = fingerprint(gpt, gistnet) if gistnet is not None else "" # before rounding: in bf16 it is still the same model
-    for name, module in modules(gpt, gistnet, lensnet).items():
-        module.to(device=device, dtype=None if name == "lensnet" else dtype).eval() # LensNet is tiny and works in fp32 throughout
+    helps = ["Free what other programs hold of it", *["use --dtype bf16"] * (dtype == torch.float32), *["use --device cpu"] * (torch.device(device).type != "cpu"), "take a smaller model"]
+    with hardware.out_of_memory_told(f"while {device} took the networks of {stage}/{tag}", ", or ".join(helps)):
+        saved = checkpoint.load(checkpoint_dir(stage, tag), step, device="cpu", optimizer=False)
+        networks = saved.meta["networks"]
+        config = GPTConfig(**({"previous": 1} | networks["gpt"] | ({"seq_len": seq_len} if seq_len else {}))) # where nothing is said, an embedding knew one token before it
+        gpt, gistnet, lensnet = build(config, networks["gistnet"] is not None, networks["gistnet"], networks["lensnet"])
+        tokenizer = Tokenizer.load()
+        checkpoint.check_match(networks, tokenizer=tokenizer.fingerprint)
+        for name, module in modules(gpt, gistnet, lensnet).items():
+            module.load_state_dict(saved.tensors[name])
+        identity = fingerprint(gpt, gistnet) if gistnet is not None else "" # before rounding: in bf16 it is still the same model
+        for name, module in modules(gpt, gistnet, lensnet).items():
+            module.to(device=device, dtype=None if name == "lensnet" else dtype).eval() # LensNet is tiny and works in fp32 throughout
     return Loaded(gpt, gistnet, lensnet, tokenizer, saved.meta | {"step": saved.step}, stage, tag, identity)
 
 

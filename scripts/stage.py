@@ -45,6 +45,7 @@ def add_flags(parser, curriculum, plain_every, labels_every, reconstruct_every=0
     parser.add_argument("--eval-every", type=int, default=-1, help="validate every N steps (-1 = at the end only)")
     parser.add_argument("--eval-tokens", type=int, default=262144, help="validation tokens")
     parser.add_argument("--save-every", type=int, default=-1, help="checkpoint every N steps (-1 = at the end only)")
+    parser.add_argument("--keep", type=int, default=2, help="checkpoints of this run that stay, the newest N (-1 = all)")
     parser.add_argument("--log-every", type=int, default=10, help="a line every N steps")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of this tag, if there is one; without it, what an earlier run left under this tag is set aside under another name")
     add_data_dir(parser)
@@ -65,7 +66,7 @@ def check_numbers(args):
     def check(flag, able, expected):
         if hasattr(args, flag) and not able(getattr(args, flag)):
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected {expected}")
-    for flag in ("num_tokens", "num_steps", "batch_tokens", "eval_every", "save_every", "top_k"):
+    for flag in ("num_tokens", "num_steps", "batch_tokens", "eval_every", "save_every", "keep", "top_k"):
         check(flag, lambda value: value == -1 or value >= 1, "at least 1, or -1 for what --help says")
     for flag in ("log_every", "eval_tokens", "digits", "examples", "samples", "max_tokens", "eval_examples", "eval_samples"):
         check(flag, lambda value: value >= 1, "at least 1")
@@ -102,13 +103,16 @@ def given(value):
     return None if value == -1 else value
 
 
+SMALLER = "Free what other programs hold of it, take a device with more, or train a smaller model (base_train --depth)" # where fewer rows do not help
+
+
+@hardware.out_of_memory_told("while the device took the networks and their optimizer, before any step", SMALLER)
 def equip(args, place, networks, plan, rates=1.0):
     """
     Bring the networks to the device in the formats that the flags ask for, pick what computes attention there, find what steps them:
     (objective, optimizer, loss scale or None, rows a forward, forwards a step). plan, rates: as in train().
     """
-    with hardware.out_of_memory_told(f"while {place.device} took the networks, before any step"):
-        gpt, gistnet, lensnet = (network and network.to(place.device).train() for network in networks)
+    gpt, gistnet, lensnet = (network and network.to(place.device).train() for network in networks)
     config, world, dtype = gpt.config, place.dist.world, place.amp or torch.float32
     gpt.checkpoint_activations = args.checkpoint_activations
     if args.fp8:
@@ -152,22 +156,16 @@ def train(stage, tag, args, place, networks, tokenizer, plan, items, val_items, 
     identity = dict(identity, batch_tokens=plan.batch_tokens, steps=plan.steps, seed=args.seed)
     begin, loader_state, lanes = 0, None, lanes_for(dist.world)
     if args.resume and checkpoint.steps(folder):
-        saved = checkpoint.load(folder)
-        same = same_flags(args)
-        checkpoint.check_match(saved.meta | {flag: saved.meta["args"].get(flag) for flag in same}, networks=about, **identity | same)
-        for name, module in named.items():
-            module.load_state_dict(saved.tensors[name])
-        optimizer.load_state_dict(saved.optimizer)
-        begin, loader_state, optimizer.skipped = saved.step, saved.meta["loader"], saved.meta.get("skipped", 0)
-        lanes = loader_state["settings"]["lanes"]
-        checkpoint.set_rng_state(saved.meta["rng"])
-        if scale is not None and saved.meta.get("loss_scale"):
-            scale = LossScale(**saved.meta["loss_scale"])
-        print0(f"resume      from step {begin} of {folder}")
+        saved = resume(folder, named, optimizer, about, identity, args)
+        begin, loader_state, lanes = saved["step"], saved["loader"], saved["loader"]["settings"]["lanes"]
+        if scale is not None and saved.get("loss_scale"):
+            scale = LossScale(**saved["loss_scale"])
     elif first_optimizer is not None:
-        optimizer.load_state_dict(first_optimizer, partial=True)
-    loader = Loader(items, tokenizer, rows, args.max_seq_len, align=32, rank=dist.rank, world=dist.world, lanes=lanes, seed=args.seed, state=loader_state)
-    val = val_loader(val_items, tokenizer, rows, args.max_seq_len, align=32, rank=dist.rank, world=dist.world, lanes=lanes, max_rows=max(1, args.eval_tokens // args.max_seq_len))
+        with hardware.out_of_memory_told("while the optimizer of the stage before was read, before any step", SMALLER):
+            optimizer.load_state_dict(first_optimizer, partial=True)
+    deal = dict(align=32, rank=dist.rank, world=dist.world, lanes=lanes, pin=device.type == "cuda") # a copy to the GPU need not wait then
+    loader = Loader(items, tokenizer, rows, args.max_seq_len, seed=args.seed, state=loader_state, **deal)
+    val = val_loader(val_items, tokenizer, rows, args.max_seq_len, max_rows=max(1, args.eval_tokens // args.max_seq_len), **deal)
     if not args.resume:
         begin_folder(folder, dist)
     log = Log(folder, wandb_project=f"nanochat-{stage}", run=args.run, config=vars(args), main=dist.main)
@@ -183,7 +181,7 @@ def train(stage, tag, args, place, networks, tokenizer, plan, items, val_items, 
 
     def save(step):
         meta = dict(identity, networks=about, args=vars(args), loader=gather_state(loader), rng=checkpoint.rng_state(), skipped=optimizer.skipped, loss_scale=scale and scale.state())
-        checkpoint.save(folder, step, named, optimizer, meta, keep=2, main=dist.main)
+        checkpoint.save(folder, step, named, optimizer, meta, keep=given(args.keep), main=dist.main)
 
     last = {}
     progress = Progress(plan.steps, plan.batch_tokens, cost.train_flops(config), place.machine.peak_flops and place.machine.peak_flops * dist.world, start=begin)
@@ -199,6 +197,20 @@ def train(stage, tag, args, place, networks, tokenizer, plan, items, val_items, 
     loader.close()
     cleanup()
     return last
+
+
+@hardware.out_of_memory_told("while the last checkpoint was read, which stays as it is", SMALLER)
+def resume(folder, named, optimizer, about, identity, args):
+    """Bring networks, optimizer and generators to the last checkpoint of a folder; returns its meta."""
+    saved, same = checkpoint.load(folder), same_flags(args)
+    checkpoint.check_match(saved.meta | {flag: saved.meta["args"].get(flag) for flag in same}, networks=about, **identity | same)
+    for name, module in named.items():
+        module.load_state_dict(saved.tensors[name])
+    optimizer.load_state_dict(saved.optimizer)
+    optimizer.skipped = saved.meta.get("skipped", 0)
+    checkpoint.set_rng_state(saved.meta["rng"])
+    print0(f"resume      from step {saved.step} of {folder}")
+    return saved.meta
 
 
 def same_flags(args):

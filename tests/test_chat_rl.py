@@ -12,7 +12,7 @@ from nanochat import checkpoint, report
 from nanochat.common import UserError, checkpoint_dir
 from nanochat.engine import Engine, Reply
 from nanochat.gpt import IGNORE
-from nanochat.optim import make_optimizer
+from nanochat.optim import MuonAdamW, make_optimizer
 from scripts.chat_rl import batches, make_rows, policy_loss, sample
 from scripts.load import load_stage
 from tasks.common import Task
@@ -39,9 +39,9 @@ def settings(**changed):
     return dict(max_tokens=6, temperature=1.0, top_k=None) | changed
 
 
-def groups_of(gpt, seed=0, samples=6, questions=3, **changed):
+def groups_of(gpt, seed=0, samples=6, questions=3, batch=64, **changed):
     asked = [{"messages": [{"role": "user", "content": "?" * (1 + 4 * n)}]} for n in range(questions)]
-    return sample(Engine(tokenizer), gpt, First(range(128)), asked, samples, 64, settings(**changed), seed)
+    return list(sample(Engine(tokenizer), gpt, First(range(128)), asked, samples, batch, settings(**changed), seed))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -71,6 +71,19 @@ def test_targets_are_the_chosen_tokens_in_their_order_and_advantages_cancel(seed
         assert ids == full[:-1] and [target for target in targets if target != IGNORE] == chosen
         assert all(target in (IGNORE, after) for target, after in zip(targets, full[1:], strict=True)), "a target is the next token"
     assert abs(sum(advantage for _, _, advantage in rows)) < 1e-5
+
+
+@pytest.mark.parametrize("batch, rows", [(1, [1] * 18), (4, [4, 2] * 3), (6, [6] * 3), (13, [12, 6]), (64, [18])])
+def test_no_forward_has_more_answers_than_asked_and_they_are_the_same(monkeypatch, batch, rows):
+    """A question was always answered at once: 64, 16, 8 and 4 all drew 16 rows, and halving the flag freed no memory."""
+    gpt, drawn = random_gpt(seed=2), []
+    whole = groups_of(gpt, batch=18)
+    choose = Engine.generate_batch
+    monkeypatch.setattr(Engine, "generate_batch", lambda self, gpt, prompts, samples, **more: drawn.append(len(prompts) * samples) or choose(self, gpt, prompts, samples, **more))
+    cut = groups_of(gpt, batch=batch)
+    assert drawn == rows
+    assert [(prompt, replies, rewards.tolist()) for prompt, replies, rewards in cut] == [(prompt, replies, rewards.tolist()) for prompt, replies, rewards in whole]
+    assert len({tuple(reply.ids) for _, replies, _ in cut for reply in replies}) > 12, "each has a draw of its own"
 
 
 def test_the_loss_of_batches_is_the_sum_over_answers_one_at_a_time():
@@ -117,7 +130,7 @@ def test_the_gradient_points_where_the_exact_policy_gradient_points():
     p = torch.softmax(gpt(torch.tensor([prompt]))[0, -1], dim=-1)
     worth = torch.tensor([float(i in task.wanted) for i in range(tokenizer.vocab_size)])
     exact = torch.autograd.grad((p * worth).sum(), gpt.lm_head.weight)[0]
-    groups = sample(Engine(tokenizer), gpt, task, [QUESTION], n, n, settings(max_tokens=1), 0)
+    groups = list(sample(Engine(tokenizer), gpt, task, [QUESTION], n, n, settings(max_tokens=1), 0))
     assert any(reply.stop is not None for reply in groups[0][1]), "some answers end at once"
     rows, tokens = make_rows(groups)
     assert tokens == n
@@ -132,7 +145,7 @@ def test_rewards_rise():
     optimizer = make_optimizer(gpt, {}, lr_scale=0.1, weight_decay=0.0)
     means = []
     for step in range(12):
-        groups = sample(engine, gpt, task, [QUESTION], 64, 64, settings(max_tokens=2), step)
+        groups = list(sample(engine, gpt, task, [QUESTION], 64, 64, settings(max_tokens=2), step))
         rows, tokens = make_rows(groups)
         means.append(groups[0][2].mean().item())
         for batch in batches(rows, 64, "cpu"):
@@ -171,6 +184,13 @@ def test_a_run_on_sums(base, monkeypatch, capsys, dtype):
     assert len(steps) == 3 and all(math.isfinite(line[key]) for line in steps for key in ("reward", "loss", "grad_norm")) and any(line["mixed"] > 0 for line in steps)
     assert [line["lr"] for line in steps] == pytest.approx([1, 2 / 3, 1 / 3])
     assert report.last_run("rl")["steps"] == 3 and "rl training, with memory (t)" in report.assemble()
+
+
+@pytest.mark.parametrize("keep, steps", [("1", [3]), ("2", [2, 3]), ("-1", [1, 2, 3])])
+def test_as_many_checkpoints_stay_as_asked(base, monkeypatch, keep, steps):
+    make_run("sft")
+    run(monkeypatch, *TINY, "--save-every", "1", "--keep", keep)
+    assert checkpoint.steps(checkpoint_dir("rl", "t")) == steps
 
 
 def test_a_new_run_sets_the_old_one_aside(base, monkeypatch, capsys):
@@ -217,6 +237,64 @@ def test_a_wrong_flag_is_one_clear_line(base, monkeypatch, arguments, told):
     make_run("sft")
     with pytest.raises(UserError, match=told):
         run(monkeypatch, *TINY, *arguments)
+
+
+def overflows(monkeypatch, at):
+    """Call number `at` of the loss is a number and its gradient is none. Every answer with a letter pays, so that each step has one."""
+    real, calls = chat_rl.policy_loss, []
+
+    def policy_loss(*args):
+        loss = real(*args)
+        calls.append(1)
+        if len(calls) == at:
+            loss.register_hook(lambda grad: grad * float("inf"))
+        return loss
+    monkeypatch.setattr(chat_rl, "policy_loss", policy_loss)
+    monkeypatch.setattr(chat_rl.Arithmetic, "evaluate", lambda self, conversation, text: any(c.isalpha() for c in text[:3]))
+
+
+def test_a_step_whose_gradient_is_no_number_is_skipped_and_counted(base, monkeypatch):
+    make_run("sft")
+    overflows(monkeypatch, at=2)
+    run(monkeypatch, *TINY, "--save-every", "2")
+    lines = [json.loads(line) for line in (checkpoint_dir("rl", "t") / "log.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "reward" in line]
+    assert [line["skipped"] for line in steps] == [0, 1, 1] and steps[1]["grad_norm"] in ("inf", "nan") and lines[-1]["summary"]["skipped_steps"] == 1
+    shutil.rmtree(checkpoint_dir("rl", "t") / "step_000003")
+    run(monkeypatch, *TINY, "--resume")
+    assert json.loads((checkpoint_dir("rl", "t") / "log.jsonl").read_text().splitlines()[-1])["summary"]["skipped_steps"] == 1, "a run that goes on counts them too"
+
+
+def test_weights_that_are_no_numbers_are_not_saved(base, monkeypatch):
+    """On a GPU steps are not checked one by one: a gradient of NaN under a loss that is a number was stepped, and saved as the last checkpoint."""
+    make_run("sft")
+    overflows(monkeypatch, at=3)
+    step = MuonAdamW.step
+    monkeypatch.setattr(MuonAdamW, "step", lambda self, norm, check: step(self, norm=norm))
+    with pytest.raises(UserError, match="the gradient's norm is (inf|nan) at step 3; the checkpoint of step 2 is kept. Lower --lr"):
+        run(monkeypatch, *TINY, "--save-every", "1")
+    assert checkpoint.steps(checkpoint_dir("rl", "t")) == [1, 2]
+
+
+@pytest.mark.parametrize("place, call, told", [
+    ("sample", 1, "in the test after step 0; no checkpoint was written yet: --save-every"), ("sample", 2, "while answers were drawn in step 1; no checkpoint was written yet"),
+    ("sample", 4, "while answers were drawn in step 3; the checkpoint of step 2 is kept"), ("sample", 5, "in the test after step 3; the checkpoint of step 3 is kept"),
+    ("make_optimizer", 1, "while the device took the optimizer and the networks to draw answers with, before any step"), ("policy_loss", 1, "while answers were learned from in step 1; no checkpoint was written yet")])
+def test_out_of_memory_names_the_flags_and_keeps_what_was_saved(base, monkeypatch, place, call, told):
+    """It ended the run in a traceback, which says neither what to lower nor what is left."""
+    make_run("sft")
+    monkeypatch.setattr(chat_rl.Arithmetic, "evaluate", lambda self, conversation, text: any(c.isalpha() for c in text[:3]))
+    real, calls = getattr(chat_rl, place), []
+
+    def full(*args, **settings):
+        calls.append(1)
+        if len(calls) == call:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return real(*args, **settings)
+    monkeypatch.setattr(chat_rl, place, full)
+    helps = "train a smaller model" if place == "make_optimizer" else "Lower --device-batch or --max-tokens "
+    with pytest.raises(UserError, match=f"memory ran out {told}.*{helps}"):
+        run(monkeypatch, *TINY, "--save-every", "2")
 
 
 def test_an_answer_that_does_not_fit_behind_its_question_is_told_before_the_first_step(base, monkeypatch):

@@ -308,6 +308,14 @@ def test_a_batch_equals_one_at_a_time(seed, static):
             assert (batch[p][s].stop is None) == (len(alone) == settings["max_tokens"])
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_pieces_of_a_batch_say_what_the_whole_says(seed):
+    gpt, prompts, settings = talkative_gpt(seed), [[BOS], [BOS, 7, 7], [BOS] * 9], dict(max_tokens=30, seed=seed)
+    whole = engine.generate_batch(gpt, prompts, 5, **settings)
+    for p, s, samples in ((0, 0, 3), (0, 3, 2), (1, 2, 1), (2, 1, 4)):
+        assert engine.generate_batch(gpt, prompts[p:], samples, first=(p, s), **settings) == [replies[s:s + samples] for replies in whole[p:]]
+
+
 def test_batches_on_a_gpu_are_recorded_once_for_each_choice_of_rows(monkeypatch):
     made = []
     monkeypatch.setattr(engine_module, "StaticDecode", lambda gpt, cache, pad: made.append(cache.k.size(1)) or StaticDecode(gpt, cache, pad))

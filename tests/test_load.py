@@ -66,6 +66,18 @@ def test_networks_of_another_version_are_told(base):
         load_stage("sft")
 
 
+@pytest.mark.parametrize("device, dtype, helps", [("cuda", torch.float32, "Free .*, or use --dtype bf16, or use --device cpu, or take"), ("cuda", torch.bfloat16, "Free [^-]*, or use --device cpu, or take"), ("cpu", None, "Free [^-]*, or take")])
+def test_networks_that_do_not_fit_are_told_in_a_line(base, monkeypatch, device, dtype, helps):
+    """Chat and evaluation ended in a traceback on a GPU that was too small or taken. Only flags that help are named."""
+    make_run("sft")
+
+    def to(self, **where):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    monkeypatch.setattr(GPT, "to", to)
+    with pytest.raises(UserError, match=f"memory ran out while {device} took the networks of sft/t. {helps} a smaller model .CUDA"):
+        load_stage("sft", device=device, dtype=dtype)
+
+
 def test_a_checkpoint_from_when_embeddings_knew_one_token_before(base):
     """It does not say how many they knew, and is the same model still."""
     make_run("sft") # saves the tokenizer

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from nanochat import checkpoint
 from nanochat.common import UserError
 from nanochat.gpt import GPT
+from nanochat.optim import MuonAdamW
 from scripts import stage
 from scripts.load import newest_tag
 from scripts.stage import same_flags
@@ -120,26 +122,61 @@ def test_a_new_run_under_an_old_tag_sets_the_old_one_aside(place, monkeypatch, c
     assert newest_tag("base") != aside.name, "what was set aside is not what a next stage begins with"
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_batches_are_pinned_where_a_gpu_takes_them(place, monkeypatch, device):
+    """The loader could pin and nobody asked it to: every copy to the GPU was from memory that can be moved, and waited."""
+    pins = []
+
+    def watched(make):
+        return lambda *args, **settings: pins.append(settings.get("pin")) or make(*args, **settings)
+    for name in ("Loader", "val_loader"):
+        monkeypatch.setattr(stage, name, watched(getattr(stage, name)))
+    in_process(monkeypatch, place, "base_train", *TINY, "--plain", "--source", f"dir:{place[1]}", "--tag", f"pin-{device}", "--num-steps", "1", "--device", device, "--no-compile")
+    assert pins == [device == "cuda"] * 2
+
+
+@pytest.mark.parametrize("keep, steps", [(("--keep", "1"), [3]), ((), [2, 3]), (("--keep", "-1"), [1, 2, 3])])
+def test_as_many_checkpoints_stay_as_asked(place, monkeypatch, keep, steps):
+    """Two, always: a curve over a run, or its best step, could not be had afterwards."""
+    tag = "keep" + "".join(keep)
+    in_process(monkeypatch, place, "base_train", *TINY, "--plain", "--source", f"dir:{place[1]}", "--tag", tag, "--num-steps", "3", "--save-every", "1", *keep)
+    assert checkpoint.steps(place[0] / "base_checkpoints" / tag) == steps
+
+
 @pytest.mark.parametrize("script, flag, value", [
     *(("base_train", flag, value) for flag, values in {
         "--lr": ("0", "-1", "nan", "inf"), "--log-every": "0", "--seed": ("-1", str(2**63)), "--num-tokens": ("0", "-2"), "--num-steps": "0", "--device-batch": ("0", "-2"),
-        "--batch-tokens": "0", "--eval-every": "0", "--save-every": "0", "--eval-tokens": "0", "--max-seq-len": ("0", "100"), "--plain-every": "1", "--labels-every": "0"}.items() for value in values),
+        "--batch-tokens": "0", "--eval-every": "0", "--save-every": "0", "--keep": ("0", "-2"), "--eval-tokens": "0", "--max-seq-len": ("0", "100"), "--plain-every": "1", "--labels-every": "0"}.items() for value in values),
     ("mid_train", "--lr", "0"), ("mid_train", "--documents", "2"), ("chat_sft", "--lr", "-1"), ("chat_sft", "--num-steps", "0"),
     *(("chat_rl", flag, value) for flag, values in {
-        "--lr": ("0", "-1"), "--top-k": ("0", "-2"), "--temperature": ("-1", "0", "nan"), "--digits": "0", "--num-steps": "0", "--device-batch": "0", "--seed": ("-1",)}.items() for value in values)])
+        "--lr": ("0", "-1"), "--top-k": ("0", "-2"), "--temperature": ("-1", "0", "nan"), "--digits": "0", "--num-steps": "0", "--device-batch": "0", "--keep": ("0", "-2"), "--seed": ("-1",)}.items() for value in values)])
 def test_a_number_that_nobody_can_mean_is_one_line(base, monkeypatch, script, flag, value):
     """Some ended in a traceback, some were taken for -1, "you decide", and --lr -1 trained uphill to the end."""
     with pytest.raises(UserError, match=f"^{flag} {float(value) if flag in ('--lr', '--temperature', '--documents') else value}: expected "):
         in_process(monkeypatch, (base, None), script, flag, value, "--device", "cpu")
 
 
-def test_networks_that_do_not_fit_are_told_in_a_line(place, monkeypatch):
-    """The first to run out of memory is often the copy of the weights to the GPU."""
-    def to(self, device):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-    monkeypatch.setattr(GPT, "to", to)
-    with pytest.raises(UserError, match="memory ran out while cpu took the networks, before any step.*--depth"):
+def no_memory(*args, **settings):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+@pytest.mark.parametrize("module, name", [(GPT, "to"), (stage, "make_optimizer"), (stage, "pick_attention")])
+def test_what_does_not_fit_before_the_first_step_is_told_in_a_line(place, monkeypatch, module, name):
+    """The first to run out of memory is often the copy of the weights to the GPU; the optimizer, twice as large, ended in a traceback."""
+    monkeypatch.setattr(module, name, no_memory)
+    with pytest.raises(UserError, match="memory ran out while the device took the networks and their optimizer, before any step.*--depth"):
         in_process(monkeypatch, place, "base_train", *TINY, "--plain", "--source", f"dir:{place[1]}", "--tag", "no")
+
+
+def test_a_checkpoint_that_does_not_fit_is_told_in_a_line(place, monkeypatch):
+    """Of this run with --resume, or of the stage before, whose optimizer the next one begins with."""
+    flags = ["--plain", "--source", f"dir:{place[1]}", "--tag", "fits", "--num-steps", "1"]
+    in_process(monkeypatch, place, "base_train", *TINY, *flags)
+    monkeypatch.setattr(MuonAdamW, "load_state_dict", no_memory)
+    with pytest.raises(UserError, match="memory ran out while the last checkpoint was read, which stays as it is.*--depth"):
+        in_process(monkeypatch, place, "base_train", *TINY, *flags, "--resume")
+    with pytest.raises(UserError, match="memory ran out while the optimizer of the stage before was read, before any step.*--depth"):
+        in_process(monkeypatch, place, "mid_train", "--base-tag", "fits", *flags[1:], "--documents", "1", "--max-seq-len", "512", "--eval-tokens", "1024", "--device", "cpu")
 
 
 def test_a_validation_that_is_still_owed_tells_of_memory_too(place, monkeypatch):
@@ -316,7 +353,6 @@ def test_the_shares_of_plain_and_of_labelled_rows_are_flags_of_every_stage(place
 
 def test_a_frozen_base_is_left_as_it_is_while_its_memory_learns(place):
     """Of a base that was trained without a memory; what the two networks learn is told as ever."""
-    from nanochat import checkpoint
     base_train(place, "bare", "--plain", "--max-seq-len", "512")
     run(place, "scripts.mid_train", "--base-tag", "bare", "--tag", "frozen", "--freeze-base", "--source", f"dir:{place[1]}", "--documents", "1", "--num-steps", "5", "--max-seq-len", "512",
         "--batch-tokens", "4096", "--device-batch", "8", "--eval-tokens", "1024", "--save-every", "1", "--log-every", "1", "--device", "cpu")
