@@ -18,7 +18,8 @@ from scripts.load import newest_tag
 from scripts.stage import same_flags
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = ["--depth", "1", "--lr", "0.05", "--max-seq-len", "128", "--batch-tokens", "1024", "--num-steps", "6", "--eval-tokens", "1024", "--save-every", "3", "--log-every", "1", "--device", "cpu"]
+TINY = ["--depth", "1", "--lr", "0.05", "--max-seq-len", "128", "--batch-tokens", "1024", "--num-steps", "6", "--eval-tokens", "1024", "--save-every", "3", "--log-every", "1", "--device", "cpu", "--dtype", "fp32"]
+SAME = 1e-5 # nats or bits: losses that differ in the order of their sums only
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,7 @@ def curve(place, tag):
 
 
 def test_two_processes_and_a_resumed_one_give_the_losses_of_one(place):
+    """In fp32 only the order of sums differs, some 1e-6 here. Within 2e-2, and in bf16 on some CPUs, the test passed where ranks exchanged no gradients at all."""
     out = base_train(place, "one", "--device-batch", "8")
     losses, summary = curve(place, "one")
     assert out.splitlines()[-1].startswith("summary stage=base") and sorted(losses) == [1, 2, 3, 4, 5, 6]
@@ -63,8 +65,8 @@ def test_two_processes_and_a_resumed_one_give_the_losses_of_one(place):
     base_train(place, "two", "--device-batch", "4", launch=torchrun)
     dealt, dealt_summary = curve(place, "two")
     for step in losses:
-        assert dealt[step] == pytest.approx(losses[step], abs=2e-2), f"step {step}"
-    assert dealt_summary["val_bpb"] == pytest.approx(summary["val_bpb"], abs=2e-2)
+        assert dealt[step] == pytest.approx(losses[step], abs=SAME), f"step {step}"
+    assert dealt_summary["val_bpb"] == pytest.approx(summary["val_bpb"], abs=SAME)
 
     folder = place[0] / "base_checkpoints"
     (folder / "killed").mkdir()
@@ -90,8 +92,8 @@ def test_four_processes_and_a_run_that_goes_on_with_another_number_give_the_loss
     for tag, steps in (("four", range(1, 7)), ("one-then-2", range(4, 7)), ("four-then-1", range(4, 7)), ("one-then-4", range(4, 7))):
         dealt, dealt_summary = curve(place, tag)
         assert sorted(dealt) == list(steps), tag
-        assert [dealt[step] for step in steps] == pytest.approx([losses[step] for step in steps], abs=2e-2), tag
-        assert dealt_summary["val_bpb"] == pytest.approx(summary["val_bpb"], abs=2e-2), tag
+        assert [dealt[step] for step in steps] == pytest.approx([losses[step] for step in steps], abs=SAME), tag
+        assert dealt_summary["val_bpb"] == pytest.approx(summary["val_bpb"], abs=SAME), tag
 
 
 def in_process(monkeypatch, place, script, *flags):
