@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from nanochat import checkpoint
 from nanochat.common import UserError
 from nanochat.gpt import GPT
 from scripts import stage
 from scripts.load import newest_tag
 from scripts.stage import same_flags
+from tests.tiny_run import make_run, make_text
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--depth", "1", "--lr", "0.05", "--max-seq-len", "128", "--batch-tokens", "1024", "--num-steps", "6", "--eval-tokens", "1024", "--save-every", "3", "--log-every", "1", "--device", "cpu", "--dtype", "fp32"]
@@ -101,6 +103,24 @@ def in_process(monkeypatch, place, script, *flags):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(place[0]))
     monkeypatch.setattr("sys.argv", [script, *map(str, flags)])
     importlib.import_module(f"scripts.{script}").main()
+
+
+def test_a_later_stage_that_is_resumed_is_the_uninterrupted_one_bit_for_bit(base, tmp_path, monkeypatch):
+    """Mid-training, then fine-tuning on what it left: losses, gradients, and in the end all weights and the optimizer's state. The steps after the kill are a plain round and one with gists."""
+    make_run("base")
+    flags = ["--source", make_text(tmp_path / "text"), "--num-steps", "4", "--max-seq-len", "512", "--batch-tokens", "4096", "--device-batch", "4", "--eval-tokens", "2048", "--save-every", "2",
+             "--log-every", "1", "--device", "cpu"]
+    for script, folder, begin in (("mid_train", base / "mid_checkpoints", ["--base-tag", "t"]), ("chat_sft", base / "sft_checkpoints", ["--mid-tag", "t"])):
+        in_process(monkeypatch, (base, None), script, *flags, *begin)
+        shutil.copytree(folder / "t" / "step_000002", folder / "killed" / "step_000002")
+        in_process(monkeypatch, (base, None), script, *flags, *begin, "--tag", "killed", "--resume")
+        logs = [[json.loads(line) for line in (folder / tag / "log.jsonl").read_text().splitlines()] for tag in ("t", "killed")]
+        whole, resumed = ({line["step"]: (line["loss"], line["grad_norm"]) for line in log if "loss" in line} for log in logs)
+        assert sorted(whole) == [1, 2, 3, 4] and resumed == {step: whole[step] for step in (3, 4)}
+        assert logs[0][-1]["summary"]["val_bpb"] == logs[1][-1]["summary"]["val_bpb"]
+        ends = [checkpoint.load(folder / tag) for tag in ("t", "killed")]
+        for one, other in zip(*([*end.tensors.values(), end.optimizer] for end in ends), strict=True):
+            assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_new_run_under_an_old_tag_sets_the_old_one_aside(place, monkeypatch, capsys):
@@ -318,7 +338,6 @@ def test_the_shares_of_plain_and_of_labelled_rows_are_flags_of_every_stage(place
 
 def test_a_frozen_base_is_left_as_it_is_while_its_memory_learns(place):
     """Of a base that was trained without a memory; what the two networks learn is told as ever."""
-    from nanochat import checkpoint
     base_train(place, "bare", "--plain", "--max-seq-len", "512")
     run(place, "scripts.mid_train", "--base-tag", "bare", "--tag", "frozen", "--freeze-base", "--source", f"dir:{place[1]}", "--documents", "1", "--num-steps", "5", "--max-seq-len", "512",
         "--batch-tokens", "4096", "--device-batch", "8", "--eval-tokens", "1024", "--save-every", "1", "--log-every", "1", "--device", "cpu")
