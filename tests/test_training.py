@@ -123,6 +123,31 @@ def test_a_later_stage_that_is_resumed_is_the_uninterrupted_one_bit_for_bit(base
             assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_a_resumed_run_takes_as_many_rows_as_before_whatever_memory_is_free_now(place, monkeypatch, capsys):
+    """Rows followed free memory at the moment of each start: a resumed run could take others without a word, which adds up the same numbers in another order."""
+    flags, folder = [*TINY, "--plain", "--source", f"dir:{place[1]}"], place[0] / "base_checkpoints"
+
+    def train(tag, fit, *more):
+        monkeypatch.setattr(stage.hardware, "device_rows", lambda *_: (fit, f"{fit} fit"))
+        in_process(monkeypatch, place, "base_train", *flags, "--tag", tag, *more)
+        out = capsys.readouterr().out.splitlines()
+        [memory], [plan] = ([line.split(None, 1)[1] for line in out if line.startswith(word)] for word in ("memory ", "plan "))
+        return memory, plan.split("; ")[1].split(" x 128")[0]
+
+    def resume(tag, fit, *more, **changed):
+        shutil.copytree(folder / "rows" / "step_000003", folder / tag / "step_000003")
+        path = folder / tag / "step_000003" / "meta.json"
+        path.write_text(json.dumps({key: value for key, value in (json.loads(path.read_text()) | changed).items() if value is not None}))
+        return train(tag, fit, "--resume", *more)
+    assert train("rows", 2) == ("2 fit", "4 x 2 rows")
+    assert resume("rows-more", 8) == ("2 rows per device, as before; 8 fit", "4 x 2 rows")
+    assert curve(place, "rows-more")[0] == {step: loss for step, loss in curve(place, "rows")[0].items() if step > 3}, "bit for bit"
+    assert resume("rows-fewer", 1) == ("1 fit; it was 2 rows before, so losses are the same to rounding only", "8 x 1 rows")
+    assert resume("rows-world", 8, world=4) == resume("rows-old", 8, world=None, rows=None) == ("8 fit", "1 x 8 rows")
+    assert curve(place, "rows-world")[0] != curve(place, "rows-more")[0], "another order of sums must show in this test"
+    assert resume("rows-asked", 1, "--device-batch", "4")[1] == "2 x 4 rows"
+
+
 def test_a_new_run_under_an_old_tag_sets_the_old_one_aside(place, monkeypatch, capsys):
     """
     A shorter second run under the tag of a longer one ended well, with its own checkpoints deleted, those of the old run in their place, and both in one log: the next
