@@ -95,8 +95,10 @@ def _plain(module):
 
 
 def flush(path):
-    """Force a file, or the list of names in a folder, down to the disk."""
-    fd = os.open(path, os.O_RDONLY)
+    """Force a file, or the list of names in a folder, down to the disk. Windows has no such call for a folder, and for a file wants a handle that may write."""
+    if os.name == "nt" and path.is_dir():
+        return
+    fd = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:

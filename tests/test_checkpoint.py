@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +136,29 @@ def test_the_same_step_can_be_saved_again(tmp_path):
 def test_only_the_main_rank_writes(tmp_path):
     checkpoint.save(tmp_path, 7, {"m": small()}, main=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_on_windows_files_are_flushed_by_handles_that_may_write_and_folders_not_at_all(tmp_path, monkeypatch):
+    """There a folder cannot be opened, nor a handle flushed that only reads: no checkpoint could be saved."""
+    windows, flags, flushed = types.ModuleType("os"), {}, []
+
+    def open_file(path, how):
+        if path.is_dir():
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        fd = os.open(path, how)
+        flags[fd] = path.name, how
+        return fd
+
+    def fsync(fd):
+        name, how = flags[fd]
+        if not how & os.O_RDWR:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flushed.append(name)
+    vars(windows).update(vars(os) | dict(name="nt", open=open_file, fsync=fsync))
+    monkeypatch.setattr(checkpoint, "os", windows)
+    path = checkpoint.save(tmp_path, 7, {"m": small()})
+    assert sorted(flushed) == sorted(file.name for file in path.iterdir()) == ["m.safetensors", "meta.json"]
+    assert checkpoint.load(tmp_path).step == 7
 
 
 # ---------------------------------------------------------------------------------------------------------------------
