@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from nanochat.common import UserError
@@ -43,7 +43,7 @@ def save(folder, step, modules, optimizer=None, meta=None, keep=None, main=True)
     modules     {"gpt": module, ...}
     meta        JSON-able: whatever the caller needs back. argv, commit and time are added here
     keep        keep only this many checkpoints: this one, and of the others those of the highest steps (None: all)
-    Returns the folder written.
+    Returns the folder written. Raises UserError where the disk takes no more: nothing half is left there, and what was complete stays.
     """
     assert "optim" not in modules, "the name 'optim' is taken by the optimizer's file"
     assert keep is None or keep >= 1, f"keep must be at least 1, got {keep}"
@@ -53,10 +53,27 @@ def save(folder, step, modules, optimizer=None, meta=None, keep=None, main=True)
     if not main:
         return target
 
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob("tmp_*"):  # of a writer that was killed
-        shutil.rmtree(leftover)
     tmp = folder / f"tmp_{target.name}"
+    try:
+        _write(tmp, step, modules, state, meta)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(tmp, ignore_errors=True)
+        have = steps(folder)
+        kept = f"the last complete checkpoint, step {have[-1]}, is kept" if have else "there is no checkpoint before it"
+        raise UserError(f"step {step} could not be saved in {folder} ({error}); {kept}. Make room there, and go on with --resume") from error
+    _move_in(tmp, target)
+    if keep is not None:
+        others = [other for other in steps(folder) if other != step]
+        for old in others[:max(0, len(others) - keep + 1)]:
+            _remove(folder, old)
+    return target
+
+
+def _write(tmp, step, modules, state, meta):
+    """A whole checkpoint, flushed, under a name that nobody reads."""
+    tmp.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in tmp.parent.glob("tmp_*"):  # of a writer that was killed
+        shutil.rmtree(leftover)
     tmp.mkdir()
     for name, module in modules.items():
         save_file(_plain(module), tmp / f"{name}.safetensors")
@@ -69,12 +86,6 @@ def save(folder, step, modules, optimizer=None, meta=None, keep=None, main=True)
     for path in tmp.iterdir():
         flush(path)
     flush(tmp)
-    _move_in(tmp, target)
-    if keep is not None:
-        others = [other for other in steps(folder) if other != step]
-        for old in others[:max(0, len(others) - keep + 1)]:
-            _remove(folder, old)
-    return target
 
 
 def _plain(module):
@@ -84,8 +95,10 @@ def _plain(module):
 
 
 def flush(path):
-    """Force a file, or the list of names in a folder, down to the disk."""
-    fd = os.open(path, os.O_RDONLY)
+    """Force a file, or the list of names in a folder, down to the disk. Windows has no such call for a folder, and for a file wants a handle that may write."""
+    if os.name == "nt" and path.is_dir():
+        return
+    fd = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:

@@ -192,6 +192,26 @@ def setup(device_type: str = "", seed: int = 0):
     return device, dist
 
 
+def all_or_none(make, dist):
+    """
+    (what make() gives, None) on every rank, or (None, why) on every rank where one of them meets a UserError or a ValueError: one that went on
+    alone would wait for the others for good, or add up what does not belong together. Rank 0 goes first: what it downloads, the others find.
+    """
+    import torch.distributed as td
+    made = why = None
+    for turn in (True, False):
+        if dist.main == turn and why is None:
+            try:
+                made = make()
+            except (UserError, ValueError) as error:
+                why = str(error)
+        if dist.world > 1:
+            told = [None] * dist.world
+            td.all_gather_object(told, why)
+            why = next((reason for reason in told if reason is not None), None)
+    return (made, None) if why is None else (None, why)
+
+
 def cleanup():
     """Leave the other processes in good order; does nothing in a run of one."""
     import torch.distributed as td

@@ -17,10 +17,9 @@ import time
 from pathlib import Path
 
 import torch
-import torch.distributed as td
 
 from nanochat import core_eval, hardware, report
-from nanochat.common import STAGES, UserError, cleanup, print0, run_main, setup
+from nanochat.common import STAGES, UserError, all_or_none, cleanup, print0, run_main, setup
 from nanochat.dataloader import val_loader
 from nanochat.dataset import add_data_dir, open_source, use_data_dir
 from nanochat.engine import Engine
@@ -82,27 +81,14 @@ def continuations(loaded, source, length, budget=None):
     return shown
 
 
-def download(dist):
-    """(the bundle's folder, None) on every rank or (None, why) on every rank: one that went on to measure alone would wait for the others for good."""
-    try:
-        folder, why = core_eval.download_bundle(), None
-    except UserError as error:
-        folder, why = None, str(error)
-    told = [why] * dist.world
-    if dist.world > 1:
-        td.all_gather_object(told, why)
-    why = next(filter(None, told), None)
-    return (None, why) if why else (folder, None)
-
-
 def run_core(loaded, args, dist, tokens):
     """(what core_eval.evaluate gives, None), or (None, why CORE was not measured)."""
     local = os.environ.get("NANOCHAT_DATA_DIR")
     if args.core == "off":
         return None, "turned off by --core off"
     if args.core == "download":
-        folder, why = download(dist)
-        if why:
+        folder, why = all_or_none(core_eval.download_bundle, dist)
+        if why is not None:
             return None, f"needs the network or a local folder of the 22 tasks (--core FOLDER): {why}"
     elif args.core:
         folder = Path(args.core)

@@ -25,7 +25,7 @@ import torch.distributed as td
 from tqdm import tqdm
 
 from nanochat import hardware, report
-from nanochat.common import STAGES, UserError, cleanup, print0, run_main, setup
+from nanochat.common import STAGES, UserError, all_or_none, cleanup, print0, run_main, setup
 from nanochat.dataset import add_data_dir, use_data_dir
 from nanochat.engine import Engine, LeftPadded
 from nanochat.run import duration, short
@@ -96,14 +96,17 @@ class Exams:
         return Sources(self.texts, self.measure)
 
     def build(self, name):
-        """The exam of a name such as passkey or passkey@8x. Raises UserError when its data is not there."""
+        """The exam of a name such as passkey or passkey@8x. Raises UserError or ValueError when its data is not there, or rows are too short for what is asked."""
         base, rows = split_name(name)
         settings = dict(seed=self.seed, split="test")
         if base in SHORT:
             make, max_tokens = SHORT[base]
-            return Exam(name, make(settings), max_tokens, guess=0.25 if base in ("arc_easy", "arc_challenge", "mmlu") else 0.0)
-        make, max_tokens = LONG[base]
-        return Exam(name, make(self, settings | dict(length=self.seq_len - SPARE if rows is None else self.seq_len * rows)), max_tokens)
+            exam = Exam(name, make(settings), max_tokens, guess=0.25 if base in ("arc_easy", "arc_challenge", "mmlu") else 0.0)
+        else:
+            make, max_tokens = LONG[base]
+            exam = Exam(name, make(self, settings | dict(length=self.seq_len - SPARE if rows is None else self.seq_len * rows)), max_tokens)
+        exam.task[0] # some tasks find only here that their texts do not hold what they ask about
+        return exam
 
 
 # name -> (how the task is made from its settings, most tokens of an answer)
@@ -256,12 +259,10 @@ def main():
     exams = {}
     for name in names:
         exams[name] = {}
-        try:
-            exam = builder.build(name)
-            exam.task[0] # some tasks find only here that their texts do not hold what they ask about
-        except (UserError, ValueError) as error: # no data; or rows too short for what is asked
-            exams[name]["missing"] = str(error)
-            print0(f"{name:16} not measured, {error}")
+        exam, missing = all_or_none(lambda: builder.build(name), dist)
+        if missing is not None:
+            exams[name]["missing"] = missing
+            print0(f"{name:16} not measured, {missing}")
             continue
         for column in columns:
             with hardware.out_of_memory_told(f"in {name}, {column}", "Lower --device-batch" if column == "plain" else "Lower --budget"):

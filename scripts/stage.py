@@ -25,7 +25,7 @@ def add_step_flags(parser, curriculum, plain_every, labels_every, reconstruct_ev
     """The flags that decide what a training step is; bench/train.py takes them too."""
     parser.add_argument("--max-seq-len", type=int, default=2048, help="tokens a row; a multiple of 32")
     parser.add_argument("--batch-tokens", type=int, default=-1, help="tokens a step, over all processes (-1 = from depth and horizon, or as in the stage before; in whole rows for each process)")
-    parser.add_argument("--device-batch", type=int, default=-1, help="rows a forward on one device; halve it when memory runs out (-1 = what fits)")
+    parser.add_argument("--device-batch", type=int, default=-1, help="rows a forward on one device; halve it when memory runs out (-1 = what fits, in a resumed run as many as before)")
     parser.add_argument("--curriculum", default=curriculum, help="children a gist : up to which share of the steps")
     parser.add_argument("--plain-every", type=int, default=plain_every, help="one round of eight rows in so many is read without gists, as a model without a memory reads")
     parser.add_argument("--labels-every", type=int, default=labels_every, help="one round of eight rows in so many is measured for LensNet, once gists are of 32 tokens: what opening one is worth; where that one is read without gists, the next")
@@ -107,17 +107,17 @@ SMALLER = "Free what other programs hold of it, take a device with more, or trai
 
 
 @hardware.out_of_memory_told("while the device took the networks and their optimizer, before any step", SMALLER)
-def equip(args, place, networks, plan, rates=1.0):
+def equip(args, place, networks, plan, rates=1.0, before=None):
     """
     Bring the networks to the device in the formats that the flags ask for, pick what computes attention there, find what steps them:
-    (objective, optimizer, loss scale or None, rows a forward, forwards a step). plan, rates: as in train().
+    (objective, optimizer, loss scale or None, rows a forward, forwards a step). plan, rates: as in train(); before: as in most_rows().
     """
     gpt, gistnet, lensnet = (network and network.to(place.device).train() for network in networks)
     config, world, dtype = gpt.config, place.dist.world, place.amp or torch.float32
     gpt.checkpoint_activations = args.checkpoint_activations
     if args.fp8:
         print0(f"fp8         {fp8.convert(gpt)} layers")
-    most, why = most_rows(place, args, config, gistnet)
+    most, why = most_rows(place, args, config, gistnet, before)
     print0(f"memory      {why}")
     rows = schedule.fit_rows(plan.batch_tokens, most, args.max_seq_len, world)
     accumulate = schedule.accumulation(plan.batch_tokens, rows, args.max_seq_len, world)
@@ -140,8 +140,9 @@ def train(stage, tag, args, place, networks, tokenizer, plan, items, val_items, 
     first_optimizer  optimizer state of the stage before, to start warm
     Returns the metrics of the last validation.
     """
-    device, dist = place.device, place.dist
-    objective, optimizer, scale, rows, accumulate = equip(args, place, networks, plan, rates)
+    device, dist, folder = place.device, place.dist, checkpoint_dir(stage, tag)
+    before = checkpoint.read_meta(checkpoint.find(folder)) if args.resume and checkpoint.steps(folder) else None
+    objective, optimizer, scale, rows, accumulate = equip(args, place, networks, plan, rates, before)
     gpt, gistnet, lensnet = networks
     named = modules(gpt, gistnet, lensnet)
     about = describe(gpt, gistnet, lensnet, tokenizer)
@@ -152,10 +153,9 @@ def train(stage, tag, args, place, networks, tokenizer, plan, items, val_items, 
     for note in notes(items):
         print0(f"text        {note}")
 
-    folder = checkpoint_dir(stage, tag)
     identity = dict(identity, batch_tokens=plan.batch_tokens, steps=plan.steps, seed=args.seed)
     begin, loader_state, lanes = 0, None, lanes_for(dist.world)
-    if args.resume and checkpoint.steps(folder):
+    if before:
         saved = resume(folder, named, optimizer, about, identity, args)
         begin, loader_state, lanes = saved["step"], saved["loader"], saved["loader"]["settings"]["lanes"]
         if scale is not None and saved.get("loss_scale"):
@@ -180,7 +180,7 @@ def train(stage, tag, args, place, networks, tokenizer, plan, items, val_items, 
         return last
 
     def save(step):
-        meta = dict(identity, networks=about, args=vars(args), loader=gather_state(loader), rng=checkpoint.rng_state(), skipped=optimizer.skipped, loss_scale=scale and scale.state())
+        meta = dict(identity, networks=about, args=vars(args), rows=rows, world=dist.world, loader=gather_state(loader), rng=checkpoint.rng_state(), skipped=optimizer.skipped, loss_scale=scale and scale.state())
         checkpoint.save(folder, step, named, optimizer, meta, keep=given(args.keep), main=dist.main)
 
     last = {}
@@ -251,8 +251,11 @@ def read(loader, dist):
     return {name: int(count) for name, count in added({name: loader.stats[name] for name in names}, dist).items()}
 
 
-def most_rows(place, args, config, gistnet):
-    """(most rows of a forward on one device, why)."""
+def most_rows(place, args, config, gistnet, before=None):
+    """
+    (most rows of a forward on one device, why). before: meta of the checkpoint that the run goes on from, or None. Its rows are taken again where they
+    still fit, whatever more there is room for now: others add up the same numbers in another order.
+    """
     if given(args.device_batch):
         return args.device_batch, f"at most {args.device_batch} rows per device, as --device-batch asks"
     dtype, beside = place.amp or torch.float32, 0
@@ -260,5 +263,9 @@ def most_rows(place, args, config, gistnet):
         from megacontext.cost import training_bytes
         from megacontext.losses import parse_curriculum
         beside = max(training_bytes(gistnet.config, config, block, hardware.SAVED_BYTES[dtype], args.reconstruct_every) for block, _ in parse_curriculum(args.curriculum))
-    return hardware.device_rows(place.machine, config, cost.parameter_counts(config), dtype, place.dist.world,
-                                piece_tokens(place.device.type, config.vocab_size), args.checkpoint_activations, beside)
+    most, why = hardware.device_rows(place.machine, config, cost.parameter_counts(config), dtype, place.dist.world,
+                                     piece_tokens(place.device.type, config.vocab_size), args.checkpoint_activations, beside)
+    rows = before.get("rows") if before and before.get("world") == place.dist.world else None # an older checkpoint does not say
+    if rows is None:
+        return most, why
+    return (rows, f"{rows} rows per device, as before; {why}") if rows <= most else (most, f"{why}; it was {rows} rows before, so losses are the same to rounding only")

@@ -1,6 +1,8 @@
 """Exams: the right answer counts and no other, plain and batched equals one at a time, and the page says what was not measured."""
 
+import os
 import random
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -200,6 +202,29 @@ def test_data_that_is_not_there_is_named_and_the_rest_is_measured(base, tmp_path
     exams = report.read_data("chat")["sft"]["exams"]
     assert "missing" in exams["codeqa"] and exams["spelling"]["memory"]["n"] == 2
     assert "- codeqa: not measured, codeqa: none of" in report.assemble()
+
+
+def sit_without(dist, base):
+    """A run in which the last rank cannot reach the data of one task."""
+    os.environ["NANOCHAT_BASE_DIR"] = str(base)
+    real = Exams.build
+
+    def build(self, name):
+        if name == "spellingbee" and dist.rank == dist.world - 1:
+            raise UserError("no answer from the hub")
+        return real(self, name)
+    Exams.build, chat_eval.cleanup = build, lambda: None # the processes are left by who started them
+    sys.argv = ["chat_eval", "--device", "cpu", "--no-memory", "--tasks", "spellingbee,spelling,arithmetic", "--max-problems", "5"]
+    chat_eval.main()
+
+
+def test_data_that_one_process_lacks_is_measured_by_none(base, spawn):
+    """A request to the hub timed out on one rank of two: it went on to the next task, its counts were added to those of this one ("20 of 70"), and the other ended with a lost connection."""
+    make_run("sft")
+    spawn(sit_without, 2, base)
+    exams = report.read_data("chat")["sft"]["exams"]
+    assert exams["spellingbee"] == dict(missing="no answer from the hub")
+    assert exams["spelling"]["plain"]["n"] == exams["arithmetic"]["plain"]["n"] == 5
 
 
 @pytest.mark.parametrize("arguments, told", [

@@ -1,5 +1,6 @@
 """Laws of checkpoints: what comes back is what was saved, a kill at any instant costs at most the save under way."""
 
+import errno
 import json
 import os
 import random
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +138,29 @@ def test_only_the_main_rank_writes(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_on_windows_files_are_flushed_by_handles_that_may_write_and_folders_not_at_all(tmp_path, monkeypatch):
+    """There a folder cannot be opened, nor a handle flushed that only reads: no checkpoint could be saved."""
+    windows, flags, flushed = types.ModuleType("os"), {}, []
+
+    def open_file(path, how):
+        if path.is_dir():
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        fd = os.open(path, how)
+        flags[fd] = path.name, how
+        return fd
+
+    def fsync(fd):
+        name, how = flags[fd]
+        if not how & os.O_RDWR:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flushed.append(name)
+    vars(windows).update(vars(os) | dict(name="nt", open=open_file, fsync=fsync))
+    monkeypatch.setattr(checkpoint, "os", windows)
+    path = checkpoint.save(tmp_path, 7, {"m": small()})
+    assert sorted(flushed) == sorted(file.name for file in path.iterdir()) == ["m.safetensors", "meta.json"]
+    assert checkpoint.load(tmp_path).step == 7
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Refusals
 
@@ -163,6 +188,41 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, harm):
         meta.write_text(meta.read_text()[:20])
     with pytest.raises(UserError, match="damaged|format|not a checkpoint"):
         checkpoint.load(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Full disks
+
+@pytest.mark.parametrize("where", ["weights", "meta", "flush"])
+def test_a_full_disk_is_one_line_and_nothing_half_stays(tmp_path, monkeypatch, where):
+    """It ended in a traceback, and what had been written of the step stayed on the full disk. Weights: a file may really grow no further."""
+    resource = pytest.importorskip("resource")
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def save(step, fails):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        with monkeypatch.context() as patch:
+            if fails and where == "weights":
+                resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
+            elif fails:
+                patch.setattr(*((Path, "write_text") if where == "meta" else (os, "fsync")), full)
+            try:
+                checkpoint.save(tmp_path, step, {"gistnet": small(), "gpt": nn.Linear(256, 256)}, keep=2)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    told = "File too large" if where == "weights" else "No space left on device"
+    with pytest.raises(UserError, match=f"^step 2 could not be saved in {tmp_path} \\(.*{told}.*\\); there is no checkpoint before it. Make room there, and go on with --resume$"):
+        save(2, True)
+    assert list(tmp_path.iterdir()) == []
+    save(2, False)
+    save(4, False)
+    for step in (6, 4): # 4: over itself
+        with pytest.raises(UserError, match=f"^step {step} could not be saved .*; the last complete checkpoint, step 4, is kept. Make room"):
+            save(step, True)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000002", "step_000004"]
+        assert checkpoint.load(tmp_path, 2).step == 2 and checkpoint.load(tmp_path).step == 4
+    save(6, False)
+    assert checkpoint.steps(tmp_path) == [4, 6]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -326,10 +327,12 @@ def test_several_processes_want_the_bundle_at_once(base, monkeypatch):
 def test_a_bundle_that_one_process_lacks_is_measured_by_none(base, monkeypatch):
     """The other ranks would go on to the first task and wait there for the one that gave up."""
     monkeypatch.setattr(core_eval, "download_bundle", lambda: Path("here"))
-    assert base_eval.download(Dist()) == (Path("here"), None)
-    for other, found in (("no way out", (None, "no way out")), (None, (Path("here"), None))):
-        monkeypatch.setattr(base_eval.td, "all_gather_object", lambda told, mine: told.__setitem__(slice(None), [mine, other]))
-        assert base_eval.download(Dist(world=2)) == found
+    monkeypatch.setattr(core_eval, "evaluate", lambda gpt, tokenizer, folder, *_, **__: dict(tasks=[folder]))
+    run_core = lambda dist: base_eval.run_core(SimpleNamespace(gpt=None, tokenizer=None), SimpleNamespace(core="download", core_max_per_task=-1), dist, 1)
+    assert run_core(Dist()) == (dict(tasks=[Path("here")]), None)
+    for other, why in (("no way out", "needs the network or a local folder of the 22 tasks (--core FOLDER): no way out"), (None, None)):
+        monkeypatch.setattr("torch.distributed.all_gather_object", lambda told, mine: told.__setitem__(slice(None), [mine, other]))
+        assert run_core(Dist(world=2)) == (None if why else dict(tasks=[Path("here")]), why)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -161,6 +161,31 @@ def test_ranks_agree_in_special_cases(spawn):
     spawn(special_cases, 3)
 
 
+def agreements(dist, folder):
+    """On 3 ranks: all have it, one of them does not, all lack it, and what rank 0 fetches the others find."""
+    from nanochat.common import UserError, all_or_none
+
+    def lack(*ranks, error=UserError):
+        if dist.rank in ranks:
+            raise error(f"rank {dist.rank} lacks it")
+        return dist.rank
+    assert all_or_none(lambda: lack(), dist) == (dist.rank, None)
+    for rank in range(3):
+        assert all_or_none(lambda: lack(rank, error=ValueError), dist) == (None, f"rank {rank} lacks it")
+    assert all_or_none(lambda: lack(0, 1, 2), dist) == (None, "rank 0 lacks it"), "the others were not asked"
+
+    def fetch():
+        if dist.main:
+            time.sleep(0.2)
+            (folder / "data").touch()
+        return (folder / "data").exists()
+    assert all_or_none(fetch, dist) == (True, None)
+
+
+def test_ranks_have_something_together_or_not_at_all(spawn, tmp_path):
+    spawn(agreements, 3, tmp_path)
+
+
 def failing(dist):
     assert dist.rank == 0, "rank 1 breaks"
 

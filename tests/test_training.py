@@ -18,9 +18,11 @@ from nanochat.optim import MuonAdamW
 from scripts import stage
 from scripts.load import newest_tag
 from scripts.stage import same_flags
+from tests.tiny_run import make_run, make_text
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = ["--depth", "1", "--lr", "0.05", "--max-seq-len", "128", "--batch-tokens", "1024", "--num-steps", "6", "--eval-tokens", "1024", "--save-every", "3", "--log-every", "1", "--device", "cpu"]
+TINY = ["--depth", "1", "--lr", "0.05", "--max-seq-len", "128", "--batch-tokens", "1024", "--num-steps", "6", "--eval-tokens", "1024", "--save-every", "3", "--log-every", "1", "--device", "cpu", "--dtype", "fp32"]
+SAME = 1e-5 # nats or bits: losses that differ in the order of their sums only
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +57,7 @@ def curve(place, tag):
 
 
 def test_two_processes_and_a_resumed_one_give_the_losses_of_one(place):
+    """In fp32 only the order of sums differs, some 1e-6 here. Within 2e-2, and in bf16 on some CPUs, the test passed where ranks exchanged no gradients at all."""
     out = base_train(place, "one", "--device-batch", "8")
     losses, summary = curve(place, "one")
     assert out.splitlines()[-1].startswith("summary stage=base") and sorted(losses) == [1, 2, 3, 4, 5, 6]
@@ -65,8 +68,8 @@ def test_two_processes_and_a_resumed_one_give_the_losses_of_one(place):
     base_train(place, "two", "--device-batch", "4", launch=torchrun)
     dealt, dealt_summary = curve(place, "two")
     for step in losses:
-        assert dealt[step] == pytest.approx(losses[step], abs=2e-2), f"step {step}"
-    assert dealt_summary["val_bpb"] == pytest.approx(summary["val_bpb"], abs=2e-2)
+        assert dealt[step] == pytest.approx(losses[step], abs=SAME), f"step {step}"
+    assert dealt_summary["val_bpb"] == pytest.approx(summary["val_bpb"], abs=SAME)
 
     folder = place[0] / "base_checkpoints"
     (folder / "killed").mkdir()
@@ -92,8 +95,8 @@ def test_four_processes_and_a_run_that_goes_on_with_another_number_give_the_loss
     for tag, steps in (("four", range(1, 7)), ("one-then-2", range(4, 7)), ("four-then-1", range(4, 7)), ("one-then-4", range(4, 7))):
         dealt, dealt_summary = curve(place, tag)
         assert sorted(dealt) == list(steps), tag
-        assert [dealt[step] for step in steps] == pytest.approx([losses[step] for step in steps], abs=2e-2), tag
-        assert dealt_summary["val_bpb"] == pytest.approx(summary["val_bpb"], abs=2e-2), tag
+        assert [dealt[step] for step in steps] == pytest.approx([losses[step] for step in steps], abs=SAME), tag
+        assert dealt_summary["val_bpb"] == pytest.approx(summary["val_bpb"], abs=SAME), tag
 
 
 def in_process(monkeypatch, place, script, *flags):
@@ -101,6 +104,49 @@ def in_process(monkeypatch, place, script, *flags):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(place[0]))
     monkeypatch.setattr("sys.argv", [script, *map(str, flags)])
     importlib.import_module(f"scripts.{script}").main()
+
+
+def test_a_later_stage_that_is_resumed_is_the_uninterrupted_one_bit_for_bit(base, tmp_path, monkeypatch):
+    """Mid-training, then fine-tuning on what it left: losses, gradients, and in the end all weights and the optimizer's state. The steps after the kill are a plain round and one with gists."""
+    make_run("base")
+    flags = ["--source", make_text(tmp_path / "text"), "--num-steps", "4", "--max-seq-len", "512", "--batch-tokens", "4096", "--device-batch", "4", "--eval-tokens", "2048", "--save-every", "2",
+             "--log-every", "1", "--device", "cpu"]
+    for script, folder, begin in (("mid_train", base / "mid_checkpoints", ["--base-tag", "t"]), ("chat_sft", base / "sft_checkpoints", ["--mid-tag", "t"])):
+        in_process(monkeypatch, (base, None), script, *flags, *begin)
+        shutil.copytree(folder / "t" / "step_000002", folder / "killed" / "step_000002")
+        in_process(monkeypatch, (base, None), script, *flags, *begin, "--tag", "killed", "--resume")
+        logs = [[json.loads(line) for line in (folder / tag / "log.jsonl").read_text().splitlines()] for tag in ("t", "killed")]
+        whole, resumed = ({line["step"]: (line["loss"], line["grad_norm"]) for line in log if "loss" in line} for log in logs)
+        assert sorted(whole) == [1, 2, 3, 4] and resumed == {step: whole[step] for step in (3, 4)}
+        assert logs[0][-1]["summary"]["val_bpb"] == logs[1][-1]["summary"]["val_bpb"]
+        ends = [checkpoint.load(folder / tag) for tag in ("t", "killed")]
+        for one, other in zip(*([*end.tensors.values(), end.optimizer] for end in ends), strict=True):
+            assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_resumed_run_takes_as_many_rows_as_before_whatever_memory_is_free_now(place, monkeypatch, capsys):
+    """Rows followed free memory at the moment of each start: a resumed run could take others without a word, which adds up the same numbers in another order."""
+    flags, folder = [*TINY, "--plain", "--source", f"dir:{place[1]}"], place[0] / "base_checkpoints"
+
+    def train(tag, fit, *more):
+        monkeypatch.setattr(stage.hardware, "device_rows", lambda *_: (fit, f"{fit} fit"))
+        in_process(monkeypatch, place, "base_train", *flags, "--tag", tag, *more)
+        out = capsys.readouterr().out.splitlines()
+        [memory], [plan] = ([line.split(None, 1)[1] for line in out if line.startswith(word)] for word in ("memory ", "plan "))
+        return memory, plan.split("; ")[1].split(" x 128")[0]
+
+    def resume(tag, fit, *more, **changed):
+        shutil.copytree(folder / "rows" / "step_000003", folder / tag / "step_000003")
+        path = folder / tag / "step_000003" / "meta.json"
+        path.write_text(json.dumps({key: value for key, value in (json.loads(path.read_text()) | changed).items() if value is not None}))
+        return train(tag, fit, "--resume", *more)
+    assert train("rows", 2) == ("2 fit", "4 x 2 rows")
+    assert resume("rows-more", 8) == ("2 rows per device, as before; 8 fit", "4 x 2 rows")
+    assert curve(place, "rows-more")[0] == {step: loss for step, loss in curve(place, "rows")[0].items() if step > 3}, "bit for bit"
+    assert resume("rows-fewer", 1) == ("1 fit; it was 2 rows before, so losses are the same to rounding only", "8 x 1 rows")
+    assert resume("rows-world", 8, world=4) == resume("rows-old", 8, world=None, rows=None) == ("8 fit", "1 x 8 rows")
+    assert curve(place, "rows-world")[0] != curve(place, "rows-more")[0], "another order of sums must show in this test"
+    assert resume("rows-asked", 1, "--device-batch", "4")[1] == "2 x 4 rows"
 
 
 def test_a_new_run_under_an_old_tag_sets_the_old_one_aside(place, monkeypatch, capsys):
