@@ -12,6 +12,7 @@ D = width of a gist row, K = width of a key row (0 = none)
 """
 
 from array import array
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -171,15 +172,11 @@ class MegaTree:
         a, b = self.pending(level)
         assert a + len(gists) <= b, f"level {level} has {a} gists and children for {b}: {len(gists)} more would come before their children"
         self._check_writable()
-        rows, key_rows = encode(gists, self.header["gist_dtype"]), encode(keys, self.header["gist_dtype"]) if K else None
-        if K:
-            self._column(level, "keys").append(key_rows.tobytes())
-        try:
-            self._column(level, "gists").append(rows.tobytes())
-        except TreeError:  # the disk is full: neither or both
-            if K:
-                self._column(level, "keys").truncate(a)
-            raise
+        rows = {kind: encode(x, self.header["gist_dtype"]).tobytes() for kind, x in (("keys", keys), ("gists", gists)) if x.shape[1]}
+        columns = {kind: self._column(level, kind) for kind in rows}  # made before anything is in them
+        with self._all_or_none():
+            for kind, data in rows.items():
+                columns[kind].append(data)
 
     def commit(self):
         """Make everything appended so far durable, all of it or, if the power fails first, none of it."""
@@ -195,9 +192,9 @@ class MegaTree:
         named = {f"level{level}.{kind}": column for (level, kind), column in self.columns.items()}
         rows = {name: column.rows for name, column in named.items()}
         high = {name: max(n, self.record.state["high"].get(name, 0)) for name, n in rows.items()}
-        rewinds = self.record.state["rewinds"] + any(column.cut is not None for column in named.values())
-        self.record.write({"header": self.header, "rows": rows, "high": high, "rewinds": rewinds},
-                          {name: (column.cut, column.dirty) for name, column in named.items() if column.dirty or column.cut is not None})
+        rewinds = self.record.state["rewinds"] + any(column.end.cut is not None for column in named.values())
+        changes = {name: column.changes() for name, column in named.items()}
+        self.record.write({"header": self.header, "rows": rows, "high": high, "rewinds": rewinds}, {name: new for name, new in changes.items() if new})
         for column in named.values():
             column.committed()
 
@@ -308,6 +305,17 @@ class MegaTree:
         self.close(commit=kind is None)
 
     # ------------------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _all_or_none(self):
+        """What fails in here, at a full disk, a damaged chunk or an interrupt, leaves every column as it was: none may get ahead of the others."""
+        ends = [(column, column.end) for column in self.columns.values()]
+        try:
+            yield
+        except BaseException:
+            for column, end in ends:
+                column.end = end
+            raise
 
     def _of(self, spans, kind):
         width = self.header["width" if kind == "gists" else "key_width"]
