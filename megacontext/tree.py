@@ -206,8 +206,9 @@ class MegaTree:
         if not 0 <= tokens <= self.length:
             raise TreeError(f"cannot rewind to {tokens} tokens: the tree has {self.length}")
         self._check_writable()
-        for (level, _), column in self.columns.items():
-            column.truncate(min(column.rows, tokens // BLOCK ** level))
+        with self._all_or_none():
+            for (level, _), column in self.columns.items():
+                column.truncate(min(column.rows, tokens // BLOCK ** level))
         self.commit()
 
     def reset_gists(self, **changes):

@@ -102,6 +102,17 @@ def test_a_growing_tree_survives_an_interrupt_at_any_line(committed, then, least
     assert len(every_interrupt(committed, grow, then, least)) > 100
 
 
+def test_a_rewind_survives_an_interrupt_at_any_line(committed):
+    """Tokens were cut and their gists were not: the next commit made a tree that was never opened again."""
+    lengths = set()
+
+    def then(tree):
+        lengths.add(tree.length)
+        tree.commit()
+    assert len(every_interrupt(committed, lambda tree: tree.truncate(START // 2), then, least=START // 2)) > 50
+    assert lengths == {START // 2, START + WAITING}, "all of it or nothing"
+
+
 def test_a_rewind_of_what_an_interrupted_commit_had_committed_is_told_to_readers(tmp_path, monkeypatch):
     """Interrupted when the record was written and the tree did not know it yet: the rewind looked like one of tokens that nobody had seen, and a reader of them was served others."""
     tree = MegaTree.create(tmp_path / "t", HEADER)
