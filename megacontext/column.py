@@ -316,9 +316,7 @@ class FileColumn:
     def _touch(self, stop, size):
         """Have the first `stop` bytes mapped; about `size` bytes of them are going to be read."""
         if self.map is None or len(self.map) < stop:
-            if self.map is not None:
-                self.map.close()
-            self.map, self.resident = mmap.mmap(self.fd, 0, access=mmap.ACCESS_READ), 0
+            self.map, self.resident = mmap.mmap(self.fd, 0, access=mmap.ACCESS_READ), 0  # nobody else has the old one, so it goes
         self.resident += size
         if self.resident > RESIDENT and hasattr(mmap, "MADV_DONTNEED"):
             self.map.madvise(mmap.MADV_DONTNEED)

@@ -113,6 +113,15 @@ def test_a_rewind_survives_an_interrupt_at_any_line(committed):
     assert lengths == {START // 2, START + WAITING}, "all of it or nothing"
 
 
+def test_a_reader_survives_an_interrupt_at_any_line(committed):
+    """It closed the map of a file before it made the longer one: 'mmap closed or invalid' at every read since."""
+    def look(tree):
+        tree.tokens(0, 5)
+        ingest(tree, 33)
+        return tree.tokens(0, tree.length), tree.gists(1, 0, tree.count(1))
+    every_interrupt(committed, look, lambda tree: tree.tokens(0, tree.length))
+
+
 def test_a_rewind_of_what_an_interrupted_commit_had_committed_is_told_to_readers(tmp_path, monkeypatch):
     """Interrupted when the record was written and the tree did not know it yet: the rewind looked like one of tokens that nobody had seen, and a reader of them was served others."""
     tree = MegaTree.create(tmp_path / "t", HEADER)
