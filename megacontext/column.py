@@ -148,7 +148,7 @@ class FileColumn:
     def __init__(self, path, row, rows, checksum, writable):
         self.path, self.row, self.checksum = path, row, checksum
         self.committed_rows = rows  # the most that the record may name
-        self.is_new = writable and not os.path.exists(path)  # its folder must be flushed too, once
+        self.is_new = not rows  # its folder must be flushed too, once, by whoever commits its first rows
         try:
             self.fd = os.open(path, (os.O_RDWR | os.O_CREAT) if writable else os.O_RDONLY, 0o644)
         except FileNotFoundError:
