@@ -120,6 +120,7 @@ HELD = 128                       # rows wait for others until they are so many b
 RESIDENT = 64 * 1024 * 1024      # bytes of a file that may stay mapped in memory, about; the system's own cache is not counted
 TOUCH = 256 * 1024               # what one page fault maps, with its neighbours
 LARGEST_STEP = 16 * 1024 * 1024  # bytes that a file grows by at a time, at most; an eighth of its size while it is smaller
+RESTORE = "Restore the tree from a copy"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _flush = getattr(os, "fdatasync", os.fsync)  # macOS has only fsync
 
@@ -143,32 +144,35 @@ class FileColumn:
 
     rows      how many rows the record says there are
     checksum  function: chunk number -> (bytes, crc32) of the committed chunk, or None
+    remedy    what to do if they are damaged
+    check     False: the file may be damaged or gone, for all of its rows are going to be truncated
     """
 
-    def __init__(self, path, row, rows, checksum, writable):
-        self.path, self.row, self.checksum = path, row, checksum
+    def __init__(self, path, row, rows, checksum, writable, remedy=RESTORE, check=True):
+        self.path, self.row, self.checksum, self.remedy = path, row, checksum, remedy
         self.committed_rows = rows  # the most that the record may name
         self.is_new = not rows  # its folder must be flushed too, once, by whoever commits its first rows
         try:
-            self.fd = os.open(path, (os.O_RDWR | os.O_CREAT) if writable else os.O_RDONLY, 0o644)
+            make = 0 if rows and check else os.O_CREAT
+            self.fd = os.open(path, os.O_RDWR | make if writable else os.O_RDONLY, 0o644)
         except FileNotFoundError:
-            raise TreeError(f"{path}: expected {rows} rows, found no file. Restore it from a copy of the tree") from None
+            raise TreeError(f"{path}: expected {rows} rows, found no file. {remedy}") from None
         except OSError as error:
             raise full(path, row, error)
         self.size = os.fstat(self.fd).st_size
         self.map, self.resident = None, 0
         self.trusted = {}  # chunk -> bytes of it known to be good: checked, or written by us
         self.unflushed = False
-        if self.size < rows * row:
-            raise TreeError(f"{path} is truncated: expected at least {rows * row} bytes ({rows} rows), found {self.size}. Restore it from a copy of the tree")
         crc = 0
-        if rows:
+        if rows and check:
+            if self.size < rows * row:
+                raise TreeError(f"{path} is truncated: expected at least {rows * row} bytes ({rows} rows), found {self.size}. {remedy}")
             last, filled = (rows * row - 1) // CHUNK, (rows * row - 1) % CHUNK + 1
             self._check(last, filled)
             if writable and filled < CHUNK:
                 size, crc = checksum(last)
                 if size != filled:
-                    raise TreeError(f"{path}: expected a checksum of {filled} bytes for chunk {last}, found one of {size}. Restore the tree from a copy")
+                    raise TreeError(f"{path}: expected a checksum of {filled} bytes for chunk {last}, found one of {size}. {remedy}")
         self.end = self.committed_end = End(rows, crc=crc)
 
     @property
@@ -325,13 +329,12 @@ class FileColumn:
     def _check(self, chunk, needed):
         found = self.checksum(chunk)
         if found is None or found[0] < needed:
-            raise TreeError(f"{self.path}: no checksum of the first {needed} bytes of chunk {chunk}. If another process rewound the tree, refresh(); "
-                            f"else the record is damaged: restore the tree from a copy")
+            raise TreeError(f"{self.path}: no checksum of the first {needed} bytes of chunk {chunk}. If another process rewound the tree, refresh(), "
+                            f"else the record is damaged. {self.remedy}")
         size, crc = found
         actual = zlib.crc32(os.pread(self.fd, size, chunk * CHUNK))
         if actual != crc:
-            raise TreeError(f"{self.path} is damaged in bytes {chunk * CHUNK}..{chunk * CHUNK + size}: expected checksum {crc:08x}, found {actual:08x}. "
-                            f"Restore the tree from a copy")
+            raise TreeError(f"{self.path} is damaged in bytes {chunk * CHUNK}..{chunk * CHUNK + size}: expected checksum {crc:08x}, found {actual:08x}. {self.remedy}")
         self.trusted[chunk] = max(size, self.trusted.get(chunk, 0))  # we may have written beyond what is committed
 
 

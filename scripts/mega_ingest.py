@@ -3,7 +3,7 @@ Text into a memory on disk, without asking the model a question yet; or a look a
 
 python -m scripts.mega_ingest notes.txt src --tree ~/memory           # chat with it: python -m scripts.chat_cli --tree ~/memory
 python -m scripts.mega_ingest new.txt --tree ~/memory --append        # after all that is there, conversations too
-python -m scripts.mega_ingest --tree ~/memory --renew                 # another checkpoint: the same tokens, all gists written again
+python -m scripts.mega_ingest --tree ~/memory --renew                 # another checkpoint, or damaged gists: the same tokens, all gists written again
 python -m scripts.mega_ingest --tree ~/memory --stat                  # how much is in it, and its bytes, level by level
 python -m scripts.mega_ingest --tree ~/memory --dump 2                # the nodes of level 2, each with the text it stands for
 python -m scripts.mega_ingest --tree ~/memory --verify                # every checksum; like the two above it needs no model
@@ -201,7 +201,9 @@ def remember(loaded, tree, files, append=False):
 def write(loaded, folder, files, args):
     """Everything that changes a memory: first the gists that are missing, then the files."""
     if args.renew:
-        renew_tree(loaded, folder, args.gist_dtype)
+        wrong = renew_tree(loaded, folder, args.gist_dtype)
+        if wrong:
+            print0(f"damaged, so made anew from the tokens: {', '.join(wrong)}")
     with open_tree(loaded, folder / "tree", gist_dtype=args.gist_dtype) as tree:
         if not tree.whole:
             with tqdm(total=tree.length, initial=tree.count(1) * BLOCK, unit="tok", desc="gists") as bar:

@@ -11,7 +11,7 @@ import torch
 
 import megacontext.ingest as ingest_file
 import scripts.mega_ingest as script
-from megacontext.column import row_bytes
+from megacontext.column import CHUNK, row_bytes
 from megacontext.ingest import catch_up, ingest
 from megacontext.tree import MegaTree, make_header
 from nanochat.common import UserError
@@ -149,6 +149,56 @@ def test_a_renewal_keeps_what_is_already_its_own(base, tmp_path, monkeypatch, ca
     run(monkeypatch, capsys, "text", "--tree", "int8", "--gist-dtype", "int8")
     assert contents("memory/tree") == contents("int8/tree") != before
     assert contents("memory/tree")[0]["gist_dtype"] == "int8" and "int8" in run(monkeypatch, capsys, "--tree", "memory", "--stat")
+
+
+def flip(at):
+    def change(path):
+        data = bytearray(path.read_bytes())
+        data[at] ^= 1
+        path.write_bytes(data)
+    return change
+
+
+GONE, SHORT, FIRST, LAST = lambda path: path.unlink(), lambda path: os.truncate(path, 100), flip(5), flip(-5)
+
+
+def test_damaged_gists_are_made_anew_from_the_tokens(base, tmp_path, monkeypatch, capsys):
+    """All tokens were there and nothing could be done: --renew did nothing where the first chunk was damaged, and where the last one was, or a file had gone, it was refused."""
+    monkeypatch.chdir(tmp_path)
+    make_text(tmp_path / "text", files=120)
+    make_run("sft")
+    run(monkeypatch, capsys, "text", "--tree", "whole")
+    expected, tree = contents("whole/tree"), tmp_path / "memory/tree"
+    assert (tmp_path / "whole/tree/level1.gists").stat().st_size > CHUNK
+    for names, change in ((["level1.gists"], FIRST), (["level1.gists"], LAST), (["level2.gists"], FIRST), (["level1.gists"], SHORT), (["level2.gists"], GONE), (["level1.gists", "level2.gists"], GONE)):
+        shutil.rmtree("memory", ignore_errors=True)
+        shutil.copytree("whole", "memory")
+        for name in names:
+            change(tree / name)
+        with pytest.raises(UserError, match=f"{names[0]}.* Make all gists anew from the tokens, .*: python -m scripts.mega_ingest --tree memory --renew"):
+            run(monkeypatch, capsys, "--tree", "memory", "--verify")
+        assert f"damaged, so made anew from the tokens: {', '.join(names)}\n" in run(monkeypatch, capsys, "--tree", "memory", "--renew")
+        assert contents(tree) == expected
+        assert "damaged" not in run(monkeypatch, capsys, "--tree", "memory", "--renew")
+
+
+def test_damaged_tokens_are_refused_and_their_gists_are_kept(base, tmp_path, monkeypatch, capsys):
+    """Nobody can guess them, so no gists are forgotten for them either, by another model's --renew as little as by their own."""
+    monkeypatch.chdir(tmp_path)
+    make_text(tmp_path / "text", files=60)
+    make_run("sft", seed=1)
+    run(monkeypatch, capsys, "text", "--tree", "whole")
+    for seed in (1, 2):
+        make_run("sft", seed=seed)
+        for change in (FIRST, LAST, GONE, SHORT):
+            shutil.rmtree("memory", ignore_errors=True)
+            shutil.copytree("whole", "memory")
+            change(tmp_path / "memory/tree/level0.ids")
+            FIRST(tmp_path / "memory/tree/level1.gists")
+            before = {path.name: path.read_bytes() for path in (tmp_path / "memory/tree").iterdir() if path.name != "lock"}
+            with pytest.raises(UserError, match="level0.ids.* Restore the tree from a copy"):
+                run(monkeypatch, capsys, "--tree", "memory", "--renew")
+            assert {path.name: path.read_bytes() for path in (tmp_path / "memory/tree").iterdir() if path.name != "lock"} == before
 
 
 def test_another_tokenizer_is_refused_and_nothing_is_lost(base, tmp_path, monkeypatch, capsys):
