@@ -11,6 +11,7 @@ Rows come back as they went in, up to the rounding of the header's gist_dtype; t
 D = width of a gist row, K = width of a key row (0 = none)
 """
 
+import shutil
 from array import array
 from contextlib import contextmanager
 from functools import partial
@@ -23,6 +24,7 @@ from megacontext.record import LEFTOVERS, Record, flush_folder, tree_at
 from megacontext.span import BLOCK
 
 FORMAT = "megacontext-tree"
+BROKEN_OFF = "a fork that was broken off"  # the format of one until all of it is there
 VERSION = 1
 
 
@@ -235,19 +237,25 @@ class MegaTree:
         self.commit()
 
     def fork(self, path=None, tokens=None):
-        """A copy of the first `tokens` tokens (default: all) and their gists in a new folder, or in memory. The two then go their own ways."""
+        """
+        A copy of the first `tokens` tokens (default: all) and their gists in a new folder, or in memory. The two then go their own ways. One that fails
+        leaves nothing there, and one that is killed no tree that opens.
+        """
         tokens = self.length if tokens is None else tokens
         if not 0 <= tokens <= self.length:
             raise TreeError(f"cannot fork at {tokens} tokens: the tree has {self.length}")
-        copy = MegaTree.in_memory(self.header) if path is None else MegaTree.create(path, self.header)
+        copy = MegaTree.in_memory(self.header) if path is None else MegaTree.create(path, self.header | {"format": BROKEN_OFF})
         try:
             for (level, kind), column in self.columns.items():
                 rows, step = min(column.rows, tokens // BLOCK ** level), max(1, 2 ** 20 // column.row)
                 for a in range(0, rows, step):
                     copy._column(level, kind).append(column.read(a, min(a + step, rows)).tobytes())
+            copy.header = dict(self.header)
             copy.commit()
         except BaseException:
             copy.close(commit=False)
+            if path is not None:
+                shutil.rmtree(path, ignore_errors=True)  # it was new or empty
             raise
         return copy
 

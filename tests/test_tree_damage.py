@@ -72,6 +72,21 @@ def test_a_rewind_that_meets_a_damaged_gist_changes_nothing(sample, tmp_path):
         assert tree.tokens(0, 70_004).tolist() == [*ids(0, 70_001).tolist(), 1, 2, 3] and tree.count(1) == 2187
 
 
+def test_a_fork_that_meets_a_damaged_chunk_leaves_nothing(sample, tmp_path):
+    """It left an empty tree: the next fork was told that there is a tree, and whoever opened it had lost everything."""
+    def flip(data):
+        data[70_000] ^= 1
+        return data
+    with MegaTree.open(damaged(sample, tmp_path, "level0.ids", flip)) as tree:
+        for tokens in (None, 20_000, None):
+            with pytest.raises(TreeError, match="level0.ids is damaged in bytes 65536"):
+                tree.fork(tmp_path / "fork", tokens)
+            assert not (tmp_path / "fork").exists()
+        tree.fork(tmp_path / "fork", 16_000).close()
+    with MegaTree.open(tmp_path / "fork") as tree:
+        check_tree(tree, 16_000)
+
+
 @pytest.mark.parametrize("mode", ["a", "r"])
 def test_a_truncated_or_missing_file_is_refused(sample, tmp_path, mode):
     """And who has all tokens is told that gists are made of them. A writer made the missing file, empty, before it looked."""
