@@ -52,7 +52,7 @@ parser.add_argument("--verify", action="store_true", help="check every committed
 
 def stat(tree, loaded=None):
     """What a tree holds and takes; beside what a model's KV cache would take, where there is a model."""
-    print0(f"{tree.length:,} tokens, gists written by model {tree.header['model']}, kept as {tree.header['gist_dtype']}")
+    print0(f"{tree.length:,} tokens, gists written by model {tree.header.get('model', 'unknown')}, kept as {tree.header['gist_dtype']}")
     if not tree.whole:
         print0(f"gists of {tree.length // BLOCK - tree.count(1):,} of {tree.length // BLOCK:,} blocks are still to be written: name what to ingest, or use --renew")
     per_token = lambda size: f"{size / tree.length:,.3f}" if tree.length else "-"

@@ -372,6 +372,13 @@ def test_a_dump_has_all_tokens_and_needs_no_model(base, tmp_path, monkeypatch, c
         run(monkeypatch, capsys, "--tree", tmp_path / "m", "--stat", "--gist-dtype", "int8")
 
 
+def test_a_tree_of_no_model_has_its_account(tmp_path, monkeypatch, capsys):
+    """`make_header(width, key_width)` names no model: --stat ended in a traceback."""
+    with MegaTree.create(tmp_path / "m/tree", make_header(32, 0)) as tree:
+        tree.append_tokens([1, 2, 3])
+    assert "3 tokens, gists written by model unknown, kept as bfloat16\n" in run(monkeypatch, capsys, "--tree", tmp_path / "m", "--stat")
+
+
 def test_who_has_seen_enough_of_a_dump_ends_it(base, tmp_path, monkeypatch):
     """`--dump 0 | head -1` ended in a traceback. Here nobody reads at all."""
     tokenizer = tiny_tokenizer()
