@@ -241,21 +241,38 @@ def test_a_folder_is_all_its_text_in_order_and_the_rest_is_told(base, tmp_path, 
     for _ in range(2):
         out = run(monkeypatch, capsys, *arguments)
         assert [line.split(" (")[0].split(":")[1] for line in out.splitlines() if line.startswith("left out")] == [
-            f" {tmp_path}/f/b/dead is a link to nothing", f" {tmp_path}/f/b/image.png is not UTF-8 text", f" {tmp_path}/f/b/pipe is no file",
+            f" {tmp_path}/f/b/dead is a link to nothing", f" {tmp_path}/f/b/image.png is not UTF-8 text", f" {tmp_path}/f/b/pipe is a pipe or a device, expected a regular file",
             f" {tmp_path}/f/b/round is a link to nothing",
             f" {tmp_path}/f/latin.txt is not UTF-8 text", f" {tmp_path}/f/linked is a link to a folder"]
         assert "6 files were left out, 6 are read" in out
-    assert "6 files, 6 of them already there" in out
+    assert "6 files, 5 of them already there, 1 empty" in out
     with MegaTree.open(tmp_path / "f/memory/tree", mode="r") as tree:
         ids = [tokenizer.bos] + [token for text in ["named first\n", *expected] for token in tokenizer.encode(text)]
         assert tree.tokens(0, tree.length).tolist() == ids
 
 
 @pytest.mark.parametrize("make, message", [
-    (lambda f: f, "no file or folder"), (lambda f: f.mkdir() or f, "no text in"), (lambda f: f.write_bytes(b"ab\xff") and f, "not UTF-8 text .byte 2")])
+    (lambda f: f, "no file or folder"), (lambda f: os.mkfifo(f) or f, "expected a regular file"), (lambda f: f.mkdir() or f, "no text in"), (lambda f: f.write_bytes(b"ab\xff") and f, "not UTF-8 text .byte 2")])
 def test_what_cannot_be_read_is_told_before_a_model_is_loaded(tmp_path, monkeypatch, capsys, make, message):
     with pytest.raises(UserError, match=message):
         run(monkeypatch, capsys, make(tmp_path / "f"), "--tree", tmp_path / "m")
+
+
+def test_an_empty_file_and_one_that_goes_away_are_told(base, tmp_path, monkeypatch, capsys):
+    """The first was 'already there', the second, gone while the model was loaded, a traceback."""
+    make_run("sft")
+    (tmp_path / "empty").touch()
+    (tmp_path / "text").write_text("Some text. ")
+    assert "1 files, 0 of them already there, 1 empty\n" in run(monkeypatch, capsys, tmp_path / "empty", "--tree", tmp_path / "m")
+    for known in (0, 1):
+        assert f"2 files, {known} of them already there, 1 empty\n" in run(monkeypatch, capsys, tmp_path / "text", tmp_path / "empty", "--tree", tmp_path / "m")
+    load = script.load_stage
+    for number, flags in enumerate([(), ("--append",)]):
+        gone = tmp_path / f"gone{number}"
+        gone.write_text("Some text.")
+        monkeypatch.setattr(script, "load_stage", lambda *args, **settings: (gone.unlink(), load(*args, **settings))[1])
+        with pytest.raises(UserError, match=f"{gone} cannot be opened .No such file"):
+            run(monkeypatch, capsys, gone, "--tree", tmp_path / "m", *flags)
 
 
 @pytest.mark.parametrize("arguments, message", [([], "nothing to ingest"), (["--renew"], "no memory in"), (["--stat"], "no memory in"), (["--stat", "--renew"], "command of its own"),
