@@ -13,6 +13,7 @@ import errno
 import mmap
 import os
 import zlib
+from typing import NamedTuple
 
 import numpy as np
 
@@ -79,8 +80,12 @@ class MemoryColumn:
     """Rows in one growing buffer; it doubles, so an append costs the same whatever came before."""
 
     def __init__(self, row):
-        self.row, self.rows = row, 0
+        self.row, self.end = row, 0
         self.buffer = np.empty((16, row), np.uint8)
+
+    @property
+    def rows(self):
+        return self.end
 
     def append(self, data):
         """Bytes of whole rows, as in FileColumn."""
@@ -91,7 +96,7 @@ class MemoryColumn:
             grown[:self.rows] = self.buffer[:self.rows]
             self.buffer = grown
         self.buffer[self.rows:need] = rows
-        self.rows = need
+        self.end = need
 
     def read(self, a, b):
         return self.buffer[a:b].copy()
@@ -100,7 +105,7 @@ class MemoryColumn:
         return self.buffer[indices]
 
     def truncate(self, rows):
-        self.rows = rows
+        self.end = rows
 
     def resize(self, row):
         """Rows of another width from now on. There must be none."""
@@ -115,8 +120,22 @@ HELD = 128                       # rows wait for others until they are so many b
 RESIDENT = 64 * 1024 * 1024      # bytes of a file that may stay mapped in memory, about; the system's own cache is not counted
 TOUCH = 256 * 1024               # what one page fault maps, with its neighbours
 LARGEST_STEP = 16 * 1024 * 1024  # bytes that a file grows by at a time, at most; an eighth of its size while it is smaller
+RESTORE = "Restore the tree from a copy"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _flush = getattr(os, "fdatasync", os.fsync)  # macOS has only fsync
+
+
+class End(NamedTuple):
+    """
+    Where a file column ends: one value, put in the place of the last one in one step, so that an interrupt leaves the one or the other.
+    Bytes of the file behind it count for nothing, so whoever puts an older one back has undone what came between.
+    """
+
+    written: int            # rows in the file
+    held: bytes = b""       # the rows behind them, as long as they are not written
+    crc: int = 0            # of the unfinished last chunk of the written rows
+    filled: dict = {}       # chunk -> (bytes, crc32) of those that got full since the last commit; never changed in place
+    cut: int | None = None  # chunks of the record from here on are void, since the last commit
 
 
 class FileColumn:
@@ -125,54 +144,58 @@ class FileColumn:
 
     rows      how many rows the record says there are
     checksum  function: chunk number -> (bytes, crc32) of the committed chunk, or None
+    remedy    what to do if they are damaged
+    check     False: the file may be damaged or gone, for all of its rows are going to be truncated
     """
 
-    def __init__(self, path, row, rows, checksum, writable):
-        self.path, self.row, self.rows, self.checksum = path, row, rows, checksum
-        self.committed_rows = rows
-        self.is_new = writable and not os.path.exists(path)  # its folder must be flushed too, once
+    def __init__(self, path, row, rows, checksum, writable, remedy=RESTORE, check=True):
+        self.path, self.row, self.checksum, self.remedy = path, row, checksum, remedy
+        self.committed_rows = rows  # the most that the record may name
+        self.is_new = not rows  # its folder must be flushed too, once, by whoever commits its first rows
         try:
-            self.fd = os.open(path, (os.O_RDWR | os.O_CREAT) if writable else os.O_RDONLY, 0o644)
+            make = 0 if rows and check else os.O_CREAT
+            self.fd = os.open(path, os.O_RDWR | make if writable else os.O_RDONLY, 0o644)
         except FileNotFoundError:
-            raise TreeError(f"{path}: expected {rows} rows, found no file. Restore it from a copy of the tree") from None
+            raise TreeError(f"{path}: expected {rows} rows, found no file. {remedy}") from None
         except OSError as error:
             raise full(path, row, error)
         self.size = os.fstat(self.fd).st_size
         self.map, self.resident = None, 0
         self.trusted = {}  # chunk -> bytes of it known to be good: checked, or written by us
-        self.dirty = {}    # chunk -> (bytes, crc32), since the last commit
-        self.cut = None    # chunks of the record from here on are void, since the last commit
-        self.held = b""    # the last rows, as long as they are not written
         self.unflushed = False
-        if self.size < rows * row:
-            raise TreeError(f"{path} is truncated: expected at least {rows * row} bytes ({rows} rows), found {self.size}. Restore it from a copy of the tree")
-        self.crc = 0  # of the unfinished last chunk
-        if rows:
+        crc = 0
+        if rows and check:
+            if self.size < rows * row:
+                raise TreeError(f"{path} is truncated: expected at least {rows * row} bytes ({rows} rows), found {self.size}. {remedy}")
             last, filled = (rows * row - 1) // CHUNK, (rows * row - 1) % CHUNK + 1
             self._check(last, filled)
             if writable and filled < CHUNK:
-                size, self.crc = checksum(last)
+                size, crc = checksum(last)
                 if size != filled:
-                    raise TreeError(f"{path}: expected a checksum of {filled} bytes for chunk {last}, found one of {size}. Restore the tree from a copy")
+                    raise TreeError(f"{path}: expected a checksum of {filled} bytes for chunk {last}, found one of {size}. {remedy}")
+        self.end = self.committed_end = End(rows, crc=crc)
+
+    @property
+    def rows(self):
+        return self.end.written + len(self.end.held) // self.row
 
     def append(self, data):
         """Bytes of whole rows. A few wait in memory for the next ones."""
         assert self.rows >= self.committed_rows, f"{self.path} was rewound: commit that before appending, which overwrites committed rows"
-        n, data = len(data) // self.row, self.held + data
+        data = self.end.held + data
         if len(data) < HELD:
-            self.held = data
+            self.end = self.end._replace(held=data)
         else:
             self._write(data)
-        self.rows += n
 
     def write(self):
         """Write the rows that wait."""
-        if self.held:
-            self._write(self.held)
+        if self.end.held:
+            self._write(self.end.held)
 
     def _write(self, data):
         """Write data where the held rows begin: these, and what follows them."""
-        at = self.written * self.row
+        at, crc, filled = self.end.written * self.row, self.end.crc, {}
         self._grow(at + len(data))
         view, done = memoryview(data), 0
         self.unflushed = True
@@ -184,27 +207,21 @@ class FileColumn:
         while len(view):
             chunk, inside = divmod(at, CHUNK)
             piece = view[:CHUNK - inside]
-            crc = zlib.crc32(piece, self.crc)
-            filled = inside + len(piece)
-            self.dirty[chunk] = filled, crc
-            self.trusted[chunk] = filled
-            self.crc = crc if filled < CHUNK else 0
+            crc = zlib.crc32(piece, crc)
+            self.trusted[chunk] = inside + len(piece)
+            if inside + len(piece) == CHUNK:
+                filled[chunk], crc = (CHUNK, crc), 0
             view, at = view[len(piece):], at + len(piece)
-        self.held = b""
-
-    @property
-    def written(self):
-        """Rows that are in the file."""
-        return self.rows - len(self.held) // self.row
+        self.end = self.end._replace(written=at // self.row, held=b"", crc=crc, filled=self.end.filled | filled)
 
     def read(self, a, b):
         start, stop = a * self.row, b * self.row
         if start == stop:
             return np.empty((0, self.row), np.uint8)
-        if self.held:
-            if a >= self.written:
-                first = self.written * self.row
-                return np.frombuffer(bytearray(self.held[start - first:stop - first]), np.uint8).reshape(b - a, self.row)
+        if self.end.held:
+            first = self.end.written * self.row
+            if start >= first:
+                return np.frombuffer(bytearray(self.end.held[start - first:stop - first]), np.uint8).reshape(b - a, self.row)
             self.write()
         for chunk in range(start // CHUNK, (stop - 1) // CHUNK + 1):
             self._trust(chunk, min(stop - chunk * CHUNK, CHUNK))
@@ -226,20 +243,18 @@ class FileColumn:
 
     def truncate(self, rows):
         """Forget the last rows. If they were committed, commit this before the next append: that one will overwrite them."""
-        self.held, self.rows = self.held[:max(rows - self.written, 0) * self.row], max(rows, self.written)
-        if rows == self.rows:
+        end = self.end
+        if rows >= end.written:
+            self.end = end._replace(held=end.held[:(rows - end.written) * self.row])
             return
         chunk, inside = divmod(rows * self.row, CHUNK)
-        self.crc = 0
-        keep = {}
+        crc, cut = 0, end.cut
         if inside:
             self._trust(chunk, inside)
-            self.crc = zlib.crc32(os.pread(self.fd, inside, chunk * CHUNK))
-            keep[chunk] = inside, self.crc
-        self.dirty = {c: d for c, d in self.dirty.items() if c < chunk} | keep
+            crc = zlib.crc32(os.pread(self.fd, inside, chunk * CHUNK))
         if rows < self.committed_rows:
-            self.cut = chunk if self.cut is None else min(self.cut, chunk)
-        self.rows = rows
+            cut = chunk if cut is None else min(cut, chunk)
+        self.end = End(rows, crc=crc, filled={c: sums for c, sums in end.filled.items() if c < chunk}, cut=cut)
 
     def resize(self, row):
         """Rows of another width from now on. There must be none."""
@@ -251,9 +266,19 @@ class FileColumn:
         if self.unflushed:
             _flush(self.fd)
             self.unflushed = False
+        self.committed_rows = max(self.committed_rows, self.rows)  # whether or not committed() is ever reached
+
+    def changes(self):
+        """(cut, {chunk: (bytes, crc32)}) for the record, None where it has them."""
+        end = self.end
+        if end == self.committed_end:
+            return None
+        chunk, inside = divmod(end.written * self.row, CHUNK)
+        return end.cut, end.filled | ({chunk: (inside, end.crc)} if inside else {})
 
     def committed(self):
-        self.dirty, self.cut, self.is_new, self.committed_rows = {}, None, False, self.rows
+        self.is_new, self.committed_rows = False, self.rows
+        self.end = self.committed_end = self.end._replace(filled={}, cut=None)
 
     def trim(self, rows):
         """Give back the space grown ahead of use. `rows` must be the most that any reader was ever promised."""
@@ -295,9 +320,7 @@ class FileColumn:
     def _touch(self, stop, size):
         """Have the first `stop` bytes mapped; about `size` bytes of them are going to be read."""
         if self.map is None or len(self.map) < stop:
-            if self.map is not None:
-                self.map.close()
-            self.map, self.resident = mmap.mmap(self.fd, 0, access=mmap.ACCESS_READ), 0
+            self.map, self.resident = mmap.mmap(self.fd, 0, access=mmap.ACCESS_READ), 0  # nobody else has the old one, so it goes
         self.resident += size
         if self.resident > RESIDENT and hasattr(mmap, "MADV_DONTNEED"):
             self.map.madvise(mmap.MADV_DONTNEED)
@@ -306,13 +329,12 @@ class FileColumn:
     def _check(self, chunk, needed):
         found = self.checksum(chunk)
         if found is None or found[0] < needed:
-            raise TreeError(f"{self.path}: no checksum of the first {needed} bytes of chunk {chunk}. If another process rewound the tree, refresh(); "
-                            f"else the record is damaged: restore the tree from a copy")
+            raise TreeError(f"{self.path}: no checksum of the first {needed} bytes of chunk {chunk}. If another process rewound the tree, refresh(), "
+                            f"else the record is damaged. {self.remedy}")
         size, crc = found
         actual = zlib.crc32(os.pread(self.fd, size, chunk * CHUNK))
         if actual != crc:
-            raise TreeError(f"{self.path} is damaged in bytes {chunk * CHUNK}..{chunk * CHUNK + size}: expected checksum {crc:08x}, found {actual:08x}. "
-                            f"Restore the tree from a copy")
+            raise TreeError(f"{self.path} is damaged in bytes {chunk * CHUNK}..{chunk * CHUNK + size}: expected checksum {crc:08x}, found {actual:08x}. {self.remedy}")
         self.trusted[chunk] = max(size, self.trusted.get(chunk, 0))  # we may have written beyond what is committed
 
 

@@ -104,8 +104,8 @@ class Record:
             _count(self.path.parent, 0, flush=True)
         state = state | {"commits": self.state.get("commits", 0) + 1}
         try:
-            self.db.execute("begin immediate")
-            try:
+            try:  # around the begin too: an interrupt just after it must not leave the transaction open
+                self.db.execute("begin immediate")
                 for file, (cut, chunks) in changes.items():
                     if cut is not None:
                         self.db.execute("delete from chunks where file = ? and chunk >= ?", (file, cut))

@@ -11,17 +11,20 @@ Rows come back as they went in, up to the rounding of the header's gist_dtype; t
 D = width of a gist row, K = width of a key row (0 = none)
 """
 
+import shutil
 from array import array
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from megacontext.column import CODECS, DISK_FULL, FileColumn, MemoryColumn, TreeError, decode, encode, row_bytes
+from megacontext.column import CODECS, DISK_FULL, RESTORE, FileColumn, MemoryColumn, TreeError, decode, encode, row_bytes
 from megacontext.record import LEFTOVERS, Record, flush_folder, tree_at
 from megacontext.span import BLOCK
 
 FORMAT = "megacontext-tree"
+BROKEN_OFF = "a fork that was broken off"  # the format of one until all of it is there
 VERSION = 1
 
 
@@ -40,11 +43,15 @@ def make_header(width, key_width, gist_dtype="bfloat16", **identity):
 class MegaTree:
     """Make one with create, open or in_memory. One thread at a time; one writer per tree, any number of readers."""
 
-    def __init__(self, header, folder=None, record=None, writable=True):
+    def __init__(self, header, folder=None, record=None, writable=True, gists=True):
         self.header, self.folder, self.record, self.writable = dict(header), folder, record, writable
         self.columns = {}  # (level, "ids" | "gists" | "keys") -> column
         for name in record.state["rows"] if record else ["level0.ids"]:
-            self._column(*_parse(name))
+            level, kind = _parse(name)
+            keep = gists or level == 0
+            column = self._column(level, kind, check=keep)
+            if not keep:
+                column.truncate(0)
 
     @classmethod
     def in_memory(cls, header):
@@ -75,13 +82,15 @@ class MegaTree:
         return cls(header, folder, record)
 
     @classmethod
-    def open(cls, path, mode="a", **identity):
+    def open(cls, path, mode="a", gists=True, **identity):
         """
         The tree in the folder `path` as it was last committed. mode "a" goes on writing, "r" only reads.
+        gists     False: nobody looks at its gists, which may be damaged or gone, and the first commit forgets them all. For reset_gists
         identity  what the tree must have been made with (model=..., tokenizer=..., gistnet=...), else it is refused
         """
         if mode not in ("a", "r"):
             raise ValueError(f"mode is \"a\" (append) or \"r\" (read), got {mode!r}")
+        assert gists or mode == "a", "only a writer forgets gists"
         folder = Path(path)
         try:
             record = Record(folder, mode == "a")
@@ -93,8 +102,9 @@ class MegaTree:
                 if header.get(name) != expected:
                     raise TreeError(f"{folder} is of another {name}: expected {expected}, found {header.get(name)}. "
                                     f"Use what it was made with, or ingest its text again into a new tree")
-            tree = cls(header, folder, record, mode == "a")
-            tree._check_counts()
+            tree = cls(header, folder, record, mode == "a", gists)
+            if gists:
+                tree._check_counts()
         except BaseException:
             record.close()
             raise
@@ -171,15 +181,11 @@ class MegaTree:
         a, b = self.pending(level)
         assert a + len(gists) <= b, f"level {level} has {a} gists and children for {b}: {len(gists)} more would come before their children"
         self._check_writable()
-        rows, key_rows = encode(gists, self.header["gist_dtype"]), encode(keys, self.header["gist_dtype"]) if K else None
-        if K:
-            self._column(level, "keys").append(key_rows.tobytes())
-        try:
-            self._column(level, "gists").append(rows.tobytes())
-        except TreeError:  # the disk is full: neither or both
-            if K:
-                self._column(level, "keys").truncate(a)
-            raise
+        rows = {kind: encode(x, self.header["gist_dtype"]).tobytes() for kind, x in (("keys", keys), ("gists", gists)) if x.shape[1]}
+        columns = {kind: self._column(level, kind) for kind in rows}  # made before anything is in them
+        with self._all_or_none():
+            for kind, data in rows.items():
+                columns[kind].append(data)
 
     def commit(self):
         """Make everything appended so far durable, all of it or, if the power fails first, none of it."""
@@ -195,9 +201,9 @@ class MegaTree:
         named = {f"level{level}.{kind}": column for (level, kind), column in self.columns.items()}
         rows = {name: column.rows for name, column in named.items()}
         high = {name: max(n, self.record.state["high"].get(name, 0)) for name, n in rows.items()}
-        rewinds = self.record.state["rewinds"] + any(column.cut is not None for column in named.values())
-        self.record.write({"header": self.header, "rows": rows, "high": high, "rewinds": rewinds},
-                          {name: (column.cut, column.dirty) for name, column in named.items() if column.dirty or column.cut is not None})
+        rewinds = self.record.state["rewinds"] + any(column.end.cut is not None for column in named.values())
+        changes = {name: column.changes() for name, column in named.items()}
+        self.record.write({"header": self.header, "rows": rows, "high": high, "rewinds": rewinds}, {name: new for name, new in changes.items() if new})
         for column in named.values():
             column.committed()
 
@@ -209,8 +215,9 @@ class MegaTree:
         if not 0 <= tokens <= self.length:
             raise TreeError(f"cannot rewind to {tokens} tokens: the tree has {self.length}")
         self._check_writable()
-        for (level, _), column in self.columns.items():
-            column.truncate(min(column.rows, tokens // BLOCK ** level))
+        with self._all_or_none():
+            for (level, _), column in self.columns.items():
+                column.truncate(min(column.rows, tokens // BLOCK ** level))
         self.commit()
 
     def reset_gists(self, **changes):
@@ -230,19 +237,25 @@ class MegaTree:
         self.commit()
 
     def fork(self, path=None, tokens=None):
-        """A copy of the first `tokens` tokens (default: all) and their gists in a new folder, or in memory. The two then go their own ways."""
+        """
+        A copy of the first `tokens` tokens (default: all) and their gists in a new folder, or in memory. The two then go their own ways. One that fails
+        leaves nothing there, and one that is killed no tree that opens.
+        """
         tokens = self.length if tokens is None else tokens
         if not 0 <= tokens <= self.length:
             raise TreeError(f"cannot fork at {tokens} tokens: the tree has {self.length}")
-        copy = MegaTree.in_memory(self.header) if path is None else MegaTree.create(path, self.header)
+        copy = MegaTree.in_memory(self.header) if path is None else MegaTree.create(path, self.header | {"format": BROKEN_OFF})
         try:
             for (level, kind), column in self.columns.items():
                 rows, step = min(column.rows, tokens // BLOCK ** level), max(1, 2 ** 20 // column.row)
                 for a in range(0, rows, step):
                     copy._column(level, kind).append(column.read(a, min(a + step, rows)).tobytes())
+            copy.header = dict(self.header)
             copy.commit()
         except BaseException:
             copy.close(commit=False)
+            if path is not None:
+                shutil.rmtree(path, ignore_errors=True)  # it was new or empty
             raise
         return copy
 
@@ -265,15 +278,19 @@ class MegaTree:
             self._column(*_parse(name))
         self._check_counts()
 
+    def damage(self):
+        """{file: what is wrong with it}: every committed byte is checked against its checksum, and the record against itself."""
+        columns = {name: self._column(*_parse(name)).damage(n) for name, n in self.record.state["rows"].items()}
+        return {name: wrong for name, wrong in ({"tree.db": self.record.damage()} | columns | self._miscounts()).items() if wrong}
+
     def verify(self):
         """Check every committed byte against its checksum; TreeError says all that is wrong. Returns the number of bytes checked."""
         if self.record is None:
             return 0
-        rows = self.record.state["rows"]
-        wrong = [self.record.damage()] + [self._column(*_parse(name)).damage(n) for name, n in rows.items()]
-        if any(wrong):
-            raise TreeError("\n".join(filter(None, wrong)))
-        return sum(n * self._column(*_parse(name)).row for name, n in rows.items())
+        wrong = self.damage()
+        if wrong:
+            raise TreeError("\n".join(wrong.values()))
+        return sum(n * self._column(*_parse(name)).row for name, n in self.record.state["rows"].items())
 
     def sizes(self):
         """{what: bytes in use}: "ids", "level 1" and so on (gists and keys), and "record" for the files of a tree on disk that say what is committed."""
@@ -309,6 +326,17 @@ class MegaTree:
 
     # ------------------------------------------------------------------------------------------------------------------
 
+    @contextmanager
+    def _all_or_none(self):
+        """What fails in here, at a full disk, a damaged chunk or an interrupt, leaves every column as it was: none may get ahead of the others."""
+        ends = [(column, column.end) for column in self.columns.values()]
+        try:
+            yield
+        except BaseException:
+            for column, end in ends:
+                column.end = end
+            raise
+
     def _of(self, spans, kind):
         width = self.header["width" if kind == "gists" else "key_width"]
         levels = np.array([span.level or 1 for span in spans], np.int64)
@@ -322,7 +350,7 @@ class MegaTree:
         self._check_not_rewound()
         return found
 
-    def _column(self, level, kind):
+    def _column(self, level, kind, check=True):
         if (level, kind) not in self.columns:
             row = self._row(kind)
             name = f"level{level}.{kind}"
@@ -330,7 +358,7 @@ class MegaTree:
                 self.columns[level, kind] = MemoryColumn(row)
             else:
                 rows = self.record.state["rows"].get(name, 0)
-                self.columns[level, kind] = FileColumn(self.folder / name, row, rows, partial(self.record.checksum, name), self.writable)
+                self.columns[level, kind] = FileColumn(self.folder / name, row, rows, partial(self.record.checksum, name), self.writable, self._remedy(level), check)
         return self.columns[level, kind]
 
     def _row(self, kind):
@@ -340,13 +368,26 @@ class MegaTree:
         if not self.writable:
             raise TreeError(f"{self.folder} is open for reading: expected mode=\"a\" to change it, it was opened with mode=\"r\"")
 
+    def _remedy(self, level):
+        """What to do about a damaged file of a level."""
+        again = f"Make all gists anew from the tokens, with the --stage and --tag of their model: python -m scripts.mega_ingest --tree {self.folder.parent} --renew"
+        return again if level else RESTORE
+
     def _check_counts(self):
-        """The record's own numbers must make a tree."""
-        for level in range(1, 1 + max(level for level, _ in self.columns)):
-            if not self.count(level) <= self.count(level - 1) // BLOCK:
-                raise TreeError(f"{self.folder}: expected at most {self.count(level - 1) // BLOCK} gists at level {level}, found {self.count(level)}. Restore it from a copy")
-            if self.header["key_width"] and self._column(level, "keys").rows != self.count(level):
-                raise TreeError(f"{self.folder}: expected {self.count(level)} keys at level {level}, found {self._column(level, 'keys').rows}. Restore it from a copy")
+        wrong = self._miscounts()
+        if wrong:
+            raise TreeError("\n".join(wrong.values()))
+
+    def _miscounts(self):
+        """{file: what is wrong with its number of rows}: the record's own numbers must make a tree."""
+        rows, wrong = self.record.state["rows"], {}
+        for level in range(1, 1 + max(_parse(name)[0] for name in rows)):
+            below, here, keys = (rows.get(name, 0) for name in (f"level{level - 1}.{'gists' if level > 1 else 'ids'}", f"level{level}.gists", f"level{level}.keys"))
+            if here > below // BLOCK:
+                wrong[f"level{level}.gists"] = f"{self.folder}: expected at most {below // BLOCK} gists at level {level}, found {here}. {self._remedy(level)}"
+            if self.header["key_width"] and keys != here:
+                wrong[f"level{level}.keys"] = f"{self.folder}: expected {here} keys at level {level}, found {keys}. {self._remedy(level)}"
+        return wrong
 
     def _read(self, level, kind, a, b):
         here = self.count(level)

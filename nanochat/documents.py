@@ -34,7 +34,11 @@ def open_bytes(path):
     try:
         return open(path, "rb")
     except OSError as error:
-        raise UserError(f"{path} cannot be opened ({error.strerror}): make it readable, or take it out of the folder")
+        raise cannot_open(path, error)
+
+
+def cannot_open(path, error):
+    return UserError(f"{path} cannot be opened ({error.strerror}): make it readable, or take it out of the folder")
 
 
 def bom(file):
@@ -159,7 +163,10 @@ class TextFile:
 
     def __init__(self, path, start=0, stop=None):
         self.path, self.start = path, start
-        self.stop = stop if stop is not None else os.path.getsize(path)
+        try:
+            self.stop = stop if stop is not None else os.path.getsize(path)
+        except OSError as error:
+            raise cannot_open(path, error)
 
     def __len__(self):
         return 1

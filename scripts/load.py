@@ -153,13 +153,22 @@ def renew_command(loaded, folder):
 def renew_tree(loaded, folder, gist_dtype=None):
     """
     Give the memory in a folder to these networks, for megacontext.ingest.catch_up to write its gists: the tokens stay, the gists go, and a saved
-    session is assembled anew, because its keys and values are the old model's. Nothing happens if it is theirs. gist_dtype None = as it was.
+    session is assembled anew, because its keys and values are the old model's. Nothing happens if it is theirs and none of it is damaged: returns
+    the files of gists that were. Damaged tokens are refused, nobody can make them anew. gist_dtype None = as it was.
     """
     from megacontext.tree import MegaTree
-    with MegaTree.open(Path(folder) / "tree", tokenizer=loaded.tokenizer.fingerprint[:16]) as tree:
+    tree = MegaTree.open(Path(folder) / "tree", gists=False, tokenizer=loaded.tokenizer.fingerprint[:16])
+    try:
+        wrong = tree.damage()
+        lost = [wrong[file] for file in ("tree.db", "level0.ids") if file in wrong]
+        if lost:
+            raise UserError("\n".join(lost))
         wanted = dict(model=loaded.identity, width=loaded.gpt.config.width, gist_dtype=gist_dtype or tree.header["gist_dtype"])
-        if wanted.items() - tree.header.items():
+        if wrong or wanted.items() - tree.header.items():
             tree.reset_gists(**wanted)
+    finally:
+        tree.close(commit=False) # what reset_gists did is committed; else the gists are still there
+    return sorted(wrong)
 
 
 def telemetry_maker(args):

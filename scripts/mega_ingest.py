@@ -3,7 +3,7 @@ Text into a memory on disk, without asking the model a question yet; or a look a
 
 python -m scripts.mega_ingest notes.txt src --tree ~/memory           # chat with it: python -m scripts.chat_cli --tree ~/memory
 python -m scripts.mega_ingest new.txt --tree ~/memory --append        # after all that is there, conversations too
-python -m scripts.mega_ingest --tree ~/memory --renew                 # another checkpoint: the same tokens, all gists written again
+python -m scripts.mega_ingest --tree ~/memory --renew                 # another checkpoint, or damaged gists: the same tokens, all gists written again
 python -m scripts.mega_ingest --tree ~/memory --stat                  # how much is in it, and its bytes, level by level
 python -m scripts.mega_ingest --tree ~/memory --dump 2                # the nodes of level 2, each with the text it stands for
 python -m scripts.mega_ingest --tree ~/memory --verify                # every checksum; like the two above it needs no model
@@ -52,7 +52,7 @@ parser.add_argument("--verify", action="store_true", help="check every committed
 
 def stat(tree, loaded=None):
     """What a tree holds and takes; beside what a model's KV cache would take, where there is a model."""
-    print0(f"{tree.length:,} tokens, gists written by model {tree.header['model']}, kept as {tree.header['gist_dtype']}")
+    print0(f"{tree.length:,} tokens, gists written by model {tree.header.get('model', 'unknown')}, kept as {tree.header['gist_dtype']}")
     if not tree.whole:
         print0(f"gists of {tree.length // BLOCK - tree.count(1):,} of {tree.length // BLOCK:,} blocks are still to be written: name what to ingest, or use --renew")
     per_token = lambda size: f"{size / tree.length:,.3f}" if tree.length else "-"
@@ -100,6 +100,7 @@ def text_files(paths, tree_folder):
         if not path.exists():
             raise UserError(f"no file or folder {path}")
         if not path.is_dir():
+            check_file(path)
             check_text(path)
             files.append(path)
             continue
@@ -124,11 +125,11 @@ def text_files(paths, tree_folder):
 
 
 def check_file(path):
-    """UserError unless something below a folder is a file: a link to a folder is not followed, for it may lead round in circles."""
+    """UserError unless this is a file. Below a folder, a link to a folder is not followed, for it may lead round in circles."""
     if path.is_dir():
         raise UserError(f"{path} is a link to a folder: name it, to have it read")
     if not path.is_file():
-        raise UserError(f"{path} is " + ("no file" if path.exists() else "a link to nothing"))
+        raise UserError(f"{path} is a pipe or a device, expected a regular file: save what it gives in one" if path.exists() else f"{path} is a link to nothing")
 
 
 def check_text(path):
@@ -174,41 +175,46 @@ def place_behind(tree, tokenizer, files):
 
 
 def remember(loaded, tree, files, append=False):
-    """Put in what is not there yet. Files are one stream, so that small ones share a forward and a commit. Returns how many were all there."""
+    """Put in what is not there yet. Files are one stream, so that small ones share a forward and a commit. Returns how many were all there, and how many hold no text."""
     at = place_behind(tree, loaded.tokenizer, files) if append else 0 # the place in the history at which the next slice belongs
-    waiting, new = [], [0] * len(files) # ids that make no whole stretch yet; how many there were of each file
+    waiting, read, new = [], set(), set() # ids that make no whole stretch yet; numbers of the files that hold text, and of those that were not all there
 
     def take(n):
         ingest(loaded.gpt, loaded.gistnet, tree, waiting[:n])
         del waiting[:n]
 
-    with tqdm(total=sum(path.stat().st_size for path in files), unit="B", unit_scale=True) as bar:
+    with tqdm(total=sum(TextFile(path).stop for path in files), unit="B", unit_scale=True) as bar:
         for n, text, ids in pieces(loaded.tokenizer, files):
             have = max(0, min(len(ids), tree.length - at))
             if not stands(tree, at, ids):
                 raise UserError(f"{files[n]} is not what stands at token {at} of {tree.folder}, which is other text or a conversation: name the files in the order of the "
                                 "first time, or only new ones and --append to put them after all that is there, or start a new --tree")
             waiting += ids[have:]
-            at, new[n] = at + len(ids), new[n] + len(ids) - have
+            at += len(ids)
+            read.add(n)
+            if have < len(ids):
+                new.add(n)
             whole = (tree.length + len(waiting)) // STRETCH * STRETCH - tree.length
             if whole > 0:
                 take(whole)
             bar.update(len(text.encode()))
         take(len(waiting))
-    return new.count(0)
+    return len(read - new), len(files) - len(read)
 
 
 def write(loaded, folder, files, args):
     """Everything that changes a memory: first the gists that are missing, then the files."""
     if args.renew:
-        renew_tree(loaded, folder, args.gist_dtype)
+        wrong = renew_tree(loaded, folder, args.gist_dtype)
+        if wrong:
+            print0(f"damaged, so made anew from the tokens: {', '.join(wrong)}")
     with open_tree(loaded, folder / "tree", gist_dtype=args.gist_dtype) as tree:
         if not tree.whole:
             with tqdm(total=tree.length, initial=tree.count(1) * BLOCK, unit="tok", desc="gists") as bar:
                 catch_up(loaded.gpt, loaded.gistnet, tree, lambda done: bar.update(done - bar.n))
         if files:
-            known = remember(loaded, tree, files, args.append)
-            print0(f"{len(files)} files, {known} of them already there")
+            known, empty = remember(loaded, tree, files, args.append)
+            print0(f"{len(files)} files, {known} of them already there" + (f", {empty} empty" if empty else ""))
 
 
 def main():

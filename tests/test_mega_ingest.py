@@ -11,7 +11,7 @@ import torch
 
 import megacontext.ingest as ingest_file
 import scripts.mega_ingest as script
-from megacontext.column import row_bytes
+from megacontext.column import CHUNK, row_bytes
 from megacontext.ingest import catch_up, ingest
 from megacontext.tree import MegaTree, make_header
 from nanochat.common import UserError
@@ -151,6 +151,56 @@ def test_a_renewal_keeps_what_is_already_its_own(base, tmp_path, monkeypatch, ca
     assert contents("memory/tree")[0]["gist_dtype"] == "int8" and "int8" in run(monkeypatch, capsys, "--tree", "memory", "--stat")
 
 
+def flip(at):
+    def change(path):
+        data = bytearray(path.read_bytes())
+        data[at] ^= 1
+        path.write_bytes(data)
+    return change
+
+
+GONE, SHORT, FIRST, LAST = lambda path: path.unlink(), lambda path: os.truncate(path, 100), flip(5), flip(-5)
+
+
+def test_damaged_gists_are_made_anew_from_the_tokens(base, tmp_path, monkeypatch, capsys):
+    """All tokens were there and nothing could be done: --renew did nothing where the first chunk was damaged, and where the last one was, or a file had gone, it was refused."""
+    monkeypatch.chdir(tmp_path)
+    make_text(tmp_path / "text", files=120)
+    make_run("sft")
+    run(monkeypatch, capsys, "text", "--tree", "whole")
+    expected, tree = contents("whole/tree"), tmp_path / "memory/tree"
+    assert (tmp_path / "whole/tree/level1.gists").stat().st_size > CHUNK
+    for names, change in ((["level1.gists"], FIRST), (["level1.gists"], LAST), (["level2.gists"], FIRST), (["level1.gists"], SHORT), (["level2.gists"], GONE), (["level1.gists", "level2.gists"], GONE)):
+        shutil.rmtree("memory", ignore_errors=True)
+        shutil.copytree("whole", "memory")
+        for name in names:
+            change(tree / name)
+        with pytest.raises(UserError, match=f"{names[0]}.* Make all gists anew from the tokens, .*: python -m scripts.mega_ingest --tree memory --renew"):
+            run(monkeypatch, capsys, "--tree", "memory", "--verify")
+        assert f"damaged, so made anew from the tokens: {', '.join(names)}\n" in run(monkeypatch, capsys, "--tree", "memory", "--renew")
+        assert contents(tree) == expected
+        assert "damaged" not in run(monkeypatch, capsys, "--tree", "memory", "--renew")
+
+
+def test_damaged_tokens_are_refused_and_their_gists_are_kept(base, tmp_path, monkeypatch, capsys):
+    """Nobody can guess them, so no gists are forgotten for them either, by another model's --renew as little as by their own."""
+    monkeypatch.chdir(tmp_path)
+    make_text(tmp_path / "text", files=60)
+    make_run("sft", seed=1)
+    run(monkeypatch, capsys, "text", "--tree", "whole")
+    for seed in (1, 2):
+        make_run("sft", seed=seed)
+        for change in (FIRST, LAST, GONE, SHORT):
+            shutil.rmtree("memory", ignore_errors=True)
+            shutil.copytree("whole", "memory")
+            change(tmp_path / "memory/tree/level0.ids")
+            FIRST(tmp_path / "memory/tree/level1.gists")
+            before = {path.name: path.read_bytes() for path in (tmp_path / "memory/tree").iterdir() if path.name != "lock"}
+            with pytest.raises(UserError, match="level0.ids.* Restore the tree from a copy"):
+                run(monkeypatch, capsys, "--tree", "memory", "--renew")
+            assert {path.name: path.read_bytes() for path in (tmp_path / "memory/tree").iterdir() if path.name != "lock"} == before
+
+
 def test_another_tokenizer_is_refused_and_nothing_is_lost(base, tmp_path, monkeypatch, capsys):
     make_run("sft")
     with MegaTree.create(tmp_path / "m/tree", make_header(32, 0, model="x", tokenizer="of somebody else")) as tree:
@@ -191,21 +241,38 @@ def test_a_folder_is_all_its_text_in_order_and_the_rest_is_told(base, tmp_path, 
     for _ in range(2):
         out = run(monkeypatch, capsys, *arguments)
         assert [line.split(" (")[0].split(":")[1] for line in out.splitlines() if line.startswith("left out")] == [
-            f" {tmp_path}/f/b/dead is a link to nothing", f" {tmp_path}/f/b/image.png is not UTF-8 text", f" {tmp_path}/f/b/pipe is no file",
+            f" {tmp_path}/f/b/dead is a link to nothing", f" {tmp_path}/f/b/image.png is not UTF-8 text", f" {tmp_path}/f/b/pipe is a pipe or a device, expected a regular file",
             f" {tmp_path}/f/b/round is a link to nothing",
             f" {tmp_path}/f/latin.txt is not UTF-8 text", f" {tmp_path}/f/linked is a link to a folder"]
         assert "6 files were left out, 6 are read" in out
-    assert "6 files, 6 of them already there" in out
+    assert "6 files, 5 of them already there, 1 empty" in out
     with MegaTree.open(tmp_path / "f/memory/tree", mode="r") as tree:
         ids = [tokenizer.bos] + [token for text in ["named first\n", *expected] for token in tokenizer.encode(text)]
         assert tree.tokens(0, tree.length).tolist() == ids
 
 
 @pytest.mark.parametrize("make, message", [
-    (lambda f: f, "no file or folder"), (lambda f: f.mkdir() or f, "no text in"), (lambda f: f.write_bytes(b"ab\xff") and f, "not UTF-8 text .byte 2")])
+    (lambda f: f, "no file or folder"), (lambda f: os.mkfifo(f) or f, "expected a regular file"), (lambda f: f.mkdir() or f, "no text in"), (lambda f: f.write_bytes(b"ab\xff") and f, "not UTF-8 text .byte 2")])
 def test_what_cannot_be_read_is_told_before_a_model_is_loaded(tmp_path, monkeypatch, capsys, make, message):
     with pytest.raises(UserError, match=message):
         run(monkeypatch, capsys, make(tmp_path / "f"), "--tree", tmp_path / "m")
+
+
+def test_an_empty_file_and_one_that_goes_away_are_told(base, tmp_path, monkeypatch, capsys):
+    """The first was 'already there', the second, gone while the model was loaded, a traceback."""
+    make_run("sft")
+    (tmp_path / "empty").touch()
+    (tmp_path / "text").write_text("Some text. ")
+    assert "1 files, 0 of them already there, 1 empty\n" in run(monkeypatch, capsys, tmp_path / "empty", "--tree", tmp_path / "m")
+    for known in (0, 1):
+        assert f"2 files, {known} of them already there, 1 empty\n" in run(monkeypatch, capsys, tmp_path / "text", tmp_path / "empty", "--tree", tmp_path / "m")
+    load = script.load_stage
+    for number, flags in enumerate([(), ("--append",)]):
+        gone = tmp_path / f"gone{number}"
+        gone.write_text("Some text.")
+        monkeypatch.setattr(script, "load_stage", lambda *args, **settings: (gone.unlink(), load(*args, **settings))[1])
+        with pytest.raises(UserError, match=f"{gone} cannot be opened .No such file"):
+            run(monkeypatch, capsys, gone, "--tree", tmp_path / "m", *flags)
 
 
 @pytest.mark.parametrize("arguments, message", [([], "nothing to ingest"), (["--renew"], "no memory in"), (["--stat"], "no memory in"), (["--stat", "--renew"], "command of its own"),
@@ -320,6 +387,13 @@ def test_a_dump_has_all_tokens_and_needs_no_model(base, tmp_path, monkeypatch, c
         run(monkeypatch, capsys, "--tree", tmp_path / "m", "--dump", -3)
     with pytest.raises(UserError, match="change nothing"):
         run(monkeypatch, capsys, "--tree", tmp_path / "m", "--stat", "--gist-dtype", "int8")
+
+
+def test_a_tree_of_no_model_has_its_account(tmp_path, monkeypatch, capsys):
+    """`make_header(width, key_width)` names no model: --stat ended in a traceback."""
+    with MegaTree.create(tmp_path / "m/tree", make_header(32, 0)) as tree:
+        tree.append_tokens([1, 2, 3])
+    assert "3 tokens, gists written by model unknown, kept as bfloat16\n" in run(monkeypatch, capsys, "--tree", tmp_path / "m", "--stat")
 
 
 def test_who_has_seen_enough_of_a_dump_ends_it(base, tmp_path, monkeypatch):

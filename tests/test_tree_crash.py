@@ -21,7 +21,7 @@ import pytest
 from megacontext import column as column_file
 from megacontext import record as record_file
 from megacontext import tree as tree_file
-from megacontext.tree import MegaTree
+from megacontext.tree import MegaTree, TreeError
 
 from tree_truth import HEADER, K, check_tree, ids, ingest
 
@@ -141,6 +141,19 @@ def test_data_is_flushed_before_the_record_speaks_of_it(tmp_path, monkeypatch):
     tree.close()
 
 
+def test_the_name_of_a_file_that_a_killed_writer_made_is_flushed_by_the_next(tmp_path, monkeypatch):
+    """Who found the file there took its name for durable: a power failure could have taken it, and the committed gists in it, away."""
+    MegaTree.create(tmp_path / "t", HEADER).close()
+    (tmp_path / "t" / "level1.gists").touch()
+    flushed = []
+    with MegaTree.open(tmp_path / "t") as tree:
+        monkeypatch.setattr(tree_file, "flush_folder", flushed.append)
+        for n in (31, 1, 5, 27):
+            ingest(tree, n)
+            tree.commit()
+    assert flushed == [tmp_path / "t"] * 2  # the first ids, the first gists
+
+
 def test_killed_before_any_step_of_its_making_a_tree_is_made_again(tmp_path, monkeypatch):
     """It once had a folder, its files and an empty record one after the other: whoever came back was told to make it, and then that it was there."""
     (tmp_path / "at").mkdir()
@@ -173,6 +186,20 @@ def test_killed_before_any_step_of_its_making_a_tree_is_made_again(tmp_path, mon
         with MegaTree.open(copy, model="gpt-1") as tree:
             check_tree(tree, 100)
         assert not (copy / "tree.db.new").exists()
+
+
+def test_a_fork_that_was_killed_is_no_empty_tree(sample, tmp_path, monkeypatch):
+    with MegaTree.open(sample, mode="r") as tree:
+        with monkeypatch.context() as patch:
+            commit = MegaTree.commit
+            patch.setattr(MegaTree, "commit", lambda fork: (shutil.copytree(fork.folder, tmp_path / "killed"), commit(fork)))
+            fork = tree.fork(tmp_path / "fork")
+        fork.close()
+    with MegaTree.open(tmp_path / "fork", model="gpt-1") as fork:
+        check_tree(fork, 70_001)
+    for mode in ("a", "r"):
+        with pytest.raises(TreeError, match="killed is of another format: expected megacontext-tree, found a fork that was broken off"):
+            MegaTree.open(tmp_path / "killed", mode)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pytest
 from megacontext.column import CHUNK
 from megacontext.tree import MegaTree, TreeError
 
-from tree_truth import HEADER, check_tree, ingest
+from tree_truth import HEADER, check_tree, ids, ingest
 
 
 def damaged(sample, tmp_path, name, change):
@@ -56,14 +56,83 @@ def test_every_committed_byte_is_under_a_checksum(sample, tmp_path):
                     check_tree(tree)
 
 
-def test_a_truncated_or_missing_file_is_refused(sample, tmp_path):
+def test_a_rewind_that_meets_a_damaged_gist_changes_nothing(sample, tmp_path):
+    """The tokens were cut before the gists were looked at, and the next commit made a tree that was never opened again: more gists than its tokens have."""
+    def flip(data):
+        data[5] ^= 1
+        return data
+    path = damaged(sample, tmp_path, "level1.gists", flip)
+    with MegaTree.open(path) as tree:
+        before = [column.rows for column in tree.columns.values()]
+        with pytest.raises(TreeError, match="level1.gists is damaged in bytes 0"):
+            tree.truncate(32 * 600)
+        assert [column.rows for column in tree.columns.values()] == before
+        tree.append_tokens([1, 2, 3])
+    with MegaTree.open(path) as tree:
+        assert tree.tokens(0, 70_004).tolist() == [*ids(0, 70_001).tolist(), 1, 2, 3] and tree.count(1) == 2187
+
+
+def test_a_fork_that_meets_a_damaged_chunk_leaves_nothing(sample, tmp_path):
+    """It left an empty tree: the next fork was told that there is a tree, and whoever opened it had lost everything."""
+    def flip(data):
+        data[70_000] ^= 1
+        return data
+    with MegaTree.open(damaged(sample, tmp_path, "level0.ids", flip)) as tree:
+        for tokens in (None, 20_000, None):
+            with pytest.raises(TreeError, match="level0.ids is damaged in bytes 65536"):
+                tree.fork(tmp_path / "fork", tokens)
+            assert not (tmp_path / "fork").exists()
+        tree.fork(tmp_path / "fork", 16_000).close()
+    with MegaTree.open(tmp_path / "fork") as tree:
+        check_tree(tree, 16_000)
+
+
+@pytest.mark.parametrize("mode", ["a", "r"])
+def test_a_truncated_or_missing_file_is_refused(sample, tmp_path, mode):
+    """And who has all tokens is told that gists are made of them. A writer made the missing file, empty, before it looked."""
     for name in files(sample):
         size = os.path.getsize(sample / name)
+        todo = "Restore the tree from a copy" if name == "level0.ids" else f"Make all gists anew from the tokens, .*: python -m scripts.mega_ingest --tree {tmp_path} --renew"
         for left in {0, size - 1, size // 2}:
-            with pytest.raises(TreeError, match=f"{name} is truncated: expected at least {size} bytes .* found {left}"):
-                MegaTree.open(damaged(sample, tmp_path, name, lambda data: data[:left]), mode="r")
-        with pytest.raises(TreeError, match=f"{name}: expected .* rows, found no file"):
-            MegaTree.open(damaged(sample, tmp_path, name, lambda data: None), mode="r")
+            with pytest.raises(TreeError, match=f"{name} is truncated: expected at least {size} bytes .* found {left}. {todo}"):
+                MegaTree.open(damaged(sample, tmp_path, name, lambda data: data[:left]), mode)
+        path = damaged(sample, tmp_path, name, lambda data: None)
+        for _ in range(2):
+            with pytest.raises(TreeError, match=f"{name}: expected .* rows, found no file. {todo}"):
+                MegaTree.open(path, mode)
+
+
+def test_a_tree_opens_without_its_gists_however_they_are_and_only_a_commit_forgets_them(sample, tmp_path):
+    path = shutil.copytree(sample, tmp_path / "t")
+    tree = MegaTree.open(path, gists=False)
+    assert (tree.length, tree.levels, tree.damage()) == (70_001, 1, {})
+    tree.close(commit=False)
+    with MegaTree.open(path) as tree:
+        check_tree(tree, 70_001)
+    (path / "level1.keys").write_bytes(b"too short")
+    (path / "level2.gists").unlink()
+    with MegaTree.open(path, gists=False) as tree:
+        assert sorted(tree.damage()) == ["level1.keys", "level2.gists"]
+        tree.reset_gists(model="gpt-2")
+        ingest(tree, 0)
+    with MegaTree.open(path, model="gpt-2") as tree:
+        tree.verify()
+        check_tree(tree, 70_001)
+
+
+def test_more_gists_than_tokens_have_are_damaged_gists(sample, tmp_path):
+    """What a rewind once left that met a damaged chunk: its tokens are whole, so there is a way back."""
+    path = shutil.copytree(sample, tmp_path / "t")
+    with MegaTree.open(path) as tree:
+        tree.columns[0, "ids"].truncate(1000)
+    with pytest.raises(TreeError, match="expected at most 31 gists at level 1, found 2187. .*--renew"):
+        MegaTree.open(path)
+    with MegaTree.open(path, gists=False) as tree:
+        assert list(tree.damage()) == ["level1.gists"]
+        tree.reset_gists()
+        ingest(tree, 0)
+    with MegaTree.open(path) as tree:
+        check_tree(tree, 1000)
 
 
 def test_a_damaged_record_is_refused_or_harmless(sample, tmp_path):

@@ -170,7 +170,9 @@ def test_a_close_that_finds_no_space_lets_go_of_the_tree(tmp_path, monkeypatch):
         FullDisk(patch, 3, partial=False)
         with pytest.raises(TreeError, match="no space for .* more bytes"):
             tree.fork(tmp_path / "fork")
-    MegaTree.open(tmp_path / "fork").close()  # a fork that finds none lets go of it too
+    fork = tree.fork(tmp_path / "fork")  # one that finds none leaves nothing in the way
+    check_tree(fork, 3000)
+    fork.close()
     tree.close()
 
 
