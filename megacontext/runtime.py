@@ -24,7 +24,7 @@ from math import inf
 import numpy as np
 import torch
 
-from megacontext.allocator import Focus, refocus
+from megacontext.allocator import Focus, begin, refocus
 from megacontext.gist_reading import read_gists
 from megacontext.ingest import NODES_AT_ONCE, complete, embed_tokens, ids_before, ingest
 from megacontext.kv_store import KVStore
@@ -36,7 +36,7 @@ from megacontext.span import BLOCK
 from megacontext.state import ANEW, State, history, load_state, save_state
 from megacontext.telemetry import Telemetry
 from megacontext.shown import Shown
-from megacontext.working_context import Pins, advance, assemble, check, coarsest, cost, raw_tail
+from megacontext.working_context import Pins, advance, check, coarsest, cost, raw_tail
 from nanochat.common import UserError
 from nanochat.gpt import Entries, causal_after
 
@@ -311,9 +311,7 @@ class Session:
         self.last = None
         complete(self.gpt, self.gistnet, self.tree)
         self.shown.lift() # the live block as far as it went: what follows is read with it
-        spans = assemble(self.tree.length, self.budget - BLOCK, tail=self.tail)
-        self.spans = refocus(spans, [span.start + 1.0 for span in spans], self.budget, n_diff=len(spans), margin=inf, tail=self.tail, pins=self.pins,
-                             top=coarsest(self.tree.length, self.budget)).spans # does what is pinned: the oldest pay for it, the newest get what it frees
+        self.spans = begin(self.tree.length, self.budget, self.tail, self.pins)
         self.newest_scores = {}
         self.waiting, live = self._splice(now=True), self.spans[-1].live
         if live:

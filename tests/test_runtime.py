@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megacontext import runtime
-from megacontext.allocator import Focus, refocus
+from megacontext.allocator import Focus, begin, refocus
 from megacontext.gist_reading import value_means
 from megacontext.layout import GIST, HIDDEN, NODE, RAW, entry_positions, visibility
 from megacontext.losses import lens_scores, row_entries
@@ -604,6 +604,14 @@ def test_the_highest_level_is_the_lowest_that_has_room():
     """A budget of 2,048: 256 gists of 32 tokens are an eighth of it, so nothing of such a history is hidden in level 2; 225 of level 2 leave room for 31 of level 1."""
     for length, level in ((0, 1), (32 * 256, 1), (32 * 257, 2), (1024 * 226 - 1, 2), (1024 * 226, 3), (2**15 * 195 - 1, 3)):
         assert coarsest(length, 2048) == level
+
+
+@pytest.mark.parametrize("budget", [LEAST_BUDGET, 256, 2048])
+@pytest.mark.parametrize("length", [8 * 32 ** 4 - 1, 32 ** 5 - 1, 32 ** 5])
+def test_every_history_has_a_first_context(budget, length):
+    """A whole block was left free behind a block half full: with the least budget a tree of 8,388,607 tokens, which a session can grow to, could not be opened."""
+    spans = begin(length, budget, raw_tail(budget))
+    check(spans, length, budget - (BLOCK - length % BLOCK))
 
 
 @pytest.mark.parametrize("budget", [LEAST_BUDGET, 256, 512])
