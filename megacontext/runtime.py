@@ -33,10 +33,10 @@ from megacontext.matches import Matches
 from megacontext.positions import compressed
 from megacontext.search import best_of, block_scores
 from megacontext.span import BLOCK
-from megacontext.state import ANEW, State, history, load_state, save_state
+from megacontext.state import State, check_mark, check_saved, history, load_state, save_state
 from megacontext.telemetry import Telemetry
 from megacontext.shown import Shown
-from megacontext.working_context import Pins, advance, check, coarsest, cost, raw_tail
+from megacontext.working_context import LEAST_BUDGET, LONGEST, Pins, advance, check, check_pins, coarsest, cost, raw_tail
 from nanochat.common import UserError
 from nanochat.gpt import Entries, causal_after
 
@@ -46,18 +46,18 @@ MARGIN = 1.0         # nats over the rest of a block: what an expansion must be 
 COOLDOWN = 0         # ticks that a node rests after an edit: with 8 what was opened stood in the way of what was wanted next (LOG.md, 2026-11-27)
 TURNS = 10           # refocuses after a prompt for each level in view, as long as they find something to edit: a level is opened at a time, two gists a refocus
 STAGES = ("read", "ingest", "score", "allocate", "splice")
-LEAST_BUDGET = 6 * BLOCK # a raw tail, room for the next block, and the most gists that cannot collapse: 31 a level, up to level 4
 
 
 class Session:
     def __init__(self, gpt, gistnet, lensnet, tree, budget, *, n_diff=4, margin=MARGIN, refocus_every=REFOCUS_EVERY, pins=Pins(), exact=False, positions=compressed,
-                 kept=4, kept_in_ram=8, telemetry=None, state=None):
+                 longest=LONGEST, kept=4, kept_in_ram=8, telemetry=None, state=None):
         """
         budget        most entries the GPT reads at once, tokens and gists alike
         n_diff        most edits a refocus; 0 = recency alone
         margin        what an expansion must be better by than the collapse that pays for it, in nats
         refocus_every tokens between refocuses, a divisor of 32
         positions     the policy, one of positions.POLICIES
+        longest       tokens of history for which the pins must leave room: fewer where a session is known to end
         kept          budgets of keys and values kept on the device when they leave the view, and kept_in_ram in RAM behind them
         telemetry     a megacontext.telemetry.Telemetry that is told of every tick (default: one that keeps to memory)
         state         a mark() to go on from; else the history that the tree holds already is assembled, not re-read
@@ -67,7 +67,7 @@ class Session:
         if refocus_every < 1 or BLOCK % refocus_every:
             raise UserError(f"a refocus every {refocus_every} tokens: expected a divisor of {BLOCK}")
         self.gpt, self.gistnet, self.lensnet, self.tree = gpt, gistnet, lensnet, tree
-        self.budget, self.n_diff, self.margin, self.refocus_every, self.pins, self.exact = budget, n_diff, margin, refocus_every, pins, exact
+        self.budget, self.n_diff, self.margin, self.refocus_every, self.longest, self.pins, self.exact = budget, n_diff, margin, refocus_every, longest, pins, exact
         self.kept, self.kept_in_ram, self.tail = kept, kept_in_ram, raw_tail(budget)
         self.scorer, self.shown, self.store = Scorer(lensnet), Shown(gpt, budget, positions), KVStore(gpt.device, kept * budget, kept_in_ram * budget)
         self._forget()
@@ -95,6 +95,15 @@ class Session:
     @spans.setter
     def spans(self, spans):
         self._spans, self._behind = spans, False
+
+    @property
+    def pins(self):
+        return self._pins
+
+    @pins.setter
+    def pins(self, pins):
+        check_pins(pins, self.budget, self.tree.length, self.longest)
+        self._pins = pins
 
     @property
     def scores(self):
@@ -395,15 +404,12 @@ class Session:
         self.store.clear()
         shown = self.shown
         return State(model=self.tree.header.get("model"), length=self.length, history=history(self.tree, self.length), budget=self.budget,
-                     n_diff=self.n_diff, margin=self.margin, refocus_every=self.refocus_every, pins=self.pins, exact=self.exact, positions=shown.policy,
+                     n_diff=self.n_diff, margin=self.margin, refocus_every=self.refocus_every, pins=self.pins, longest=self.longest, exact=self.exact, positions=shown.policy,
                      spans=list(self.spans), scores=self.scores, focus=self.focus, frame=shown.frame, stats=dict(self.stats), kv=shown.pairs(), loose=shown.loose_pair())
 
     def rewind(self, state):
         """Back to a mark of this session, to its pins too: what was read since is forgotten, and the next tokens are those that followed the mark."""
-        if state.length > self.length:
-            raise UserError(f"cannot rewind to {state.length} tokens: this session has {self.length}")
-        if state.history != history(self.tree, state.length):
-            raise UserError(f"cannot rewind to a mark of {state.length} tokens: this session was rewound further since, and has read other tokens there. Use an older mark")
+        check_mark(state, self.tree)
         with self.changing():
             self._forget() # keys and values too: blocks past the mark will be other blocks
             self.pins = state.pins
@@ -428,10 +434,7 @@ class Session:
     def open(cls, folder, gpt, gistnet, lensnet, tree, **settings):
         """Continue a saved session: the same next tokens, in another process. settings: those that are to differ from the saved ones."""
         state = load_state(folder, gpt.device)
-        here = tree.header.get("model"), tree.length, history(tree, tree.length)
-        if (state.model, state.length, state.history) != here:
-            raise UserError(f"the session in {folder} and its tree do not belong together: expected model {state.model}, {state.length} tokens and their checksum {state.history}, "
-                            f"found model {here[0]}, {here[1]} and {here[2]}. {ANEW}")
+        check_saved(state, folder, tree)
         return cls(gpt, gistnet, lensnet, tree, state.budget, state=state, **state.settings() | settings)
 
     def _restore(self, state):

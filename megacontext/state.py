@@ -23,7 +23,7 @@ from nanochat.checkpoint import flush
 from nanochat.common import UserError
 
 FILE = "session.safetensors"
-FORMAT = "megacontext-session 1" # the number goes up when what is written changes
+FORMAT = "megacontext-session 2" # the number goes up when what is written changes
 AT_ONCE = 1 << 20                # tokens of a history that are looked at together
 ANEW = "Delete it: the session is then assembled anew from its tree"
 
@@ -38,6 +38,7 @@ class State:
     margin: float
     refocus_every: int
     pins: Pins
+    longest: int  # tokens of history that they fit
     exact: bool
     positions: Callable # the policy, one of positions.POLICIES
     spans: list   # the working context
@@ -50,7 +51,7 @@ class State:
 
     def settings(self):
         """What a Session that goes on from here is made with, beside its budget."""
-        return {name: getattr(self, name) for name in ("n_diff", "margin", "refocus_every", "pins", "exact", "positions")}
+        return {name: getattr(self, name) for name in ("n_diff", "margin", "refocus_every", "pins", "longest", "exact", "positions")}
 
 
 def history(tree, length):
@@ -67,7 +68,7 @@ def save_state(state, folder):
     path, new = folder / FILE, folder / (FILE + ".new")
     named = {"loose": state.loose} | {f"{span.level}.{span.index}": pair for span, pair in state.kv.items()}
     tensors = {f"{kind}.{name}": tensor.cpu().contiguous() for name, pair in named.items() for kind, tensor in zip("kv", pair)}
-    plain = {name: getattr(state, name) for name in ("model", "length", "history", "budget", "n_diff", "margin", "refocus_every", "exact", "scores", "frame", "stats")}
+    plain = {name: getattr(state, name) for name in ("model", "length", "history", "budget", "n_diff", "margin", "refocus_every", "longest", "exact", "scores", "frame", "stats")}
     plain |= dict(pins=asdict(state.pins), spans=[[s.level, s.index, s.live] for s in state.spans], order=[[s.level, s.index] for s in state.kv],
                   positions={policy: name for name, policy in POLICIES.items()}[state.positions],
                   tick=state.focus.tick, edited=[[node.level, node.index, tick] for node, tick in state.focus.edited.items()], crc=_checksum(tensors))
@@ -110,10 +111,26 @@ def load_state(folder, device="cpu"):
     pair = lambda name: (tensors[f"k.{name}"].to(device), tensors[f"v.{name}"].to(device))
     kv = {Span(level, index): pair(f"{level}.{index}") for level, index in plain["order"]}
     return State(model=plain["model"], length=plain["length"], history=plain["history"], budget=plain["budget"], n_diff=plain["n_diff"], margin=plain["margin"],
-                 refocus_every=plain["refocus_every"], pins=Pins(**{kind: tuple(map(tuple, ranges)) for kind, ranges in plain["pins"].items()}), exact=plain["exact"], positions=POLICIES[plain["positions"]],
+                 refocus_every=plain["refocus_every"], pins=Pins(**{kind: tuple(map(tuple, ranges)) for kind, ranges in plain["pins"].items()}), longest=plain["longest"], exact=plain["exact"], positions=POLICIES[plain["positions"]],
                  spans=[Span(*span) for span in plain["spans"]], scores=plain["scores"],
                  focus=Focus(plain["tick"], {Span(level, index): tick for level, index, tick in plain["edited"]}),
                  frame=plain["frame"], stats=plain["stats"], kv=kv, loose=pair("loose"))
+
+
+def check_mark(state, tree):
+    """Refuse to go back to what a session on this tree is no longer behind."""
+    if state.length > tree.length:
+        raise UserError(f"cannot rewind to {state.length} tokens: this session has {tree.length}")
+    if state.history != history(tree, state.length):
+        raise UserError(f"cannot rewind to a mark of {state.length} tokens: this session was rewound further since, and has read other tokens there. Use an older mark")
+
+
+def check_saved(state, folder, tree):
+    """Refuse to go on from what was saved in a folder of another history, or with gists of another model."""
+    here = tree.header.get("model"), tree.length, history(tree, tree.length)
+    if (state.model, state.length, state.history) != here:
+        raise UserError(f"the session in {folder} and its tree do not belong together: expected model {state.model}, {state.length} tokens and their checksum {state.history}, "
+                        f"found model {here[0]}, {here[1]} and {here[2]}. {ANEW}")
 
 
 def _checksum(tensors):

@@ -119,22 +119,14 @@ def summary(view):
 
 
 def pin(session, text):
-    """Keep a range of the history raw, "A B", beside those that are. UserError where it is none, or takes more than pins may whatever the history becomes."""
-    from megacontext.span import BLOCK, GAIN
+    """Keep a range of the history raw, "A B", beside those that are. UserError where it is none, or the budget could not keep them whatever the history becomes."""
     words = text.replace(",", "").split()
     if len(words) != 2 or not all(word.isdecimal() for word in words):
         raise UserError(f"expected /pin A B, two places in the history, got {text!r}")
     start, stop = map(int, words)
     if not start < stop <= session.length:
         raise UserError(f"expected /pin A B with A below B, and B at most {session.length}, where the history ends, got {start} and {stop}")
-    ranges = (*session.pins.raw, (start, stop))
-    blocks = {block for a, b in ranges for block in range(a // BLOCK, (b - 1) // BLOCK + 1)}
-    # beside a raw block its family's gists stay, on each level: two of them as far as ten million tokens
-    price = BLOCK * len(blocks) + GAIN * sum(len({block // BLOCK ** level for block in blocks}) for level in (1, 2))
-    room = session.budget - session.budget // 2 - session.tail - BLOCK # half for gists of everything, the raw tail, the next block
-    if price > room:
-        raise UserError(f"{len(blocks)} blocks of {BLOCK} tokens and the gists beside them take {price} entries, pins have room for {room} of {session.budget}: pin less, /unpin, or raise --budget")
-    session.pins = replace(session.pins, raw=ranges)
+    session.pins = replace(session.pins, raw=(*session.pins.raw, (start, stop)))
     session.refocus()
 
 

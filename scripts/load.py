@@ -191,8 +191,9 @@ def open_stream(loaded, memory=True, budget=None, tree=None, telemetry=None):
         windows = f" and with short windows ({config.windows}), which cannot have one" if config.short_layers else ""
         raise UserError(f"the checkpoint {loaded.stage}/{loaded.tag} was trained without memory{windows}: use --no-memory, or train with MC=1")
     from megacontext.ingest import NODES_AT_ONCE
-    from megacontext.runtime import LEAST_BUDGET, Session
+    from megacontext.runtime import Session
     from megacontext.state import saved as saved_in
+    from megacontext.working_context import LEAST_BUDGET
     held = open_tree(loaded, None if tree is None else Path(tree) / "tree")
     first, last = held.pending(1) # a session that was killed leaves the blocks of its raw tail, and the next one writes their gists
     if last - first > NODES_AT_ONCE:

@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import sys
-from types import SimpleNamespace
 
 import pytest
 
@@ -16,7 +15,7 @@ from megacontext.allocator import Focus, refocus
 from megacontext.ingest import ingest
 from megacontext.runtime import STAGES
 from megacontext.span import BLOCK
-from megacontext.working_context import Pins, advance, assemble, check, coarsest, raw_tail
+from megacontext.working_context import Pins, advance, assemble, check, check_pins, coarsest, raw_tail
 from nanochat.common import UserError
 from nanochat.conversation import Conversation
 from nanochat.engine import Engine
@@ -211,7 +210,12 @@ def test_what_may_be_pinned_fits_whatever_the_history_becomes(seed):
     rng = random.Random(seed)
     budget, length = rng.choice([512, 1024, 2048]), int(10 ** rng.uniform(4, 7))
     tail = raw_tail(budget)
-    session = SimpleNamespace(pins=Pins(), length=length, budget=budget, tail=tail, refocus=lambda: None)
+    class Pinned: # a Session, as far as /pin looks
+        pins = property(lambda self: self.kept, lambda self, pins: (check_pins(pins, budget, length), setattr(self, "kept", pins)))
+        refocus = lambda self: None
+
+    session = Pinned()
+    session.length, session.kept = length, Pins()
     for _ in range(30):
         start = rng.randrange(length - 1)
         try:
@@ -248,10 +252,10 @@ def test_what_is_pinned_stays_raw_until_it_is_let_go(base, monkeypatch, capsys, 
         opened[-1].tree.close()
         return capsys.readouterr().out
 
-    out = talk(f"/read {tmp_path / 'a.txt'}", "what?", "/pin", "/pin 10 x", "/pin 50 50", "/pin 0 10000000", "/pin 0 3,000", "/pin 1,000 1,020", "/pin 1020 1040", 
+    out = talk(f"/read {tmp_path / 'a.txt'}", "what?", "/pin", "/pin 10 x", "/pin 50 50", "/pin 0 10000000", "/pin 0 3,000", "/pin 1,000 1,020", "/pin 2040 2060", 
                 f"/read {tmp_path / 'a.txt'}", "and?")
-    for line in ("expected /pin A B, two places in the history, got ''", "got '10 x'", "got 50 and 50", "where the history ends, got 0 and 10000000", "pins have room for 96 of 512",
-                 "2 blocks of 32 tokens and the gists beside them take 157 entries", "pinned: 1,000 to 1,020\n"):
+    for line in ("expected /pin A B, two places in the history, got ''", "got '10 x'", "got 50 and 50", "where the history ends, got 0 and 10000000", "94 blocks of 32 tokens pinned raw do not fit a budget of 512",
+                 "3 blocks of 32 tokens pinned raw do not fit a budget of 512", "Unpin some, or raise the budget", "pinned: 1,000 to 1,020\n"):
         assert line in out
     assert opened[0].pins.raw == ((1000, 1020),) and raw == [False, True]
     talk("still?", "/unpin")

@@ -44,14 +44,14 @@ def on_a_tree_that_fails(networks, ids, left=0, late=False):
     """A session on a history, whose tree fails the `left`-th time that it is asked for something from then on (0 = never)."""
     tree = FailsOnce.in_memory(HEADER)
     ingest(*networks[:2], tree, ids)
-    memory = Session(*networks, tree, 192, margin=0.0)
+    memory = Session(*networks, tree, 192, margin=0.0, longest=10_000)
     tree.left, tree.late, tree.asked = left, late, 0
     return memory
 
 
 def check_it_goes_on(memory, networks, refocused=False):
     """It says what a new session on a copy of its tree says, and holds in view what that one holds. refocused: both are, first of all."""
-    twin = Session(*networks, memory.tree.fork(), memory.budget, margin=memory.margin, pins=memory.pins)
+    twin = Session(*networks, memory.tree.fork(), memory.budget, margin=memory.margin, pins=memory.pins, longest=memory.longest)
     for session in (memory, twin) if refocused else ():
         session.refocus()
     check_they_agree(memory, twin)
@@ -149,10 +149,9 @@ def test_what_a_refocus_had_not_changed_when_its_tree_failed_is_still_in_view(la
 
 def test_pins_that_are_refused_change_nothing():
     memory, twin = two_to_pin(tiny_networks())
-    memory.pins = Pins(raw=((0, 200),))
-    with pytest.raises(UserError, match="unpin some"):
-        memory.refocus()
-    memory.pins = Pins()
+    with pytest.raises(UserError, match="Unpin some"):
+        memory.pins = Pins(raw=((0, 200),))
+    assert memory.pins == Pins()
     check_they_agree(memory, twin)
 
 

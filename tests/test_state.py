@@ -22,7 +22,7 @@ from tests.tiny import tiny_networks
 @pytest.fixture(scope="module")
 def state():
     """A session in the middle of a block, with gists, after edits."""
-    memory = session(budget=192, pins=Pins(raw=((40, 50),), never=((300, 310),)), margin=0.0)
+    memory = session(budget=192, pins=Pins(raw=((40, 50),), never=((300, 310),)), longest=2000, margin=0.0)
     memory.feed(some_ids(1210))
     for t in some_ids(100):
         memory.feed([t])
@@ -88,9 +88,9 @@ def test_what_is_no_session_is_refused(state, tmp_path):
         path.write_bytes(wrong)
         with pytest.raises(UserError, match="damaged: expected a saved session, found what cannot be read .* Delete it"):
             saved(tmp_path)
-    for metadata, said in ((None, "found None"), ({"session": json.dumps(dict(length=3))}, "found None"), ({"format": "megacontext-session 0"}, "found 'megacontext-session 0'")):
+    for metadata, said in ((None, "found None"), ({"session": json.dumps(dict(length=3))}, "found None"), ({"format": "megacontext-session 1"}, "found 'megacontext-session 1'")):
         save_file({"k": torch.zeros(3)}, path, metadata)
-        with pytest.raises(UserError, match=f"expected the format 'megacontext-session 1', {said}.* Delete it"):
+        with pytest.raises(UserError, match=f"expected the format 'megacontext-session 2', {said}.* Delete it"):
             load_state(tmp_path)
 
 
