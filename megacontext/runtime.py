@@ -71,7 +71,7 @@ class Session:
         self.kept, self.kept_in_ram, self.tail = kept, kept_in_ram, raw_tail(budget)
         self.scorer, self.shown, self.store = Scorer(lensnet), Shown(gpt, budget, positions), KVStore(gpt.device, kept * budget, kept_in_ram * budget)
         self._forget()
-        self.telemetry, self.told = telemetry or Telemetry(), {}
+        self.telemetry, self.told, self.untold, self.depth = telemetry or Telemetry(), {}, [], 0
         self.stats = dict(ticks=0, edits=0, read_tokens=0, ingested_tokens=0) | {f"{stage}_ms": 0.0 for stage in STAGES}
         if state is not None:
             self.stats = dict(state.stats)
@@ -115,12 +115,17 @@ class Session:
 
     @contextmanager
     def changing(self):
-        """For all that changes tree and view together. What fails in here may leave them apart, so then nothing is in view: ready() starts over."""
+        """For all that changes tree and view together. What fails in here may leave them apart, so then nothing is in view: ready() starts over. Ticks are told behind it."""
+        self.depth += 1
         try:
             yield
         except BaseException:
             self._forget()
             raise
+        finally:
+            self.depth -= 1
+        while self.untold and not self.depth: # whatever telling them may do, tokens and view are as they should be
+            self.telemetry.tick(*self.untold.pop(0))
 
     def ready(self):
         """Nothing is in view before the first token, or after a failure: then show what the tree holds, as a new session on it would."""
@@ -198,7 +203,7 @@ class Session:
         if levels == 0:
             return False
         start, edits = time.perf_counter(), []
-        found = block_scores(self.lensnet, self.tree, self._distances, self.gpt.device)
+        found = block_scores(self.lensnet, self.tree, lambda centres: self.shown.distances(centres, self.tree.length), self.gpt.device)
         self._count("score", start)
         for _ in range(TURNS * levels):
             if not self.refocus(found):
@@ -292,7 +297,7 @@ class Session:
                 if not wait:
                     self.read_waiting()
             self._count("splice", start)
-            self._tell()
+            self._note()
         return self.edits
 
     def score(self, found=None):
@@ -305,11 +310,7 @@ class Session:
             return [0.0] * len(self.spans)
         hits, levels = self.matches.hits(self.tree, spans), np.array([span.level for span in spans])
         widths = BLOCK ** levels.clip(1)
-        return self.scorer(hits, levels, self._distances(np.cumsum(widths) - (widths + 1) / 2)).tolist() + live # spans tile the history, so that is where their centres are
-
-    def _distances(self, centres):
-        """Tokens between places on the timeline and now, as the GPT sees them, within what was trained: numpy (n,)."""
-        return (self.shown.mapped(float(self.tree.length)) - self.shown.mapped(centres)).clip(1)
+        return self.scorer(hits, levels, self.shown.distances(np.cumsum(widths) - (widths + 1) / 2, self.tree.length)).tolist() + live # spans tile the history, so that is where their centres are
 
     # ------------------------------------------------------------------------------------------------------------------
     # Keys and values
@@ -382,11 +383,11 @@ class Session:
             self.stats[name] += count
         return now
 
-    def _tell(self):
-        """One tick to the telemetry: what changed, and what each stage took since the last one."""
+    def _note(self):
+        """One tick for the telemetry: what changed, and what each stage took since the last one."""
         ms = {stage: self.stats[f"{stage}_ms"] - self.told.get(f"{stage}_ms", 0.0) for stage in STAGES}
         self.told = dict(self.stats)
-        self.telemetry.tick(self.tree.length, self.spans, self.budget, self.edits, ms)
+        self.untold.append((self.tree.length, self.spans, self.budget, self.edits, ms))
 
     def view(self):
         """What a person wants to see: the working context as a list, and a few numbers."""

@@ -13,7 +13,9 @@ What an edit is worth in nats is not among them: it takes the tokens that follow
 
 import json
 import uuid
+import warnings
 from collections import Counter
+from contextlib import suppress
 from math import ceil, log2
 
 from nanochat.common import UserError
@@ -63,7 +65,7 @@ class Histogram:
 
 class Telemetry:
     """
-    path     a file that gets one JSON object per tick, appended; None = keep only the aggregates
+    path     a file that gets one JSON object per tick, appended, until it cannot be written any more; None = keep only the aggregates
     tell     a function that gets the same object, e.g. to send it elsewhere
     session  what its lines and samples are marked with: a name at random, so that several may share a file or a page
     """
@@ -95,8 +97,12 @@ class Telemetry:
                 "residency": {level: raw if level == 0 else n for level, n in sorted(levels.items())}, "ms": {stage: round(x, 4) for stage, x in ms.items()}}
         self.count(line)
         if self.file:
-            self.file.write(json.dumps(line) + "\n")
-            self.file.flush()
+            try:
+                self.file.write(json.dumps(line) + "\n")
+                self.file.flush()
+            except OSError as error:
+                warnings.warn(f"telemetry is no longer written to {self.file.name} ({error.strerror}); the session goes on. Make room, and start it again for more")
+                self.close()
         if self.tell:
             self.tell(line)
         return line
@@ -151,7 +157,8 @@ class Telemetry:
 
     def close(self):
         if self.file:
-            self.file.close()
+            with suppress(OSError): # what did not fit before does not now
+                self.file.close()
             self.file = None
 
     # ------------------------------------------------------------------------------------------------------------------

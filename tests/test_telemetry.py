@@ -6,6 +6,8 @@ import random
 import re
 import sys
 import time
+import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -53,6 +55,20 @@ def test_a_file_of_ticks_gives_the_summaries_of_its_sessions(tmp_path):
     assert list(told) == [telemetry.session for telemetry in known]
     for telemetry in known:
         assert told[telemetry.session] == telemetry.summary() and telemetry.summary()["stayed_ticks"] and telemetry.summary()["most_accessed"][0][2] > 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file that is always full")
+def test_a_full_disk_ends_the_file_and_nothing_else():
+    """Every tick was an OSError, out of the middle of the session that told of it."""
+    lines = []
+    telemetry = Telemetry("/dev/full", lines.append)
+    with pytest.warns(UserWarning, match="no longer written to /dev/full .No space left on device."):
+        telemetry.tick(32, [Span(0, 0)], 64, [], {"read": 1.5})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        telemetry.tick(64, [Span(0, 0), Span(0, 1)], 64, [], {"read": 1.5})
+        telemetry.close()
+    assert telemetry.summary()["ticks"] == len(lines) == 2
 
 
 @pytest.mark.parametrize("text, told", [(b"{\n", "line 1 .* is no tick"), (b"\xff\n", "line 1 .* is no tick"), (b"7\n", "is no tick"), (b'{"session": "a", "residency": {}}\n', "no tick .*'length'"),
