@@ -151,6 +151,11 @@ def test_every_tick_is_a_line_of_the_telemetry_file(base, monkeypatch, capsys, t
         assert cells[:2] == [f"{mine[-1]['length']} tokens, {name}", f"{len(mine)}"] and len(cells) == 6 + len(STAGES)
         assert told[name]["swap_rate"] == pytest.approx(sum(tick["swap_rate"] for tick in mine) / len(mine))
         assert told[name]["edits"].get("expand 1", 0) == sum(level == 1 for tick in mine for level, _ in tick["opened"])
+    with open(tmp_path / "ticks.jsonl", "a") as file:
+        file.write('{"session": "cut')
+    mega_eval.main()
+    *again, _, left_out, _, numbers = capsys.readouterr().out.splitlines()
+    assert again == table and left_out.endswith("are left out: 1") and json.loads(numbers) == told
     (tmp_path / "empty.jsonl").touch()
     monkeypatch.setattr(sys, "argv", ["mega_eval", "--telemetry", str(tmp_path / "empty.jsonl")])
     with pytest.raises(UserError, match="has no ticks"):
