@@ -33,7 +33,7 @@ from megacontext.matches import Matches
 from megacontext.positions import compressed
 from megacontext.search import best_of, block_scores
 from megacontext.span import BLOCK
-from megacontext.state import State, check_mark, check_saved, history, load_state, save_state
+from megacontext.state import State, check_mark, check_saved, history, load_state, save_state, weights
 from megacontext.telemetry import Telemetry
 from megacontext.shown import Shown
 from megacontext.working_context import LEAST_BUDGET, LONGEST, Pins, advance, check, check_pins, coarsest, cost, raw_tail
@@ -404,7 +404,7 @@ class Session:
             self.read_waiting()
         self.store.clear()
         shown = self.shown
-        return State(model=self.tree.header.get("model"), length=self.length, history=history(self.tree, self.length), budget=self.budget,
+        return State(model=self.tree.header.get("model"), gpt=weights(self.gpt), length=self.length, history=history(self.tree, self.length), budget=self.budget,
                      n_diff=self.n_diff, margin=self.margin, refocus_every=self.refocus_every, pins=self.pins, longest=self.longest, exact=self.exact, positions=shown.policy,
                      spans=list(self.spans), scores=self.scores, focus=self.focus, frame=shown.frame, stats=dict(self.stats), kv=shown.pairs(), loose=shown.loose_pair())
 
@@ -435,7 +435,7 @@ class Session:
     def open(cls, folder, gpt, gistnet, lensnet, tree, **settings):
         """Continue a saved session: the same next tokens, in another process. settings: those that are to differ from the saved ones."""
         state = load_state(folder, gpt.device)
-        check_saved(state, folder, tree)
+        check_saved(state, folder, tree, gpt)
         return cls(gpt, gistnet, lensnet, tree, state.budget, state=state, **state.settings() | settings)
 
     def _restore(self, state):

@@ -58,6 +58,23 @@ def test_a_session_goes_on_with_its_own_policy_and_mode(tmp_path, policy):
         assert torch.allclose(again.feed([t]), memory.feed([t]), atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["blocks.1.attn.q.weight", "x0_scale"])
+def test_a_session_that_another_gpt_saved_is_refused(tmp_path, name):
+    """Only who wrote the gists was compared: a GPT that was trained on, or any other, went on from keys and values that were not its own. In another number format it is the same."""
+    networks = tiny_networks(seq_len=512)
+    memory = session(networks, budget=192)
+    memory.feed(some_ids(1500))
+    memory.save(tmp_path)
+    Session.open(tmp_path, networks[0].bfloat16(), *networks[1:], memory.tree.fork())
+    gpt, *others = tiny_networks(seq_len=512)
+    Session.open(tmp_path, gpt, *others, memory.tree.fork())
+    with torch.no_grad():
+        gpt.get_parameter(name).mul_(1.01) # a step of training
+    for gpt in (gpt, tiny_networks(seed=9, seq_len=512)[0]):
+        with pytest.raises(UserError, match="another GPT wrote the keys and values .* Delete it"):
+            Session.open(tmp_path, gpt, *others, memory.tree.fork())
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_a_flipped_bit_is_found(state, tmp_path, seed):
     """One bit of a value once moved the logits by 2.7, many made them NaN, one in a name ended in a KeyError. Bits all over the file, half of them in its header."""
