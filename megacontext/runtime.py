@@ -410,7 +410,7 @@ class Session:
 
     def rewind(self, state):
         """Back to a mark of this session, to its pins too: what was read since is forgotten, and the next tokens are those that followed the mark."""
-        check_mark(state, self.tree)
+        check_mark(state, self.tree, self.budget)
         with self.changing():
             self._forget() # keys and values too: blocks past the mark will be other blocks
             self.pins = state.pins

@@ -128,8 +128,10 @@ def load_state(folder, device="cpu"):
                  frame=plain["frame"], stats=plain["stats"], kv=kv, loose=pair("loose"))
 
 
-def check_mark(state, tree):
-    """Refuse to go back to what a session on this tree is no longer behind."""
+def check_mark(state, tree, budget):
+    """Refuse to go back to what a session of this budget on this tree was never at, or is no longer behind."""
+    if state.budget != budget:
+        raise UserError(f"cannot rewind to a mark of a session with a budget of {state.budget}: this one has {budget}. Use a mark of its own")
     if state.length > tree.length:
         raise UserError(f"cannot rewind to {state.length} tokens: this session has {tree.length}")
     if state.history != history(tree, state.length):

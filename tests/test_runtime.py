@@ -538,6 +538,17 @@ def test_a_saved_session_and_a_tree_of_other_tokens_are_refused(tmp_path):
         Session.open(tmp_path, *networks, memory.tree)
 
 
+def test_a_mark_of_another_budget_is_refused():
+    """It ended in a broken law, with nothing in view. What is refused changes nothing."""
+    memory = session(budget=256)
+    memory.feed(some_ids(1500))
+    other = Session(*tiny_networks(), memory.tree.fork(), 192)
+    spans = other.spans
+    with pytest.raises(UserError, match="with a budget of 256: this one has 192"):
+        other.rewind(memory.mark())
+    assert other.spans == spans and other.shown.cache.length == cost(spans)
+
+
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_a_fork_goes_its_own_way(on_disk, tmp_path):
     memory = session(budget=192)
