@@ -420,7 +420,7 @@ class Session:
     def fork(self, path=None):
         """Another session that starts where this one stands, on a tree of its own: in the new folder `path`, or in memory."""
         state = self.mark()
-        return Session(self.gpt, self.gistnet, self.lensnet, self.tree.fork(path), self.budget, kept=self.kept, kept_in_ram=self.kept_in_ram, state=state, **state.settings())
+        return Session(self.gpt, self.gistnet, self.lensnet, self.tree.fork(path), kept=self.kept, kept_in_ram=self.kept_in_ram, state=state, **state.settings())
 
     def save(self, folder):
         """
@@ -433,10 +433,10 @@ class Session:
 
     @classmethod
     def open(cls, folder, gpt, gistnet, lensnet, tree, **settings):
-        """Continue a saved session: the same next tokens, in another process. settings: those that are to differ from the saved ones."""
+        """Continue a saved session: the same next tokens, in another process. settings: those that are to differ from the saved ones; for another budget its context is assembled anew."""
         state = load_state(folder, gpt.device)
         check_saved(state, folder, tree, gpt)
-        return cls(gpt, gistnet, lensnet, tree, state.budget, state=state, **state.settings() | settings)
+        return cls(gpt, gistnet, lensnet, tree, state=state if settings.get("budget", state.budget) == state.budget else None, **state.settings() | settings)
 
     def _restore(self, state):
         self.spans, self.newest_scores, self.focus, self.edits = list(state.spans), dict(zip(state.spans, state.scores)), state.focus, []

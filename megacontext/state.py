@@ -51,8 +51,8 @@ class State:
     loose: tuple  # k, v of the live block's tokens
 
     def settings(self):
-        """What a Session that goes on from here is made with, beside its budget."""
-        return {name: getattr(self, name) for name in ("n_diff", "margin", "refocus_every", "pins", "longest", "exact", "positions")}
+        """What a Session that goes on from here is made with."""
+        return {name: getattr(self, name) for name in ("budget", "n_diff", "margin", "refocus_every", "pins", "longest", "exact", "positions")}
 
 
 def history(tree, length):

@@ -200,7 +200,7 @@ def open_stream(loaded, memory=True, budget=None, tree=None, telemetry=None):
         held.close(commit=False)
         raise UserError(f"the gists in {tree} are not all written, a --renew was interrupted. Go on with it: {renew_command(loaded, tree)}")
     saved = tree and saved_in(tree)
-    if saved and saved["model"] == held.header["model"] and saved["length"] == held.length and saved["gpt"] == weights(loaded.gpt) and budget in (None, saved["budget"]):
-        return Session.open(tree, loaded.gpt, loaded.gistnet, loaded.lensnet, held, telemetry=telemetry)
+    if saved and saved["model"] == held.header["model"] and saved["length"] == held.length and saved["gpt"] == weights(loaded.gpt):
+        return Session.open(tree, loaded.gpt, loaded.gistnet, loaded.lensnet, held, telemetry=telemetry, **dict(budget=budget) if budget else {})
     budget = budget or (saved or {}).get("budget") or max(LEAST_BUDGET, loaded.gpt.config.seq_len // 2)
     return Session(loaded.gpt, loaded.gistnet, loaded.lensnet, held, budget, telemetry=telemetry)

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from megacontext.runtime import Session
+from megacontext.working_context import Pins
 from nanochat import checkpoint
 from nanochat.common import UserError, checkpoint_dir
 from nanochat.gpt import GPT, GPTConfig
@@ -17,12 +18,14 @@ def test_the_budget_of_a_saved_memory(base, tmp_path, asked, opened, same):
     ids = [5 + i % 100 for i in range(1500)]
     stream = open_stream(loaded, budget=224, tree=tmp_path / "memory")
     stream.feed(ids)
+    stream.pins = Pins(never=((0, 40),))
+    stream.refocus()
     stream.save(tmp_path / "memory")
     spans = stream.spans
     stream.tree.close()
 
     again = open_stream(loaded, budget=asked, tree=tmp_path / "memory")
-    assert (again.budget, again.length) == (opened, 1500)
+    assert (again.budget, again.length, again.pins) == (opened, 1500, stream.pins)
     assert (again.spans == spans) == same
     again.tree.close()
 

@@ -58,6 +58,20 @@ def test_a_session_goes_on_with_its_own_policy_and_mode(tmp_path, policy):
         assert torch.allclose(again.feed([t]), memory.feed([t]), atol=1e-4)
 
 
+def test_a_session_goes_on_with_other_settings_and_another_budget(tmp_path):
+    """The budget among them was a TypeError. Its context is the one that a session with that budget assembles, its pins those that were saved, and they have to fit."""
+    networks = tiny_networks()
+    memory = session(networks, budget=512, n_diff=2, pins=Pins(raw=((40, 50),)))
+    memory.feed(some_ids(1500))
+    memory.save(tmp_path)
+    assert Session.open(tmp_path, *networks, memory.tree.fork(), budget=512, n_diff=0).spans == memory.spans
+    again = Session.open(tmp_path, *networks, memory.tree.fork(), budget=640)
+    twin = Session(*networks, memory.tree.fork(), 640, n_diff=2, pins=memory.pins)
+    assert (again.budget, again.n_diff, again.pins, again.spans) == (640, 2, memory.pins, twin.spans) and torch.allclose(again.feed([1]), twin.feed([1]), atol=1e-5)
+    with pytest.raises(UserError, match="do not fit a budget of 256"):
+        Session.open(tmp_path, *networks, memory.tree.fork(), budget=256)
+
+
 @pytest.mark.parametrize("name", ["blocks.1.attn.q.weight", "x0_scale"])
 def test_a_session_that_another_gpt_saved_is_refused(tmp_path, name):
     """Only who wrote the gists was compared: a GPT that was trained on, or any other, went on from keys and values that were not its own. In another number format it is the same."""
