@@ -205,8 +205,8 @@ def test_ctrl_c_is_heard_while_a_long_paste_is_read(base, monkeypatch, capsys, t
 
 
 def test_without_memory_nothing_is_pinned(monkeypatch, capsys):
-    out, (stream,) = run(monkeypatch, capsys, "--no-memory", lines=["one", "/pin 0 1", "/unpin"])
-    assert out.count("--no-memory has nothing to pin") == 2 and not hasattr(stream, "pins")
+    out, (stream,) = run(monkeypatch, capsys, "--no-memory", lines=["one", "/pin 0 1", "/never 0 1", "/unpin"])
+    assert out.count("--no-memory has nothing to pin") == 3 and not hasattr(stream, "pins")
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -224,7 +224,7 @@ def test_what_may_be_pinned_fits_whatever_the_history_becomes(seed):
     for _ in range(30):
         start = rng.randrange(length - 1)
         try:
-            cli.pin(session, f"{start} {rng.randrange(start + 1, min(length, start + 300) + 1)}")
+            cli.pin(session, "/pin", f"{start} {rng.randrange(start + 1, min(length, start + 300) + 1)}")
         except UserError:
             pass
     assert session.pins.raw
@@ -237,6 +237,31 @@ def test_what_may_be_pinned_fits_whatever_the_history_becomes(seed):
             spans = advance(spans, length, budget)
             check(spans, length, budget)
         length *= rng.choice([2, 3, 10])
+
+
+def test_what_is_never_shown_stays_out_of_sight_until_it_is_let_go(base, monkeypatch, capsys, tmp_path):
+    """No command reached it. In a real session: a block of the raw tail goes at once, stays away over a restart, and may not be pinned raw beside it."""
+    make_run("sft")
+    (tmp_path / "a.txt").write_text("def f(x): return x + 1\n" * 60)
+    opened, levels, begin, answer = [], [], cli.open_stream, cli.answer
+    level = lambda: next(span.level for span in opened[-1].spans if span.start <= 860 < span.stop)
+    monkeypatch.setattr(cli, "open_stream", lambda *args: opened.append(begin(*args)) or opened[-1])
+    monkeypatch.setattr(cli, "answer", lambda *args: (answer(*args), levels.append(level()))[0])
+
+    def talk(*lines):
+        lines = iter([*lines, "/quit"])
+        monkeypatch.setattr(cli, "input", lambda prompt: next(lines), raising=False)
+        monkeypatch.setattr(sys, "argv", ["chat_cli", "--device", "cpu", "--dtype", "fp32", "--budget", "512", "--max-tokens", "10", "--tree", str(tmp_path / "memory")])
+        cli.main()
+        opened[-1].tree.close()
+        return capsys.readouterr().out
+
+    out = talk(f"/read {tmp_path / 'a.txt'}", "what?", "/never", "/never 860 9999", "/pin 100 110", "/never 860 870", "/pin 865 866", "and?")
+    for line in ("expected /never A B, two places in the history, got ''", "expected /never A B with A below B, and B at most", "pinned: 100 to 110; never shown: 860 to 870\n", "they share a block: drop one"):
+        assert line in out
+    assert levels == [0, 1]
+    talk("still?", "/unpin")
+    assert opened[1].pins == Pins() and levels == [0, 1, 1]
 
 
 def test_what_is_pinned_stays_raw_until_it_is_let_go(base, monkeypatch, capsys, tmp_path):
