@@ -23,8 +23,9 @@ import torch
 
 from megacontext.column import row_bytes
 from megacontext.ingest import ingest
-from megacontext.runtime import LEAST_BUDGET, Session
+from megacontext.runtime import Session
 from megacontext.tree import MegaTree, make_header
+from megacontext.working_context import LEAST_BUDGET
 from nanochat import report
 from nanochat.common import UserError, pick_device_type, run_main
 from nanochat.dataset import open_source

@@ -24,8 +24,9 @@ import torch
 
 from bench.fidelity import long_text, pm, remembered, spread
 from megacontext.positions import POLICIES
-from megacontext.runtime import LEAST_BUDGET, Session
+from megacontext.runtime import Session
 from megacontext.span import width_of
+from megacontext.working_context import LEAST_BUDGET
 from nanochat import report
 from nanochat.attention import ROPE_BASE
 from nanochat.common import UserError, pick_device_type, run_main

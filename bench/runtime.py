@@ -44,9 +44,10 @@ from bench import measure
 from bench.measure import Rig
 from megacontext.gistnet import GistConfig, GistNet
 from megacontext.lensnet import LensConfig, LensNet
-from megacontext.runtime import LEAST_BUDGET, REFOCUS_EVERY
+from megacontext.runtime import REFOCUS_EVERY
 from megacontext.span import BLOCK
 from megacontext.tree import MegaTree
+from megacontext.working_context import LEAST_BUDGET
 from nanochat import cost, hardware
 from nanochat.common import UserError, run_main, setup
 from nanochat.dataset import open_source

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from nanochat.common import UserError
 from megacontext.span import BLOCK, GAIN, Span
-from megacontext.working_context import TAIL, BrokenLaw, Pins, cost, groups, make_room
+from megacontext.working_context import TAIL, BrokenLaw, Pins, assemble, coarsest, cost, groups, make_room
 
 
 class Edit(NamedTuple):
@@ -76,6 +76,13 @@ def refocus(spans, scores, budget, focus=Focus(), *, n_diff=4, margin=0.1, coold
     edited = {node: tick for node, tick in focus.edited.items() if focus.tick + 1 - tick < cooldown}
     edited.update((edit.node, focus.tick) for edit in edits)
     return Refocus(after, edits, Focus(focus.tick + 1, edited))
+
+
+def begin(length, budget, tail=TAIL, pins=Pins()):
+    """The first context of a history of `length` tokens, by recency, with room for the rest of its block. What is pinned is done: the oldest pay for it, the newest get what it frees."""
+    room = BLOCK - length % BLOCK
+    spans = assemble(length, budget - room, tail=tail)
+    return refocus(spans, [span.start + 1.0 for span in spans], budget, n_diff=len(spans), margin=inf, room=room, tail=tail, pins=pins, top=coarsest(length, budget)).spans
 
 
 class _Plan:

@@ -24,7 +24,7 @@ from math import inf
 import numpy as np
 import torch
 
-from megacontext.allocator import Focus, refocus
+from megacontext.allocator import Focus, begin, refocus
 from megacontext.gist_reading import read_gists
 from megacontext.ingest import NODES_AT_ONCE, complete, embed_tokens, ids_before, ingest
 from megacontext.kv_store import KVStore
@@ -33,10 +33,10 @@ from megacontext.matches import Matches
 from megacontext.positions import compressed
 from megacontext.search import best_of, block_scores
 from megacontext.span import BLOCK
-from megacontext.state import ANEW, State, history, load_state, save_state
+from megacontext.state import State, check_mark, check_saved, history, load_state, save_state, weights
 from megacontext.telemetry import Telemetry
 from megacontext.shown import Shown
-from megacontext.working_context import Pins, advance, assemble, check, coarsest, cost, raw_tail
+from megacontext.working_context import LEAST_BUDGET, LONGEST, Pins, advance, check, check_pins, coarsest, cost, raw_tail
 from nanochat.common import UserError
 from nanochat.gpt import Entries, causal_after
 
@@ -46,18 +46,18 @@ MARGIN = 1.0         # nats over the rest of a block: what an expansion must be 
 COOLDOWN = 0         # ticks that a node rests after an edit: with 8 what was opened stood in the way of what was wanted next (LOG.md, 2026-11-27)
 TURNS = 10           # refocuses after a prompt for each level in view, as long as they find something to edit: a level is opened at a time, two gists a refocus
 STAGES = ("read", "ingest", "score", "allocate", "splice")
-LEAST_BUDGET = 6 * BLOCK # a raw tail, room for the next block, and the most gists that cannot collapse: 31 a level, up to level 4
 
 
 class Session:
     def __init__(self, gpt, gistnet, lensnet, tree, budget, *, n_diff=4, margin=MARGIN, refocus_every=REFOCUS_EVERY, pins=Pins(), exact=False, positions=compressed,
-                 kept=4, kept_in_ram=8, telemetry=None, state=None):
+                 longest=LONGEST, kept=4, kept_in_ram=8, telemetry=None, state=None):
         """
         budget        most entries the GPT reads at once, tokens and gists alike
         n_diff        most edits a refocus; 0 = recency alone
         margin        what an expansion must be better by than the collapse that pays for it, in nats
         refocus_every tokens between refocuses, a divisor of 32
         positions     the policy, one of positions.POLICIES
+        longest       tokens of history for which the pins must leave room: fewer where a session is known to end
         kept          budgets of keys and values kept on the device when they leave the view, and kept_in_ram in RAM behind them
         telemetry     a megacontext.telemetry.Telemetry that is told of every tick (default: one that keeps to memory)
         state         a mark() to go on from; else the history that the tree holds already is assembled, not re-read
@@ -67,11 +67,11 @@ class Session:
         if refocus_every < 1 or BLOCK % refocus_every:
             raise UserError(f"a refocus every {refocus_every} tokens: expected a divisor of {BLOCK}")
         self.gpt, self.gistnet, self.lensnet, self.tree = gpt, gistnet, lensnet, tree
-        self.budget, self.n_diff, self.margin, self.refocus_every, self.pins, self.exact = budget, n_diff, margin, refocus_every, pins, exact
+        self.budget, self.n_diff, self.margin, self.refocus_every, self.longest, self.pins, self.exact = budget, n_diff, margin, refocus_every, longest, pins, exact
         self.kept, self.kept_in_ram, self.tail = kept, kept_in_ram, raw_tail(budget)
         self.scorer, self.shown, self.store = Scorer(lensnet), Shown(gpt, budget, positions), KVStore(gpt.device, kept * budget, kept_in_ram * budget)
         self._forget()
-        self.telemetry, self.told = telemetry or Telemetry(), {}
+        self.telemetry, self.told, self.untold, self.depth = telemetry or Telemetry(), {}, [], 0
         self.stats = dict(ticks=0, edits=0, read_tokens=0, ingested_tokens=0) | {f"{stage}_ms": 0.0 for stage in STAGES}
         if state is not None:
             self.stats = dict(state.stats)
@@ -97,6 +97,15 @@ class Session:
         self._spans, self._behind = spans, False
 
     @property
+    def pins(self):
+        return self._pins
+
+    @pins.setter
+    def pins(self, pins):
+        check_pins(pins, self.budget, self.tree.length, self.longest)
+        self._pins = pins
+
+    @property
     def scores(self):
         """What LensNet said of each span when it was last asked, 0 of what it was not."""
         return [self.newest_scores.get(span, 0.0) for span in self.spans]
@@ -106,12 +115,17 @@ class Session:
 
     @contextmanager
     def changing(self):
-        """For all that changes tree and view together. What fails in here may leave them apart, so then nothing is in view: ready() starts over."""
+        """For all that changes tree and view together. What fails in here may leave them apart, so then nothing is in view: ready() starts over. Ticks are told behind it."""
+        self.depth += 1
         try:
             yield
         except BaseException:
             self._forget()
             raise
+        finally:
+            self.depth -= 1
+        while self.untold and not self.depth: # whatever telling them may do, tokens and view are as they should be
+            self.telemetry.tick(*self.untold.pop(0))
 
     def ready(self):
         """Nothing is in view before the first token, or after a failure: then show what the tree holds, as a new session on it would."""
@@ -189,7 +203,7 @@ class Session:
         if levels == 0:
             return False
         start, edits = time.perf_counter(), []
-        found = block_scores(self.lensnet, self.tree, self._distances, self.gpt.device)
+        found = block_scores(self.lensnet, self.tree, lambda centres: self.shown.distances(centres, self.tree.length), self.gpt.device)
         self._count("score", start)
         for _ in range(TURNS * levels):
             if not self.refocus(found):
@@ -283,7 +297,7 @@ class Session:
                 if not wait:
                     self.read_waiting()
             self._count("splice", start)
-            self._tell()
+            self._note()
         return self.edits
 
     def score(self, found=None):
@@ -296,11 +310,7 @@ class Session:
             return [0.0] * len(self.spans)
         hits, levels = self.matches.hits(self.tree, spans), np.array([span.level for span in spans])
         widths = BLOCK ** levels.clip(1)
-        return self.scorer(hits, levels, self._distances(np.cumsum(widths) - (widths + 1) / 2)).tolist() + live # spans tile the history, so that is where their centres are
-
-    def _distances(self, centres):
-        """Tokens between places on the timeline and now, as the GPT sees them, within what was trained: numpy (n,)."""
-        return (self.shown.mapped(float(self.tree.length)) - self.shown.mapped(centres)).clip(1)
+        return self.scorer(hits, levels, self.shown.distances(np.cumsum(widths) - (widths + 1) / 2, self.tree.length)).tolist() + live # spans tile the history, so that is where their centres are
 
     # ------------------------------------------------------------------------------------------------------------------
     # Keys and values
@@ -311,9 +321,7 @@ class Session:
         self.last = None
         complete(self.gpt, self.gistnet, self.tree)
         self.shown.lift() # the live block as far as it went: what follows is read with it
-        spans = assemble(self.tree.length, self.budget - BLOCK, tail=self.tail)
-        self.spans = refocus(spans, [span.start + 1.0 for span in spans], self.budget, n_diff=len(spans), margin=inf, tail=self.tail, pins=self.pins,
-                             top=coarsest(self.tree.length, self.budget)).spans # does what is pinned: the oldest pay for it, the newest get what it frees
+        self.spans = begin(self.tree.length, self.budget, self.tail, self.pins)
         self.newest_scores = {}
         self.waiting, live = self._splice(now=True), self.spans[-1].live
         if live:
@@ -375,11 +383,11 @@ class Session:
             self.stats[name] += count
         return now
 
-    def _tell(self):
-        """One tick to the telemetry: what changed, and what each stage took since the last one."""
+    def _note(self):
+        """One tick for the telemetry: what changed, and what each stage took since the last one."""
         ms = {stage: self.stats[f"{stage}_ms"] - self.told.get(f"{stage}_ms", 0.0) for stage in STAGES}
         self.told = dict(self.stats)
-        self.telemetry.tick(self.tree.length, self.spans, self.budget, self.edits, ms)
+        self.untold.append((self.tree.length, self.spans, self.budget, self.edits, ms))
 
     def view(self):
         """What a person wants to see: the working context as a list, and a few numbers."""
@@ -396,16 +404,13 @@ class Session:
             self.read_waiting()
         self.store.clear()
         shown = self.shown
-        return State(model=self.tree.header.get("model"), length=self.length, history=history(self.tree, self.length), budget=self.budget,
-                     n_diff=self.n_diff, margin=self.margin, refocus_every=self.refocus_every, pins=self.pins, exact=self.exact, positions=shown.policy,
+        return State(model=self.tree.header.get("model"), gpt=weights(self.gpt), length=self.length, history=history(self.tree, self.length), budget=self.budget,
+                     n_diff=self.n_diff, margin=self.margin, refocus_every=self.refocus_every, pins=self.pins, longest=self.longest, exact=self.exact, positions=shown.policy,
                      spans=list(self.spans), scores=self.scores, focus=self.focus, frame=shown.frame, stats=dict(self.stats), kv=shown.pairs(), loose=shown.loose_pair())
 
     def rewind(self, state):
         """Back to a mark of this session, to its pins too: what was read since is forgotten, and the next tokens are those that followed the mark."""
-        if state.length > self.length:
-            raise UserError(f"cannot rewind to {state.length} tokens: this session has {self.length}")
-        if state.history != history(self.tree, state.length):
-            raise UserError(f"cannot rewind to a mark of {state.length} tokens: this session was rewound further since, and has read other tokens there. Use an older mark")
+        check_mark(state, self.tree, self.budget)
         with self.changing():
             self._forget() # keys and values too: blocks past the mark will be other blocks
             self.pins = state.pins
@@ -415,7 +420,7 @@ class Session:
     def fork(self, path=None):
         """Another session that starts where this one stands, on a tree of its own: in the new folder `path`, or in memory."""
         state = self.mark()
-        return Session(self.gpt, self.gistnet, self.lensnet, self.tree.fork(path), self.budget, kept=self.kept, kept_in_ram=self.kept_in_ram, state=state, **state.settings())
+        return Session(self.gpt, self.gistnet, self.lensnet, self.tree.fork(path), kept=self.kept, kept_in_ram=self.kept_in_ram, state=state, **state.settings())
 
     def save(self, folder):
         """
@@ -428,13 +433,10 @@ class Session:
 
     @classmethod
     def open(cls, folder, gpt, gistnet, lensnet, tree, **settings):
-        """Continue a saved session: the same next tokens, in another process. settings: those that are to differ from the saved ones."""
+        """Continue a saved session: the same next tokens, in another process. settings: those that are to differ from the saved ones; for another budget its context is assembled anew."""
         state = load_state(folder, gpt.device)
-        here = tree.header.get("model"), tree.length, history(tree, tree.length)
-        if (state.model, state.length, state.history) != here:
-            raise UserError(f"the session in {folder} and its tree do not belong together: expected model {state.model}, {state.length} tokens and their checksum {state.history}, "
-                            f"found model {here[0]}, {here[1]} and {here[2]}. {ANEW}")
-        return cls(gpt, gistnet, lensnet, tree, state.budget, state=state, **state.settings() | settings)
+        check_saved(state, folder, tree, gpt)
+        return cls(gpt, gistnet, lensnet, tree, state=state if settings.get("budget", state.budget) == state.budget else None, **state.settings() | settings)
 
     def _restore(self, state):
         self.spans, self.newest_scores, self.focus, self.edits = list(state.spans), dict(zip(state.spans, state.scores)), state.focus, []

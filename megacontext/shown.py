@@ -67,6 +67,10 @@ class Shown:
         """positions() of one token about as new as the frame, at less cost: there, every policy keeps distances."""
         return torch.full((1, 1), self.head + (place - self.frame), device=self.gpt.device)
 
+    def distances(self, timeline, now):
+        """Tokens between timeline positions (n,) and `now`, as the GPT sees them, within what was trained: numpy (n,)."""
+        return (self.mapped(float(now)) - self.mapped(timeline)).clip(1)
+
     def turned(self, k, timeline, frame=None, back=False):
         """Keys (L, H, n, d) turned to where the timeline positions (n,) are mapped in this frame or another, or back from there."""
         cos, sin = rope_angles(self.positions(timeline, frame), self.gpt.config.head_width)

@@ -13,8 +13,12 @@ What an edit is worth in nats is not among them: it takes the tokens that follow
 
 import json
 import uuid
+import warnings
 from collections import Counter
+from contextlib import suppress
 from math import ceil, log2
+from os import SEEK_END
+from pathlib import Path
 
 from nanochat.common import UserError
 
@@ -63,7 +67,7 @@ class Histogram:
 
 class Telemetry:
     """
-    path     a file that gets one JSON object per tick, appended; None = keep only the aggregates
+    path     a file that gets one JSON object per tick, appended, until it cannot be written any more; None = keep only the aggregates
     tell     a function that gets the same object, e.g. to send it elsewhere
     session  what its lines and samples are marked with: a name at random, so that several may share a file or a page
     """
@@ -72,6 +76,9 @@ class Telemetry:
         self.tell = tell
         try:
             self.file = open(path, "a", encoding="utf-8") if path else None
+            if path and cut(path):
+                self.file.write("\n")
+                self.file.flush()
         except OSError as error:
             raise UserError(f"cannot write telemetry to {path}: {error.strerror}. Name another file") from None
         self.session = uuid.uuid4().hex[:8]
@@ -95,8 +102,12 @@ class Telemetry:
                 "residency": {level: raw if level == 0 else n for level, n in sorted(levels.items())}, "ms": {stage: round(x, 4) for stage, x in ms.items()}}
         self.count(line)
         if self.file:
-            self.file.write(json.dumps(line) + "\n")
-            self.file.flush()
+            try:
+                self.file.write(json.dumps(line) + "\n")
+                self.file.flush()
+            except OSError as error:
+                warnings.warn(f"telemetry is no longer written to {self.file.name} ({error.strerror}); the session goes on. Make room, and start it again for more")
+                self.close()
         if self.tell:
             self.tell(line)
         return line
@@ -151,7 +162,8 @@ class Telemetry:
 
     def close(self):
         if self.file:
-            self.file.close()
+            with suppress(OSError): # what did not fit before does not now
+                self.file.close()
             self.file = None
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -171,20 +183,37 @@ class Telemetry:
             self.stayed.setdefault(node[0], Histogram()).add(self.ticks - self.opened.pop(node))
 
 
+def cut(path):
+    """Whether the last line of a file has no end: who wrote it was killed, or had no room."""
+    if not Path(path).is_file(): # a pipe, say
+        return False
+    with open(path, "rb") as file:
+        file.seek(max(file.seek(0, SEEK_END) - 1, 0))
+        return file.read() not in (b"", b"\n")
+
+
 def summaries(path):
-    """A file of ticks, as `path` of Telemetry writes it -> {session: summary()}, in the order of their first lines."""
-    told = {}
+    """
+    A file of ticks, as `path` of Telemetry writes it -> {session: summary()}, in the order of their first lines, and how many lines are no ticks and were
+    left out: a kill or a full disk leaves one that is cut. A file of nothing else is refused.
+    """
+    told, trial, wrong, left_out = {}, Telemetry(), None, 0
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             for n, text in enumerate(file, 1):
-                line = json.loads(text)
-                line["residency"] = {int(level): entries for level, entries in line["residency"].items()} # JSON has no numbers as keys
-                told.setdefault(line["session"], Telemetry()).count(line)
+                try:
+                    line = json.loads(text)
+                    line["residency"] = {int(level): entries for level, entries in line["residency"].items()} # JSON has no numbers as keys
+                    trial.count(line) # where half a count does no harm
+                    told.setdefault(line["session"], Telemetry()).count(line)
+                except (ValueError, TypeError, KeyError, AttributeError, AssertionError, OverflowError) as error:
+                    wrong = wrong or f"line {n} of {path} is no tick of a memory: expected the JSON that --telemetry of this version writes, got {text[:80]!r} ({error})"
+                    left_out += 1
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"line {n} of {path} is no tick of a memory: expected the JSON that --telemetry of this version writes, got {text[:80]!r} ({error})") from None
-    return {session: telemetry.summary() for session, telemetry in told.items()}
+    if wrong and not told:
+        raise UserError(wrong)
+    return {session: telemetry.summary() for session, telemetry in told.items()}, left_out
 
 
 def page(sessions):

@@ -11,7 +11,7 @@ Laws: budget, contiguity, alignment (a span starts at a multiple of its width), 
 within a level, so alignment cannot be broken; `check` looks for the others, and raises BrokenLaw at the first.
 """
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from math import inf
 
@@ -19,6 +19,8 @@ from nanochat.common import UserError
 from megacontext.span import BLOCK, GAIN, Span, width_of
 
 TAIL = 8 * BLOCK  # newest tokens that stay raw; the training layout draws raw tails of 0..8 blocks
+LONGEST = BLOCK ** 5     # tokens of history that every budget can show
+LEAST_BUDGET = 6 * BLOCK # for that: a raw tail, room for the next block, and the most gists that cannot collapse, 31 a level up to level 4
 
 
 class BrokenLaw(AssertionError):
@@ -204,9 +206,42 @@ def coarsest(length, budget):
     block that is opened (LOG.md, 2026-11-27).
     """
     level = 1
-    while length // BLOCK ** level > max(0, budget // 8 - (BLOCK - 1) * (level - 1)):
+    while length // BLOCK ** level > _highest(level, budget):
         level += 1
     return level
+
+
+def _highest(level, budget):
+    """Gists of the highest level that are shown at most, where it is this one."""
+    return max(0, budget // 8 - GAIN * (level - 1))
+
+
+def check_pins(pins, budget, first=0, longest=LONGEST):
+    """Refuse what could not stay raw at some length from `first` tokens, those of now, up to `longest`. Checked when it is pinned: later, every refocus would fail."""
+    most, length, blocks = most_kept(pins, budget, first, longest)
+    if blocks and most > budget:
+        raise UserError(f"{blocks} blocks of {BLOCK} tokens pinned raw do not fit a budget of {budget}: with the gists beside them and of all else, the newest {raw_tail(budget)} tokens "
+                        f"and room for the next block it is {most} entries at {length:,} tokens of history. Unpin some, or raise the budget")
+
+
+def most_kept(pins, budget, first=0, longest=LONGEST):
+    """
+    The most entries that are left when all has collapsed that may, with room for the next block, over all lengths: (entries, length, pinned blocks). Beside the raw tail
+    they are the gists that are too few for a parent, and 31 more for each finished gist that stays open, because it holds a pinned block.
+    """
+    tail, longest = raw_tail(budget), max(first, longest)
+    finished = lambda length: max(0, length - tail) // BLOCK # blocks before the tail
+    blocks = {block for start, stop in pins.raw for block in range(start // BLOCK, min(-(-stop // BLOCK), finished(longest)))}
+    pinned = [sorted({block // BLOCK ** level for block in blocks}) for level in range(coarsest(longest, budget))] # nodes of level + 1 that hold one
+    most = (0, first)
+    for top in range(1, len(pinned) + 1):
+        last = finished(min(longest, max((_highest(level, budget) + 1) * BLOCK ** level for level in range(1, top + 1)) - 1)) # the last length that shows no higher level
+        for n in {last} | {last // BLOCK ** level * BLOCK ** level - 1 for level in range(1, top)}: # most are left over just before one more is complete
+            if n >= finished(first):
+                gists = n // BLOCK ** (top - 1) + sum(n // BLOCK ** level % BLOCK for level in range(top - 1))
+                opened = sum(bisect_left(pinned[level], n // BLOCK ** level) for level in range(top))
+                most = max(most, (gists + GAIN * opened + tail + BLOCK, n * BLOCK + tail))
+    return *most, len(blocks)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -29,7 +29,8 @@ TURNS = 20 # that /back can go back: each keeps what the model had in view
 HELP = """/read FILE   put a text file in front of your next message
 /memory      the working context: how many entries of each level, where
 /pin A B     keep tokens A up to B of the history in view as tokens (/memory tells places)
-/unpin       let go of all that is pinned
+/never A B   show tokens A up to B as tokens no more, at most as part of a gist
+/unpin       let go of all that is pinned or never shown
 /back        forget your last message and its answer, and have pinned what was pinned then; what was said before this start stays
 /new         forget this conversation and start another
 /help        this list
@@ -118,36 +119,36 @@ def summary(view):
     return "\n".join(lines)
 
 
-def pin(session, text):
-    """Keep a range of the history raw, "A B", beside those that are. UserError where it is none, or takes more than pins may whatever the history becomes."""
-    from megacontext.span import BLOCK, GAIN
+PINS = {"/pin": "raw", "/never": "never"} # command -> field of Pins
+
+
+def pin(session, command, text):
+    """
+    Keep a range of the history, "A B", raw or never raw, beside those that are. UserError where it is none, is both, or the budget could not keep it raw whatever
+    the history becomes.
+    """
     words = text.replace(",", "").split()
     if len(words) != 2 or not all(word.isdecimal() for word in words):
-        raise UserError(f"expected /pin A B, two places in the history, got {text!r}")
+        raise UserError(f"expected {command} A B, two places in the history, got {text!r}")
     start, stop = map(int, words)
     if not start < stop <= session.length:
-        raise UserError(f"expected /pin A B with A below B, and B at most {session.length}, where the history ends, got {start} and {stop}")
-    ranges = (*session.pins.raw, (start, stop))
-    blocks = {block for a, b in ranges for block in range(a // BLOCK, (b - 1) // BLOCK + 1)}
-    # beside a raw block its family's gists stay, on each level: two of them as far as ten million tokens
-    price = BLOCK * len(blocks) + GAIN * sum(len({block // BLOCK ** level for block in blocks}) for level in (1, 2))
-    room = session.budget - session.budget // 2 - session.tail - BLOCK # half for gists of everything, the raw tail, the next block
-    if price > room:
-        raise UserError(f"{len(blocks)} blocks of {BLOCK} tokens and the gists beside them take {price} entries, pins have room for {room} of {session.budget}: pin less, /unpin, or raise --budget")
-    session.pins = replace(session.pins, raw=ranges)
+        raise UserError(f"expected {command} A B with A below B, and B at most {session.length}, where the history ends, got {start} and {stop}")
+    kind = PINS[command]
+    session.pins = replace(session.pins, **{kind: (*getattr(session.pins, kind), (start, stop))})
     session.refocus()
 
 
 def change_pins(session, command, text):
-    """What /pin or /unpin does, told in a line."""
+    """What /pin, /never or /unpin does, told in a line."""
     if command == "/unpin":
-        session.pins = replace(session.pins, raw=())
+        session.pins = replace(session.pins, raw=(), never=())
         return "nothing is pinned any more"
     try:
-        pin(session, text)
+        pin(session, command, text)
     except UserError as error:
         return str(error)
-    return "pinned: " + ", ".join(f"{start:,} to {stop:,}" for start, stop in session.pins.raw)
+    named = (("pinned", session.pins.raw), ("never shown", session.pins.never))
+    return "; ".join(f"{name}: " + ", ".join(f"{start:,} to {stop:,}" for start, stop in ranges) for name, ranges in named if ranges)
 
 
 def no_way_back(conversation):
@@ -218,7 +219,7 @@ def main():
                 print(f"back to {conversation.stream.length:,} tokens")
             else:
                 print(no_way_back(conversation))
-        elif command in ("/pin", "/unpin"):
+        elif command in (*PINS, "/unpin"):
             print("--no-memory has nothing to pin" if args.no_memory else change_pins(conversation.stream, command, rest))
             keep(conversation)
         elif command == "/read":

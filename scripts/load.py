@@ -191,8 +191,8 @@ def open_stream(loaded, memory=True, budget=None, tree=None, telemetry=None):
     """
     What the engine feeds: a session with unbounded memory, or the plain GPT behind a KV cache of one row.
     budget None = as it was saved, else half of the longest row that was trained on, or the least that a session takes.
-    tree = a folder that keeps, or already holds, the session. One that was not saved after its last tokens, had another budget, or whose
-    gists were written again is assembled anew from its tree, which has them all.
+    tree = a folder that keeps, or already holds, the session. One that was not saved after its last tokens, had another budget or another GPT, or
+    whose gists were written again is assembled anew from its tree, which has them all.
     telemetry = a megacontext.telemetry.Telemetry that is told of every tick (default: one that keeps to memory).
     """
     if not memory:
@@ -202,15 +202,16 @@ def open_stream(loaded, memory=True, budget=None, tree=None, telemetry=None):
         windows = f" and with short windows ({config.windows}), which cannot have one" if config.short_layers else ""
         raise UserError(f"the checkpoint {loaded.stage}/{loaded.tag} was trained without memory{windows}: use --no-memory, or train with MC=1")
     from megacontext.ingest import NODES_AT_ONCE
-    from megacontext.runtime import LEAST_BUDGET, Session
-    from megacontext.state import saved as saved_in
+    from megacontext.runtime import Session
+    from megacontext.state import saved as saved_in, weights
+    from megacontext.working_context import LEAST_BUDGET
     held = open_tree(loaded, None if tree is None else Path(tree) / "tree")
     first, last = held.pending(1) # a session that was killed leaves the blocks of its raw tail, and the next one writes their gists
     if last - first > NODES_AT_ONCE:
         held.close(commit=False)
         raise UserError(f"the gists in {tree} are not all written, a --renew was interrupted. Go on with it: {renew_command(loaded, tree)}")
     saved = tree and saved_in(tree)
-    if saved and saved["model"] == held.header["model"] and saved["length"] == held.length and budget in (None, saved["budget"]):
-        return Session.open(tree, loaded.gpt, loaded.gistnet, loaded.lensnet, held, telemetry=telemetry)
+    if saved and saved["model"] == held.header["model"] and saved["length"] == held.length and saved["gpt"] == weights(loaded.gpt):
+        return Session.open(tree, loaded.gpt, loaded.gistnet, loaded.lensnet, held, telemetry=telemetry, **dict(budget=budget) if budget else {})
     budget = budget or (saved or {}).get("budget") or max(LEAST_BUDGET, loaded.gpt.config.seq_len // 2)
     return Session(loaded.gpt, loaded.gistnet, loaded.lensnet, held, budget, telemetry=telemetry)

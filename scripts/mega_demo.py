@@ -24,9 +24,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megacontext.runtime import LEAST_BUDGET, STAGES, Session
+from megacontext.runtime import STAGES, Session
 from megacontext.span import BLOCK
-from megacontext.working_context import check, cost, find
+from megacontext.working_context import LEAST_BUDGET, check, cost, find
 from nanochat import hardware
 from nanochat.common import UserError, run_main, setup
 from nanochat.conversation import Conversation, Piece

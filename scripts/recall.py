@@ -15,10 +15,10 @@ from itertools import islice
 import numpy as np
 
 from megacontext.ingest import ingest
-from megacontext.runtime import LEAST_BUDGET, STAGES, Session
+from megacontext.runtime import STAGES, Session
 from megacontext.span import BLOCK
 from megacontext.telemetry import Telemetry
-from megacontext.working_context import Pins, raw_tail
+from megacontext.working_context import LEAST_BUDGET, Pins, raw_tail
 from nanochat import plots, report
 from nanochat.common import UserError, print0
 from nanochat.engine import Engine, PlainStream
@@ -95,7 +95,8 @@ def answers(loaded, engine, conversation, budget, most, telemetry):
         ingest(loaded.gpt, loaded.gistnet, tree, prompt[:head])
     pins = dict(gists=Pins(never=((0, head),)), told=Pins(raw=tuple((start, min(stop, head)) for start, stop in evidence if start < head))) if head else {}
     for way in SESSIONS:
-        session = Session(loaded.gpt, loaded.gistnet, loaded.lensnet, tree, budget, n_diff=4 if way in ("lensnet", "gists") else 0, telemetry=telemetry[way], pins=pins.get(way, Pins()))
+        session = Session(loaded.gpt, loaded.gistnet, loaded.lensnet, tree, budget, n_diff=4 if way in ("lensnet", "gists") else 0, telemetry=telemetry[way], pins=pins.get(way, Pins()),
+                          longest=len(prompt) + most)
         answer = iter(engine.generate(session, prompt[head:], max_tokens=most, temperature=0))
         first = list(islice(answer, 1))
         if way == "lensnet":

@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import sys
-from types import SimpleNamespace
 
 import pytest
 
@@ -16,7 +15,7 @@ from megacontext.allocator import Focus, refocus
 from megacontext.ingest import ingest
 from megacontext.runtime import STAGES
 from megacontext.span import BLOCK
-from megacontext.working_context import Pins, advance, assemble, check, coarsest, raw_tail
+from megacontext.working_context import Pins, advance, assemble, check, check_pins, coarsest, raw_tail
 from nanochat.common import UserError
 from nanochat.conversation import Conversation
 from nanochat.engine import Engine
@@ -152,6 +151,11 @@ def test_every_tick_is_a_line_of_the_telemetry_file(base, monkeypatch, capsys, t
         assert cells[:2] == [f"{mine[-1]['length']} tokens, {name}", f"{len(mine)}"] and len(cells) == 6 + len(STAGES)
         assert told[name]["swap_rate"] == pytest.approx(sum(tick["swap_rate"] for tick in mine) / len(mine))
         assert told[name]["edits"].get("expand 1", 0) == sum(level == 1 for tick in mine for level, _ in tick["opened"])
+    with open(tmp_path / "ticks.jsonl", "a") as file:
+        file.write('{"session": "cut')
+    mega_eval.main()
+    *again, _, left_out, _, numbers = capsys.readouterr().out.splitlines()
+    assert again == table and left_out.endswith("are left out: 1") and json.loads(numbers) == told
     (tmp_path / "empty.jsonl").touch()
     monkeypatch.setattr(sys, "argv", ["mega_eval", "--telemetry", str(tmp_path / "empty.jsonl")])
     with pytest.raises(UserError, match="has no ticks"):
@@ -201,8 +205,8 @@ def test_ctrl_c_is_heard_while_a_long_paste_is_read(base, monkeypatch, capsys, t
 
 
 def test_without_memory_nothing_is_pinned(monkeypatch, capsys):
-    out, (stream,) = run(monkeypatch, capsys, "--no-memory", lines=["one", "/pin 0 1", "/unpin"])
-    assert out.count("--no-memory has nothing to pin") == 2 and not hasattr(stream, "pins")
+    out, (stream,) = run(monkeypatch, capsys, "--no-memory", lines=["one", "/pin 0 1", "/never 0 1", "/unpin"])
+    assert out.count("--no-memory has nothing to pin") == 3 and not hasattr(stream, "pins")
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -211,11 +215,16 @@ def test_what_may_be_pinned_fits_whatever_the_history_becomes(seed):
     rng = random.Random(seed)
     budget, length = rng.choice([512, 1024, 2048]), int(10 ** rng.uniform(4, 7))
     tail = raw_tail(budget)
-    session = SimpleNamespace(pins=Pins(), length=length, budget=budget, tail=tail, refocus=lambda: None)
+    class Pinned: # a Session, as far as /pin looks
+        pins = property(lambda self: self.kept, lambda self, pins: (check_pins(pins, budget, length), setattr(self, "kept", pins)))
+        refocus = lambda self: None
+
+    session = Pinned()
+    session.length, session.kept = length, Pins()
     for _ in range(30):
         start = rng.randrange(length - 1)
         try:
-            cli.pin(session, f"{start} {rng.randrange(start + 1, min(length, start + 300) + 1)}")
+            cli.pin(session, "/pin", f"{start} {rng.randrange(start + 1, min(length, start + 300) + 1)}")
         except UserError:
             pass
     assert session.pins.raw
@@ -228,6 +237,31 @@ def test_what_may_be_pinned_fits_whatever_the_history_becomes(seed):
             spans = advance(spans, length, budget)
             check(spans, length, budget)
         length *= rng.choice([2, 3, 10])
+
+
+def test_what_is_never_shown_stays_out_of_sight_until_it_is_let_go(base, monkeypatch, capsys, tmp_path):
+    """No command reached it. In a real session: a block of the raw tail goes at once, stays away over a restart, and may not be pinned raw beside it."""
+    make_run("sft")
+    (tmp_path / "a.txt").write_text("def f(x): return x + 1\n" * 60)
+    opened, levels, begin, answer = [], [], cli.open_stream, cli.answer
+    level = lambda: next(span.level for span in opened[-1].spans if span.start <= 860 < span.stop)
+    monkeypatch.setattr(cli, "open_stream", lambda *args: opened.append(begin(*args)) or opened[-1])
+    monkeypatch.setattr(cli, "answer", lambda *args: (answer(*args), levels.append(level()))[0])
+
+    def talk(*lines):
+        lines = iter([*lines, "/quit"])
+        monkeypatch.setattr(cli, "input", lambda prompt: next(lines), raising=False)
+        monkeypatch.setattr(sys, "argv", ["chat_cli", "--device", "cpu", "--dtype", "fp32", "--budget", "512", "--max-tokens", "10", "--tree", str(tmp_path / "memory")])
+        cli.main()
+        opened[-1].tree.close()
+        return capsys.readouterr().out
+
+    out = talk(f"/read {tmp_path / 'a.txt'}", "what?", "/never", "/never 860 9999", "/pin 100 110", "/never 860 870", "/pin 865 866", "and?")
+    for line in ("expected /never A B, two places in the history, got ''", "expected /never A B with A below B, and B at most", "pinned: 100 to 110; never shown: 860 to 870\n", "they share a block: drop one"):
+        assert line in out
+    assert levels == [0, 1]
+    talk("still?", "/unpin")
+    assert opened[1].pins == Pins() and levels == [0, 1, 1]
 
 
 def test_what_is_pinned_stays_raw_until_it_is_let_go(base, monkeypatch, capsys, tmp_path):
@@ -248,10 +282,10 @@ def test_what_is_pinned_stays_raw_until_it_is_let_go(base, monkeypatch, capsys, 
         opened[-1].tree.close()
         return capsys.readouterr().out
 
-    out = talk(f"/read {tmp_path / 'a.txt'}", "what?", "/pin", "/pin 10 x", "/pin 50 50", "/pin 0 10000000", "/pin 0 3,000", "/pin 1,000 1,020", "/pin 1020 1040", 
+    out = talk(f"/read {tmp_path / 'a.txt'}", "what?", "/pin", "/pin 10 x", "/pin 50 50", "/pin 0 10000000", "/pin 0 3,000", "/pin 1,000 1,020", "/pin 2040 2060", 
                 f"/read {tmp_path / 'a.txt'}", "and?")
-    for line in ("expected /pin A B, two places in the history, got ''", "got '10 x'", "got 50 and 50", "where the history ends, got 0 and 10000000", "pins have room for 96 of 512",
-                 "2 blocks of 32 tokens and the gists beside them take 157 entries", "pinned: 1,000 to 1,020\n"):
+    for line in ("expected /pin A B, two places in the history, got ''", "got '10 x'", "got 50 and 50", "where the history ends, got 0 and 10000000", "94 blocks of 32 tokens pinned raw do not fit a budget of 512",
+                 "3 blocks of 32 tokens pinned raw do not fit a budget of 512", "Unpin some, or raise the budget", "pinned: 1,000 to 1,020\n"):
         assert line in out
     assert opened[0].pins.raw == ((1000, 1020),) and raw == [False, True]
     talk("still?", "/unpin")

@@ -2,6 +2,8 @@
 import pytest
 import torch
 
+from megacontext.runtime import Session
+from megacontext.working_context import Pins
 from nanochat import checkpoint
 from nanochat.common import UserError, checkpoint_dir
 from nanochat.gpt import GPT, GPTConfig
@@ -16,13 +18,31 @@ def test_the_budget_of_a_saved_memory(base, tmp_path, asked, opened, same):
     ids = [5 + i % 100 for i in range(1500)]
     stream = open_stream(loaded, budget=224, tree=tmp_path / "memory")
     stream.feed(ids)
+    stream.pins = Pins(never=((0, 40),))
+    stream.refocus()
     stream.save(tmp_path / "memory")
     spans = stream.spans
     stream.tree.close()
 
     again = open_stream(loaded, budget=asked, tree=tmp_path / "memory")
-    assert (again.budget, again.length) == (opened, 1500)
+    assert (again.budget, again.length, again.pins) == (opened, 1500, stream.pins)
     assert (again.spans == spans) == same
+    again.tree.close()
+
+
+def test_a_memory_of_a_gpt_that_was_trained_on_is_assembled_anew(base, tmp_path):
+    """Its gists were the same, so keys and values of the GPT as it had been stood before the new one's tokens."""
+    make_run("sft")
+    loaded = load_stage("sft")
+    stream = open_stream(loaded, budget=224, tree=tmp_path / "memory")
+    stream.feed([5 + i % 100 for i in range(1500)])
+    stream.save(tmp_path / "memory")
+    stream.tree.close()
+    with torch.no_grad():
+        loaded.gpt.blocks[0].attn.q.weight.mul_(1.5)
+    again = open_stream(loaded, tree=tmp_path / "memory")
+    fresh = Session(loaded.gpt, loaded.gistnet, loaded.lensnet, again.tree.fork(), 224)
+    assert (again.budget, again.length) == (224, 1500) and torch.allclose(again.feed([7]), fresh.feed([7]), atol=1e-5)
     again.tree.close()
 
 

@@ -9,18 +9,18 @@ import pytest
 import torch
 
 from megacontext import runtime
-from megacontext.allocator import Focus, refocus
+from megacontext.allocator import Focus, begin, refocus
 from megacontext.gist_reading import value_means
 from megacontext.layout import GIST, HIDDEN, NODE, RAW, entry_positions, visibility
 from megacontext.losses import lens_scores, row_entries
 from megacontext.matches import Matches
 from megacontext.positions import POLICIES
 from megacontext.batch import Batch
-from megacontext.runtime import LEAST_BUDGET, Session
+from megacontext.runtime import Session
 from megacontext.shown import Shown
 from megacontext.span import BLOCK, Span
 from megacontext.tree import MegaTree, make_header
-from megacontext.working_context import Pins, advance, assemble, check, coarsest, cost, raw_tail
+from megacontext.working_context import LEAST_BUDGET, LONGEST, Pins, advance, assemble, check, check_pins, coarsest, cost, most_kept, raw_tail
 from nanochat.common import UserError
 from nanochat.engine import PlainStream
 from tests.test_matches import held_by, set_of, watch_ids
@@ -251,7 +251,7 @@ def test_pins_are_obeyed_at_every_forward(pins, monkeypatch, tmp_path):
     """
     networks, ids = tiny_networks(), some_ids(1500)
     seen = watch_pins(monkeypatch, pins)
-    memory = session(networks, budget=320, margin=0.0, pins=pins)
+    memory = session(networks, budget=320, margin=0.0, pins=pins, longest=2000)
     memory.feed(ids[:40])
     memory.feed(ids[40:1473])
     mark = memory.mark()
@@ -260,7 +260,7 @@ def test_pins_are_obeyed_at_every_forward(pins, monkeypatch, tmp_path):
     check(memory.spans, 1500, 320)
     memory.save(tmp_path)
     before = seen["forwards"]
-    for again in (Session(*networks, memory.tree.fork(), 320, pins=pins), Session.open(tmp_path, *networks, memory.tree.fork())):
+    for again in (Session(*networks, memory.tree.fork(), 320, pins=pins, longest=2000), Session.open(tmp_path, *networks, memory.tree.fork())):
         check(again.spans, 1500, 320)
         again.feed(ids[:1])
         again.feed(ids[:70])
@@ -272,7 +272,7 @@ def test_pins_are_obeyed_at_every_forward(pins, monkeypatch, tmp_path):
 
 def test_other_pins_than_those_that_were_saved_are_obeyed_at_once(monkeypatch, tmp_path):
     networks, pins = tiny_networks(), Pins(raw=((0, 20),), never=((1300, 1400),))
-    memory = session(networks, budget=320)
+    memory = session(networks, budget=320, longest=2000)
     memory.feed(some_ids(1500))
     memory.save(tmp_path)
     watch_pins(monkeypatch, pins)
@@ -302,8 +302,68 @@ def test_what_pins_free_is_spent_on_the_newest():
 def test_pins_that_do_not_fit_are_refused_before_anything_is_read(pins):
     memory = session(budget=192)
     memory.feed(some_ids(6000))
-    with pytest.raises(UserError, match="(unpin some|lower tail or pins)"):
-        Session(*tiny_networks(), memory.tree, 192, pins=pins)
+    with pytest.raises(UserError, match="do not fit a budget of 192.* Unpin some"):
+        Session(*tiny_networks(), memory.tree, 192, pins=pins, longest=6100)
+
+
+def test_pins_that_a_budget_cannot_keep_for_ever_are_refused_when_they_are_set():
+    """
+    Only /pin asked what pins may cost. A session took these, read 24,636 tokens with them, and then said at every feed that they do not fit, which took back nothing and read nothing.
+    What is refused leaves the pins that are.
+    """
+    with pytest.raises(UserError, match="2 blocks of 32 tokens pinned raw do not fit a budget of 256: .* Unpin some, or raise the budget"):
+        session(budget=256, pins=Pins(raw=((0, 64),)))
+    memory = session(budget=512, pins=Pins(raw=((0, 64),)))
+    memory.feed(some_ids(1500))
+    with pytest.raises(UserError, match="6 blocks"):
+        memory.pins = Pins(raw=((0, 64), (1000, 1100)))
+    assert memory.pins == Pins(raw=((0, 64),))
+    memory.feed(some_ids(30_000))
+    assert memory.spans[:2] == [Span(0, 0), Span(0, 1)]
+
+
+def test_a_pin_takes_all_gists_beside_it():
+    """A million tokens through 512 entries: 31 gists left over on each of three levels, and beside the pinned block 31 of each level that its gists of gists were made of."""
+    length = 32 ** 4 - 32 + 128 # all but one block before a raw tail of 128
+    assert most_kept(Pins(), 512, longest=length) == (128 + 32 + 3 * 31, length, 0)
+    assert most_kept(Pins(raw=((5, 6),)), 512, longest=length) == (128 + 32 + 3 * 31 + 3 * 31, length, 1)
+    assert most_kept(Pins(), LEAST_BUDGET)[0] <= LEAST_BUDGET < most_kept(Pins(), LEAST_BUDGET, longest=64 * LONGEST)[0]
+
+
+def least_cost(length, budget, pins):
+    """The slow twin: entries of a history when all has collapsed that may, by its tree, with room for the next block."""
+    blocks, top = (length - raw_tail(budget)) // BLOCK, coarsest(length, budget)
+
+    def of(span):
+        if span.start >= blocks * BLOCK:
+            return 0
+        if span.stop <= blocks * BLOCK and span.level <= top and not pins.wants_raw(span):
+            return 1
+        return BLOCK if span.level == 1 else sum(map(of, span.children()))
+
+    return of(Span(4, 0)) + raw_tail(budget) + BLOCK
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_what_pins_may_take_is_that_of_the_worst_length(seed):
+    """Against every length of a range; and at the length that is told, the allocator finds a context for what is accepted, and none for what is not."""
+    rng = random.Random(seed)
+    budget, first = rng.choice([192, 256, 320, 512]), BLOCK * rng.randrange(10, 1000)
+    last = first + rng.choice([100, 3000, 20_000])
+    for _ in range(3):
+        raw = [(start, start + rng.randrange(1, 100)) for start in (rng.randrange(last) for _ in range(rng.randrange(4)))]
+        pins = Pins(raw=tuple(raw))
+        most, length, blocks = most_kept(pins, budget, first, last)
+        assert most == max(least_cost(n, budget, pins) for n in range(first, last + 1, BLOCK)) == least_cost(length, budget, pins)
+        spans = assemble(length, budget - BLOCK, tail=raw_tail(budget))
+        obeyed = lambda: refocus(spans, [0.0] * len(spans), budget, tail=raw_tail(budget), pins=pins, top=coarsest(length, budget))
+        if most <= budget:
+            check_pins(pins, budget, first, last)
+            check(obeyed().spans, length, budget)
+        else:
+            for refused in (obeyed, lambda: check_pins(pins, budget, first, last)):
+                with pytest.raises(UserError, match="[Pp]in"):
+                    refused()
 
 
 def test_half_precision_weights_do():
@@ -416,7 +476,7 @@ def test_a_block_that_comes_back_after_a_mark_is_read_as_it_was_the_first_time()
 @pytest.mark.parametrize("then, since", [(Pins(), Pins(raw=((2000, 2040),))), (Pins(raw=((10, 20),)), Pins()), (Pins(never=((900, 940),)), Pins(raw=((900, 940), (1560, 1600))))])
 def test_rewound_the_pins_are_those_of_the_mark(then, since, monkeypatch):
     """What was pinned after the mark stayed so: tokens that came to stand where forgotten ones had been were pinned, and what follows the mark was not what had followed it."""
-    memory, after = session(budget=320, margin=0.0, pins=then), some_ids(70, seed=2)
+    memory, after = session(budget=320, margin=0.0, pins=then, longest=3000), some_ids(70, seed=2)
     memory.feed(some_ids(1500))
     mark = memory.mark()
     expected = [memory.feed([t]) for t in after]
@@ -432,7 +492,7 @@ def test_rewound_the_pins_are_those_of_the_mark(then, since, monkeypatch):
 
 
 def test_a_rewind_whose_commit_fails_leaves_no_pin_of_what_is_forgotten(monkeypatch):
-    memory = session(budget=320)
+    memory = session(budget=320, longest=3000)
     memory.feed(some_ids(1000))
     mark = memory.mark()
     memory.feed(some_ids(600, seed=1))
@@ -478,6 +538,17 @@ def test_a_saved_session_and_a_tree_of_other_tokens_are_refused(tmp_path):
         Session.open(tmp_path, *networks, memory.tree)
 
 
+def test_a_mark_of_another_budget_is_refused():
+    """It ended in a broken law, with nothing in view. What is refused changes nothing."""
+    memory = session(budget=256)
+    memory.feed(some_ids(1500))
+    other = Session(*tiny_networks(), memory.tree.fork(), 192)
+    spans = other.spans
+    with pytest.raises(UserError, match="with a budget of 256: this one has 192"):
+        other.rewind(memory.mark())
+    assert other.spans == spans and other.shown.cache.length == cost(spans)
+
+
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_a_fork_goes_its_own_way(on_disk, tmp_path):
     memory = session(budget=192)
@@ -496,8 +567,8 @@ def test_a_fork_goes_its_own_way(on_disk, tmp_path):
 
 def test_a_fork_is_made_with_the_settings_of_its_session():
     """A fork had a store of the usual size, whatever its session was given: four budgets of keys and values for each fork, where memory was scarce."""
-    memory = session(budget=192, n_diff=2, margin=1.0, pins=Pins(raw=((0, 9),)), exact=True, positions=POLICIES["clamped"], kept=0.5, kept_in_ram=2)
-    other, settings = memory.fork(), ("budget", "n_diff", "margin", "pins", "exact", "kept", "kept_in_ram")
+    memory = session(budget=192, n_diff=2, margin=1.0, pins=Pins(raw=((0, 9),)), longest=2000, exact=True, positions=POLICIES["clamped"], kept=0.5, kept_in_ram=2)
+    other, settings = memory.fork(), ("budget", "n_diff", "margin", "pins", "longest", "exact", "kept", "kept_in_ram")
     assert [getattr(other, name) for name in settings] == [getattr(memory, name) for name in settings]
     assert other.store.near.size == 96 and other.shown.policy is POLICIES["clamped"]
 
@@ -604,6 +675,14 @@ def test_the_highest_level_is_the_lowest_that_has_room():
     """A budget of 2,048: 256 gists of 32 tokens are an eighth of it, so nothing of such a history is hidden in level 2; 225 of level 2 leave room for 31 of level 1."""
     for length, level in ((0, 1), (32 * 256, 1), (32 * 257, 2), (1024 * 226 - 1, 2), (1024 * 226, 3), (2**15 * 195 - 1, 3)):
         assert coarsest(length, 2048) == level
+
+
+@pytest.mark.parametrize("budget", [LEAST_BUDGET, 256, 2048])
+@pytest.mark.parametrize("length", [8 * 32 ** 4 - 1, 32 ** 5 - 1, 32 ** 5])
+def test_every_history_has_a_first_context(budget, length):
+    """A whole block was left free behind a block half full: with the least budget a tree of 8,388,607 tokens, which a session can grow to, could not be opened."""
+    spans = begin(length, budget, raw_tail(budget))
+    check(spans, length, budget - (BLOCK - length % BLOCK))
 
 
 @pytest.mark.parametrize("budget", [LEAST_BUDGET, 256, 512])

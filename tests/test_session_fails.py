@@ -2,6 +2,9 @@
 Sessions whose tree fails: a disk that is full, once, at each place where the tree is asked for something. The tree is the only truth, so what
 follows must be what a new session on that tree says, whatever the old one had in view when it failed.
 """
+from contextlib import suppress
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +14,7 @@ from megacontext.batch import Batch
 from megacontext.ingest import ingest
 from megacontext.runtime import Session
 from megacontext.span import BLOCK, Span
+from megacontext.telemetry import Telemetry
 from megacontext.tree import MegaTree, TreeError, make_header
 from megacontext.working_context import Pins, check, cost
 from nanochat.common import UserError
@@ -40,18 +44,18 @@ for name in ("append_tokens", "append_gists", "commit", "truncate", "tokens", "g
     setattr(FailsOnce, name, lambda self, *args, name=name: self.ask(name, args))
 
 
-def on_a_tree_that_fails(networks, ids, left=0, late=False):
+def on_a_tree_that_fails(networks, ids, left=0, late=False, telemetry=None):
     """A session on a history, whose tree fails the `left`-th time that it is asked for something from then on (0 = never)."""
     tree = FailsOnce.in_memory(HEADER)
     ingest(*networks[:2], tree, ids)
-    memory = Session(*networks, tree, 192, margin=0.0)
+    memory = Session(*networks, tree, 192, margin=0.0, longest=10_000, telemetry=telemetry)
     tree.left, tree.late, tree.asked = left, late, 0
     return memory
 
 
 def check_it_goes_on(memory, networks, refocused=False):
     """It says what a new session on a copy of its tree says, and holds in view what that one holds. refocused: both are, first of all."""
-    twin = Session(*networks, memory.tree.fork(), memory.budget, margin=memory.margin, pins=memory.pins)
+    twin = Session(*networks, memory.tree.fork(), memory.budget, margin=memory.margin, pins=memory.pins, longest=memory.longest)
     for session in (memory, twin) if refocused else ():
         session.refocus()
     check_they_agree(memory, twin)
@@ -106,7 +110,7 @@ def test_a_session_goes_on_after_its_network_failed_or_its_reader_left(monkeypat
 PINNED = Pins(raw=((100, 101),), never=((5960, 5961),)) # of 6,000 tokens: to obey it, gists of gists are opened, a block is read, and one of the tail gets its gist
 
 
-@pytest.mark.parametrize("failing", ["_splice", "_read_gists", "read_waiting", "_tell"])
+@pytest.mark.parametrize("failing", ["_splice", "_read_gists", "read_waiting"])
 def test_a_session_goes_on_after_a_refocus_that_was_asked_for_failed(failing, monkeypatch):
     """/pin refocuses at once. What failed in that left a plan without its keys and values: every feed and refocus since ended in an error, or in logits of another context."""
     networks = tiny_networks()
@@ -119,6 +123,28 @@ def test_a_session_goes_on_after_a_refocus_that_was_asked_for_failed(failing, mo
                 memory.refocus()
         check_it_goes_on(memory, networks, refocused)
         assert Span(0, 3) in memory.spans
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file that is always full")
+def test_telemetry_that_fails_costs_a_session_nothing():
+    """It was told in the middle of a tick: a full disk was an OSError at every one, and each time all that was in view was forgotten and assembled anew."""
+    networks, ids = tiny_networks(), some_ids(1250)
+
+    def lost(line):
+        raise ConnectionError("nobody listens")
+
+    with pytest.warns(UserWarning, match="/dev/full"):
+        silent, loud, twin = (on_a_tree_that_fails(networks, ids, telemetry=telemetry) for telemetry in (Telemetry("/dev/full"), Telemetry(tell=lost), None))
+        for n in (1, 40, 1, 300):
+            expected = twin.feed(some_ids(n, seed=n))
+            assert torch.allclose(silent.feed(some_ids(n, seed=n)), expected, atol=1e-4)
+            with suppress(ConnectionError): # once for every tick
+                loud.feed(some_ids(n, seed=n))
+            assert loud.spans == silent.spans == twin.spans and loud.shown.cache.length == twin.shown.cache.length > 0
+    assert silent.telemetry.ticks == twin.telemetry.ticks > 10 and loud.untold
+    loud.telemetry.tell = None
+    check_they_agree(loud, twin)
+    assert loud.telemetry.ticks == twin.telemetry.ticks
 
 
 def two_to_pin(networks):
@@ -149,10 +175,9 @@ def test_what_a_refocus_had_not_changed_when_its_tree_failed_is_still_in_view(la
 
 def test_pins_that_are_refused_change_nothing():
     memory, twin = two_to_pin(tiny_networks())
-    memory.pins = Pins(raw=((0, 200),))
-    with pytest.raises(UserError, match="unpin some"):
-        memory.refocus()
-    memory.pins = Pins()
+    with pytest.raises(UserError, match="Unpin some"):
+        memory.pins = Pins(raw=((0, 200),))
+    assert memory.pins == Pins()
     check_they_agree(memory, twin)
 
 

@@ -22,7 +22,7 @@ from tests.tiny import tiny_networks
 @pytest.fixture(scope="module")
 def state():
     """A session in the middle of a block, with gists, after edits."""
-    memory = session(budget=192, pins=Pins(raw=((40, 50),), never=((300, 310),)), margin=0.0)
+    memory = session(budget=192, pins=Pins(raw=((40, 50),), never=((300, 310),)), longest=2000, margin=0.0)
     memory.feed(some_ids(1210))
     for t in some_ids(100):
         memory.feed([t])
@@ -58,6 +58,37 @@ def test_a_session_goes_on_with_its_own_policy_and_mode(tmp_path, policy):
         assert torch.allclose(again.feed([t]), memory.feed([t]), atol=1e-4)
 
 
+def test_a_session_goes_on_with_other_settings_and_another_budget(tmp_path):
+    """The budget among them was a TypeError. Its context is the one that a session with that budget assembles, its pins those that were saved, and they have to fit."""
+    networks = tiny_networks()
+    memory = session(networks, budget=512, n_diff=2, pins=Pins(raw=((40, 50),)))
+    memory.feed(some_ids(1500))
+    memory.save(tmp_path)
+    assert Session.open(tmp_path, *networks, memory.tree.fork(), budget=512, n_diff=0).spans == memory.spans
+    again = Session.open(tmp_path, *networks, memory.tree.fork(), budget=640)
+    twin = Session(*networks, memory.tree.fork(), 640, n_diff=2, pins=memory.pins)
+    assert (again.budget, again.n_diff, again.pins, again.spans) == (640, 2, memory.pins, twin.spans) and torch.allclose(again.feed([1]), twin.feed([1]), atol=1e-5)
+    with pytest.raises(UserError, match="do not fit a budget of 256"):
+        Session.open(tmp_path, *networks, memory.tree.fork(), budget=256)
+
+
+@pytest.mark.parametrize("name", ["blocks.1.attn.q.weight", "x0_scale"])
+def test_a_session_that_another_gpt_saved_is_refused(tmp_path, name):
+    """Only who wrote the gists was compared: a GPT that was trained on, or any other, went on from keys and values that were not its own. In another number format it is the same."""
+    networks = tiny_networks(seq_len=512)
+    memory = session(networks, budget=192)
+    memory.feed(some_ids(1500))
+    memory.save(tmp_path)
+    Session.open(tmp_path, networks[0].bfloat16(), *networks[1:], memory.tree.fork())
+    gpt, *others = tiny_networks(seq_len=512)
+    Session.open(tmp_path, gpt, *others, memory.tree.fork())
+    with torch.no_grad():
+        gpt.get_parameter(name).mul_(1.01) # a step of training
+    for gpt in (gpt, tiny_networks(seed=9, seq_len=512)[0]):
+        with pytest.raises(UserError, match="another GPT wrote the keys and values .* Delete it"):
+            Session.open(tmp_path, gpt, *others, memory.tree.fork())
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_a_flipped_bit_is_found(state, tmp_path, seed):
     """One bit of a value once moved the logits by 2.7, many made them NaN, one in a name ended in a KeyError. Bits all over the file, half of them in its header."""
@@ -88,9 +119,9 @@ def test_what_is_no_session_is_refused(state, tmp_path):
         path.write_bytes(wrong)
         with pytest.raises(UserError, match="damaged: expected a saved session, found what cannot be read .* Delete it"):
             saved(tmp_path)
-    for metadata, said in ((None, "found None"), ({"session": json.dumps(dict(length=3))}, "found None"), ({"format": "megacontext-session 0"}, "found 'megacontext-session 0'")):
+    for metadata, said in ((None, "found None"), ({"session": json.dumps(dict(length=3))}, "found None"), ({"format": "megacontext-session 1"}, "found 'megacontext-session 1'")):
         save_file({"k": torch.zeros(3)}, path, metadata)
-        with pytest.raises(UserError, match=f"expected the format 'megacontext-session 1', {said}.* Delete it"):
+        with pytest.raises(UserError, match=f"expected the format 'megacontext-session 2', {said}.* Delete it"):
             load_state(tmp_path)
 
 

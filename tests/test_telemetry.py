@@ -6,6 +6,8 @@ import random
 import re
 import sys
 import time
+import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -49,10 +51,24 @@ def test_a_file_of_ticks_gives_the_summaries_of_its_sessions(tmp_path):
             spans, edits, focus = refocus(contexts[n][0], [rng.uniform(-1, 1) for _ in contexts[n][0]], 1000, contexts[n][1])
             contexts[n] = advance(spans, 100_000 + BLOCK * (i + 1), 1000), focus
             telemetry.tick(100_000 + BLOCK * i, spans, 1000, edits, {"refocus": rng.random(), "read": 3.0})
-    told = summaries(path)
-    assert list(told) == [telemetry.session for telemetry in known]
+    told, left_out = summaries(path)
+    assert not left_out and list(told) == [telemetry.session for telemetry in known]
     for telemetry in known:
         assert told[telemetry.session] == telemetry.summary() and telemetry.summary()["stayed_ticks"] and telemetry.summary()["most_accessed"][0][2] > 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file that is always full")
+def test_a_full_disk_ends_the_file_and_nothing_else():
+    """Every tick was an OSError, out of the middle of the session that told of it."""
+    lines = []
+    telemetry = Telemetry("/dev/full", lines.append)
+    with pytest.warns(UserWarning, match="no longer written to /dev/full .No space left on device."):
+        telemetry.tick(32, [Span(0, 0)], 64, [], {"read": 1.5})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        telemetry.tick(64, [Span(0, 0), Span(0, 1)], 64, [], {"read": 1.5})
+        telemetry.close()
+    assert telemetry.summary()["ticks"] == len(lines) == 2
 
 
 @pytest.mark.parametrize("text, told", [(b"{\n", "line 1 .* is no tick"), (b"\xff\n", "line 1 .* is no tick"), (b"7\n", "is no tick"), (b'{"session": "a", "residency": {}}\n', "no tick .*'length'"),
@@ -63,6 +79,30 @@ def test_a_file_of_something_else_is_told(tmp_path, text, told):
         path.write_bytes(text)
     with pytest.raises(UserError, match=told):
         summaries(path)
+
+
+def test_a_line_that_was_cut_costs_itself_and_no_other(tmp_path):
+    """A kill in the middle of a line, and then another session: its first line stood behind the torn one, and the whole file was refused. Nor does a line of something else count by half."""
+    path, contexts = tmp_path / "ticks.jsonl", ([Span(0, 0)], [Edit("expand", Span(1, 0))])
+    first = Telemetry(path)
+    for n in range(3):
+        first.tick(32 * n, contexts[0], 64, contexts[1], {"read": 1.5})
+    first.close()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-40])
+    second = Telemetry(path)
+    second.tick(32, *contexts[:1], 64, contexts[1], {"read": 1.5})
+    told, left_out = summaries(path)
+    assert left_out == 1 and {session: summary["ticks"] for session, summary in told.items()} == {first.session: 2, second.session: 1} and told[second.session] == second.summary()
+    for wrong in (dict(opened=[[1, 0], 7]), dict(ms={"read": -1.0}), dict(ms={"read": float("inf")}), dict(session=[])):
+        path.write_bytes(whole + json.dumps(json.loads(whole.splitlines()[0]) | wrong).encode() + b"\n")
+        assert summaries(path) == ({first.session: first.summary()}, 1)
+    path.write_bytes(whole[:-1]) # whole but for its end
+    Telemetry(path).close()
+    assert path.read_bytes() == whole
+    path.touch()
+    Telemetry(path).close()
+    assert path.read_bytes() == whole, "an end is added where there is none"
 
 
 def test_sessions_that_share_a_file_can_be_told_apart(tmp_path):
