@@ -26,7 +26,7 @@ parser.add_argument("--documents", type=float, default=0.5, help="share of the t
 parser.add_argument("--freeze-base", action="store_true", help="train GistNet and LensNet only, and read no row without gists, whatever --plain-every says; the base may be one without them (base_train --plain), with windows of L")
 parser.add_argument("--num-steps", type=int, default=-1, help="steps (-1 = a tenth of the base run's)")
 parser.add_argument("--lr", type=float, default=0.5, help="times the base run's learning rates")
-add_flags(parser, curriculum="32:1", plain_every=2, labels_every=2)
+add_flags(parser, curriculum="32:1", plain_every=2, labels_every=2, reconstruct_every=8, asked=1.0, opens=5) # as a session opens: plain reading and sessions are the better for it (LOG.md, 2026-11-30)
 
 
 def main():

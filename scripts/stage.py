@@ -21,7 +21,7 @@ from nanochat.train import Curves, LossScale, PlainObjective, added, compile_gpt
 from scripts.load import describe, modules
 
 
-def add_step_flags(parser, curriculum, plain_every, labels_every, reconstruct_every=0):
+def add_step_flags(parser, curriculum, plain_every, labels_every, reconstruct_every=0, asked=0.5, opens=2):
     """The flags that decide what a training step is; bench/train.py takes them too."""
     parser.add_argument("--max-seq-len", type=int, default=2048, help="tokens a row; a multiple of 32")
     parser.add_argument("--batch-tokens", type=int, default=-1, help="tokens a step, over all processes (-1 = from depth and horizon, or as in the stage before; in whole rows for each process)")
@@ -30,6 +30,8 @@ def add_step_flags(parser, curriculum, plain_every, labels_every, reconstruct_ev
     parser.add_argument("--plain-every", type=int, default=plain_every, help="one round of eight rows in so many is read without gists, as a model without a memory reads")
     parser.add_argument("--labels-every", type=int, default=labels_every, help="one round of eight rows in so many is measured for LensNet, once gists are of 32 tokens: what opening one is worth; where that one is read without gists, the next")
     parser.add_argument("--reconstruct-every", type=int, default=reconstruct_every, help="one block in so many, of the rows with gists, is also read behind its own gist and nothing else (0 = none)")
+    parser.add_argument("--asked", type=float, default=asked, help="share of the rows with gists of 32 tokens in which LensNet opens blocks for every block that reads, as in a session, besides those opened by chance")
+    parser.add_argument("--opens", type=int, default=opens, help="how many")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="", help="cuda, mps or cpu (empty = the best there is)")
     parser.add_argument("--dtype", default="auto", help="auto, bf16, fp32, or fp16 on a GPU (its loss is scaled, and a step that overflows is skipped); a resumed run may go on in another one")
@@ -38,9 +40,9 @@ def add_step_flags(parser, curriculum, plain_every, labels_every, reconstruct_ev
     parser.add_argument("--checkpoint-activations", action="store_true", help="keep one vector a layer and token, and compute the layers again in backward: less memory, a third more time")
 
 
-def add_flags(parser, curriculum, plain_every, labels_every, reconstruct_every=0):
-    """The flags of every stage."""
-    add_step_flags(parser, curriculum, plain_every, labels_every, reconstruct_every)
+def add_flags(parser, **step):
+    """The flags of every stage. step: as in add_step_flags()."""
+    add_step_flags(parser, **step)
     parser.add_argument("--run", default="", help="name of a wandb run (empty = no wandb)")
     parser.add_argument("--eval-every", type=int, default=-1, help="validate every N steps (-1 = at the end only)")
     parser.add_argument("--eval-tokens", type=int, default=262144, help="validation tokens")
@@ -72,7 +74,9 @@ def check_numbers(args):
         check(flag, lambda value: value >= 1, "at least 1")
     check("lr", lambda value: 0 < value < float("inf"), "a number above 0, it multiplies the learning rates")
     check("temperature", lambda value: 0 < value <= 100, "a number above 0, up to 100")
-    check("reconstruct_every", lambda value: value >= 0, "0 or more")
+    for flag in ("reconstruct_every", "opens"):
+        check(flag, lambda value: value >= 0, "0 or more")
+    check("asked", lambda value: 0 <= value <= 1, "a share from 0 to 1")
     check("seed", lambda value: 0 <= value < 2**63, "0 or more, below 2^63")
 
 
@@ -215,7 +219,7 @@ def resume(folder, named, optimizer, about, identity, args):
 
 def same_flags(args):
     """Flags that decide what a run learns and that nothing else in a checkpoint tells of: whoever resumes it gives the same. {flag: value}"""
-    flags = ("lr", "fp8", "documents") + (() if getattr(args, "plain", False) else ("curriculum", "plain_every", "labels_every", "reconstruct_every"))
+    flags = ("lr", "fp8", "documents") + (() if getattr(args, "plain", False) else ("curriculum", "plain_every", "labels_every", "reconstruct_every", "asked", "opens"))
     return {flag: getattr(args, flag) for flag in flags if hasattr(args, flag)}
 
 
@@ -241,7 +245,7 @@ def co_training(gpt, gistnet, lensnet, args, machine, dtype):
     kernel = backend.pick_masked(machine, gpt.device, dtype, config.heads, config.kv_heads, config.head_width, trial_masks)
     print0(f"            for rows with gists {kernel}")
     options = CoTrainingOptions(seed=args.seed, curriculum=parse_curriculum(args.curriculum), plain_every=args.plain_every, labels_every=args.labels_every,
-                                reconstruct_every=args.reconstruct_every)
+                                reconstruct_every=args.reconstruct_every, asked=args.asked, opens=args.opens)
     return CoTraining(gpt, gistnet, lensnet, options, block_mask if kernel.name == "FlexAttention" else stretches)
 
 

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat import checkpoint
+from nanochat import checkpoint, hardware
 from nanochat.common import UserError
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
 from scripts import stage
 from scripts.load import newest_tag
 from scripts.stage import same_flags
+from tests.tiny import tiny_networks
 from tests.tiny_run import make_run, make_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -192,13 +193,13 @@ def test_as_many_checkpoints_stay_as_asked(place, monkeypatch, keep, steps):
 @pytest.mark.parametrize("script, flag, value", [
     *(("base_train", flag, value) for flag, values in {
         "--lr": ("0", "-1", "nan", "inf"), "--log-every": "0", "--seed": ("-1", str(2**63)), "--num-tokens": ("0", "-2"), "--num-steps": "0", "--device-batch": ("0", "-2"),
-        "--batch-tokens": "0", "--eval-every": "0", "--save-every": "0", "--keep": ("0", "-2"), "--eval-tokens": "0", "--max-seq-len": ("0", "100"), "--plain-every": "1", "--labels-every": "0"}.items() for value in values),
+        "--batch-tokens": "0", "--eval-every": "0", "--save-every": "0", "--keep": ("0", "-2"), "--eval-tokens": "0", "--max-seq-len": ("0", "100"), "--plain-every": "1", "--labels-every": "0", "--asked": ("-0.5", "2"), "--opens": ("-1",)}.items() for value in values),
     ("mid_train", "--lr", "0"), ("mid_train", "--documents", "2"), ("chat_sft", "--lr", "-1"), ("chat_sft", "--num-steps", "0"),
     *(("chat_rl", flag, value) for flag, values in {
         "--lr": ("0", "-1"), "--top-k": ("0", "-2"), "--temperature": ("-1", "0", "nan"), "--digits": "0", "--num-steps": "0", "--device-batch": "0", "--keep": ("0", "-2"), "--seed": ("-1",)}.items() for value in values)])
 def test_a_number_that_nobody_can_mean_is_one_line(base, monkeypatch, script, flag, value):
     """Some ended in a traceback, some were taken for -1, "you decide", and --lr -1 trained uphill to the end."""
-    with pytest.raises(UserError, match=f"^{flag} {float(value) if flag in ('--lr', '--temperature', '--documents') else value}: expected "):
+    with pytest.raises(UserError, match=f"^{flag} {float(value) if flag in ('--lr', '--temperature', '--documents', '--asked') else value}: expected "):
         in_process(monkeypatch, (base, None), script, flag, value, "--device", "cpu")
 
 
@@ -243,13 +244,22 @@ def test_a_checkpoint_of_another_run_is_refused(place):
     assert done.returncode == 2 and "seed" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("flag, value", [("--lr", "0.1"), ("--curriculum", "16:0.5,32:1"), ("--plain-every", "2"), ("--labels-every", "4"), ("--seed", "7")])
+@pytest.mark.parametrize("flag, value", [("--lr", "0.1"), ("--curriculum", "16:0.5,32:1"), ("--plain-every", "2"), ("--labels-every", "4"), ("--asked", "1"), ("--opens", "3"), ("--seed", "7")])
 def test_a_run_goes_on_with_the_flags_it_was_begun_with(place, monkeypatch, flag, value):
     """Another curriculum, or another share of plain rows, went on without a word, and made neither the one run nor the other."""
     if not (place[0] / "base_checkpoints" / "one").exists():
         base_train(place, "one", "--device-batch", "8")
     with pytest.raises(UserError, match=rf"{flag.strip('-').replace('-', '_')}: the checkpoint has .*, this run has '?{value}"):
         in_process(monkeypatch, place, "base_train", *TINY, "--source", f"dir:{place[1]}", "--tag", "one", "--resume", flag, value)
+
+
+def test_flags_reach_the_objective_and_mid_training_opens_as_sessions_do():
+    gpt, gistnet, lensnet = tiny_networks()
+    options = lambda *flags: stage.co_training(gpt, gistnet, lensnet, importlib.import_module("scripts.mid_train").parser.parse_args(flags), hardware.describe(gpt.device), torch.float32).options
+    told = options()
+    assert (told.asked, told.opens, told.reconstruct_every, told.plain_every, told.labels_every) == (1.0, 5, 8, 2, 2)
+    told = options("--asked", "0.25", "--opens", "7", "--reconstruct-every", "3", "--plain-every", "4", "--labels-every", "6", "--seed", "9", "--curriculum", "16:0.5,32:1")
+    assert (told.asked, told.opens, told.reconstruct_every, told.plain_every, told.labels_every, told.seed, told.curriculum) == (0.25, 7, 3, 4, 6, 9, ((16, 0.5), (32, 1.0)))
 
 
 def test_a_later_stage_goes_on_with_its_own_rates_and_shares(place, monkeypatch):
