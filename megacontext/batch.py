@@ -1,82 +1,157 @@
 """
-Several sessions, of any lengths, that read their next tokens in one forward.
+Sessions that are answering at the same time read their next tokens in one forward.
 
-Each session keeps its own tree, working context and ticks; only the cache is shared, a row for each. A row holds as many entries as its
-session shows, so the forward covers the longest row, with a mask for what is really there.
+Each answer is written in a thread of its own, and each session keeps its tree, its cache and its ticks. What they share is the forward: the weights are fetched
+once for all of them, only attention is everyone's own. Whoever comes last reads for all. Those who read the last time are waited for no longer than that took,
+so an answer that has ended, a hang-up, a prompt or a long tick holds the others up once and for a moment, and nobody has to say that they come or go.
 
-B = sessions, C = entries of the longest row, V = vocabulary
+B = sessions, V = vocabulary
 """
+import threading
 import time
 from math import inf
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
-
-from nanochat.kv_cache import KVCache
 
 
-class Batch:
-    def __init__(self, sessions):
-        """Sessions of one GPT. They can be fed alone as before: they live in the rows of this batch from now on."""
-        assert sessions and len({id(session.gpt) for session in sessions}) == 1, "a batch is made of sessions of one GPT"
-        self.sessions, self.gpt = list(sessions), sessions[0].gpt
-        self.cache = KVCache(self.gpt.config, len(sessions), max(session.budget for session in sessions), self.gpt.device, self.gpt.dtype)
-        for row, session in enumerate(self.sessions):
-            session.shown.move(self.cache, row)
+class Together:
+    """Sessions of one GPT that read together when their answers are written at the same time."""
+
+    def __init__(self):
+        self.change = threading.Condition()
+        self.came = []    # turns that wait for the next forward
+        self.last = set() # sessions of the newest forward, by id: one that is forgotten is not kept here
+        self.took = 0.0   # seconds of the newest forward that is done
+        self.until = 0.0  # when those who came wait no longer; inf = several are being read
+
+    def stream(self, session):
+        """What the engine feeds instead of a session: the tokens of its answer are read together with others'."""
+        return Joined(session, self)
 
     @torch.no_grad()
-    def feed(self, tokens):
+    def feed(self, session, token):
         """
-        tokens: one id for each session -> logits (B, V) of the tokens that follow. A session whose token is None waits: its logits mean nothing.
-        If it fails, the length of each session tells whether its token was read; all of them can go on.
+        One token of an answer -> logits (V,) of the token that follows. Nobody is waited for where nobody else is answering: the session reads alone, as always.
+        What fails in a common forward fails for all who came; then none of their tokens was read, and every session can go on.
         """
-        start, device = time.perf_counter(), self.gpt.device
-        assert len(tokens) == len(self.sessions), f"one token, or None, for each of {len(self.sessions)} sessions, got {len(tokens)}"
-        going = [row for row, token in enumerate(tokens) if token is not None]
-        for row in going:
-            self.sessions[row].ready()
-            with self.sessions[row].changing():
-                self.sessions[row].read_waiting()
-        places = [session.length for session in self.sessions]
-        ids = torch.tensor([[token or 0] for token in tokens], device=device)
-        entries = self.gpt.embed(ids, torch.tensor([session.before() for session in self.sessions], device=device))
-        positions = torch.cat([session.shown.mapped_token(place) for session, place in zip(self.sessions, places)])
-        rows = Rows(self.cache, torch.tensor([session.shown.cache.length for session in self.sessions], device=device))
-        logits = self.gpt.head(self.gpt.trunk(entries, positions, self._weighed(rows), rows)[:, -1])
-        share = (time.perf_counter() - start) / len(tokens)
-        for row in going:
-            session = self.sessions[row]
+        turn = Turn(session, token)
+        group = self._alone(turn)
+        if not group:
             with session.changing():
-                session.tree.append_tokens([tokens[row]])
-                session.shown.note(session.shown.cache.length, [places[row]])
-                session.shown.cache.advance(1)
-                session._count("read", time.perf_counter() - share, read_tokens=1)
-                session.grown([tokens[row]])
-        return logits
+                session.ready()
+                session.read_waiting()
+            group = self._meet(turn)
+        if group:
+            self._read(group)
+        if turn.error is not None:
+            raise turn.error
+        if turn.shared:
+            keep(session, token, turn.seconds)
+        return turn.logits
 
-    def _weighed(self, rows):
-        """What each row sees, with the weights of its entries where one has more gists than usual."""
-        shown = [session.shown for session in self.sessions]
-        if not any(one.crowded for one in shown):
-            return rows.see
-        weights = pad_sequence([one.weights[:rows.end] for one in shown], batch_first=True) # (B, C)
-        return weights[:, None, None].where(rows.see, -inf)
+    def _alone(self, turn):
+        """[turn] if there is nobody to wait for, else []."""
+        with self.change:
+            if self.came or not self._here(turn):
+                return []
+            self.came.append(turn)
+            return self._take()
+
+    def _meet(self, turn):
+        """Wait for the others. Returns the turns that this thread is to read, [] when another has read its own."""
+        with self.change:
+            self.came.append(turn)
+            while turn in self.came and not self._here():
+                self.change.wait(min(self.until - time.perf_counter(), threading.TIMEOUT_MAX))
+            if turn in self.came:
+                return self._take()
+            self.change.wait_for(lambda: turn.done)
+            return []
+
+    def _here(self, *more):
+        """Have all come who are waited for, or is it too late?"""
+        return self.last <= {id(turn.session) for turn in (*self.came, *more)} or time.perf_counter() >= self.until
+
+    def _take(self):
+        """All who came are read by this thread now."""
+        group, self.came = self.came, []
+        self.last = {id(turn.session) for turn in group}
+        self.until = inf if len(group) > 1 else time.perf_counter() + 2 * self.took # one alone reads with its tick, which may be long: others go ahead then
+        return group
+
+    def _read(self, group):
+        """The forward, and its outcome to all of the group."""
+        start, logits, error = time.perf_counter(), [None] * len(group), None
+        sessions, tokens = [turn.session for turn in group], [turn.token for turn in group]
+        shared = len(group) > 1
+        try:
+            logits = read(sessions, tokens) if shared else [sessions[0].feed(tokens)]
+            if logits[0].is_cuda:
+                torch.cuda.synchronize(logits[0].device) # else `took` would not be what it takes
+        except BaseException as failure: # all who wait must hear of it
+            error = failure
+        with self.change:
+            self.took = time.perf_counter() - start
+            for turn, row in zip(group, logits):
+                turn.logits, turn.error, turn.shared, turn.seconds, turn.done = row, error, shared, self.took / len(group), True
+            if shared:
+                self.until = time.perf_counter() + self.took
+                self.change.notify_all()
 
 
-class Rows:
-    """What the trunk asks of a cache, with a length of its own for every row."""
+class Turn:
+    """A token of one session, until it was read: alone with all that follows, or `shared`, for keep()."""
 
-    def __init__(self, cache, lengths):
-        self.cache, self.lengths = cache, lengths
-        self.end = int(lengths.max()) + 1
-        self.rows = torch.arange(len(lengths), device=lengths.device)
-        self.see = (torch.arange(self.end, device=lengths.device) <= lengths[:, None])[:, None, None] # (B, 1, 1, C)
+    def __init__(self, session, token):
+        self.session, self.token = session, token
+        self.logits, self.error, self.shared, self.seconds, self.done = None, None, False, 0.0, False
+
+
+class Joined:
+    """A session as a stream whose single tokens go to a Together; all else is the session's own."""
+
+    def __init__(self, session, together):
+        self.session, self.together = session, together
+
+    def feed(self, ids, prompt=True):
+        return self.session.feed(ids, prompt) if prompt or len(ids) != 1 else self.together.feed(self.session, ids[0])
+
+    def __getattr__(self, name):
+        return getattr(self.session, name)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The forward
+
+def read(sessions, tokens):
+    """One token for each session of one GPT, none of which has blocks that wait -> logits (B, V). Their keys and values are in the caches then, and it is for keep() to say so."""
+    gpt, shown = sessions[0].gpt, [session.shown for session in sessions]
+    ids = torch.tensor(tokens, device=gpt.device)[:, None]
+    entries = gpt.embed(ids, torch.tensor([session.before() for session in sessions], device=gpt.device))
+    positions = torch.cat([session.shown.mapped_token(session.length) for session in sessions])
+    return gpt.head(gpt.trunk(entries, positions, [one.weighed("all") for one in shown], Caches([one.cache for one in shown]))[:, -1])
+
+
+def keep(session, token, seconds):
+    """A token that was read is the newest of its session now; the tick that it may complete is made here. seconds: its share of the forward."""
+    with session.changing():
+        place = session.length
+        session.tree.append_tokens([token])
+        session.shown.note(session.shown.cache.length, [place])
+        session.shown.cache.advance(1)
+        session._count("read", time.perf_counter() - seconds, read_tokens=1)
+        session.grown([token])
+
+
+class Caches:
+    """What the trunk asks of a cache, of several: each row of a batch has its own, of its own length."""
+
+    def __init__(self, caches):
+        self.caches = caches
 
     def append(self, layer, k, v):
-        """Write k and v (B, H, 1, d), each row's at its own end; return the rows as far as the longest goes."""
-        self.cache.k[layer, self.rows, :, self.lengths] = k[:, :, 0]
-        self.cache.v[layer, self.rows, :, self.lengths] = v[:, :, 0]
-        return self.cache.k[layer, :, :, :self.end], self.cache.v[layer, :, :, :self.end]
+        """Write k and v (B, H, 1, d), a row to each cache; return two lists, all keys and all values of each row, (1, H, length+1, d)."""
+        return zip(*(cache.append(layer, k[row:row + 1], v[row:row + 1]) for row, cache in enumerate(self.caches)))
 
     def advance(self, n):
-        """The sessions count for themselves."""
+        """A cache has grown when its session keeps the token."""

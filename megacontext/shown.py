@@ -40,7 +40,7 @@ class Shown:
         self.clear()
 
     def clear(self):
-        """Nothing is in view. The memory stays the same, so a session of a batch stays in its row."""
+        """Nothing is in view."""
         self.cache.rewind(0)
         self.spans = []  # in the order of the cache; loose entries follow
         self.settled = 0 # entries of the spans
@@ -214,12 +214,6 @@ class Shown:
         """(k, v) of the loose entries, keys unturned."""
         start, end = self.settled, self.cache.length
         return self.turned(self.cache.k[:, 0, :, start:end], self.places[start:end], back=True), self.cache.v[:, 0, :, start:end].clone()
-
-    def move(self, cache, row):
-        """Live in one row of a cache of several from now on."""
-        n = self.cache.length
-        cache.k[:, row, :, :n], cache.v[:, row, :, :n] = self.cache.k[:, 0, :, :n], self.cache.v[:, 0, :, :n]
-        self.cache.k, self.cache.v = cache.k[:, row:row + 1], cache.v[:, row:row + 1]
 
     # ------------------------------------------------------------------------------------------------------------------
 

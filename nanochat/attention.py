@@ -8,6 +8,7 @@ An entry is a token or a gist; the attention does not know which. Visibility (`s
     Stretches   the same rule in pieces, without the columns that a piece of the queries never sees
     BlockMask   the same rule for FlexAttention, on CUDA
     Recent      the newest of what "causal" or "all" shows, or all of "causal" on FlashAttention 3
+    a list      for each row of the batch what it may see of keys and values of its own: k and v are as many, (1, H, Nk, d) of any length
 Positions come in as numbers, so a gist may stand anywhere, also between two tokens. Rotary angles are computed in fp32 for
 the positions at hand (RoPE: Su et al., 2021; base 1e5 as in nanochat), there is no table to outgrow.
 
@@ -85,6 +86,8 @@ def rotate(x, cos, sin):
 
 def attend(q, k, v, see):
     """q (B, H, Nq, d), k and v (B, Hkv, Nk, d) -> (B, H, Nq, d)."""
+    if isinstance(see, list):
+        return torch.cat([attend(q[row:row + 1], *own) for row, own in enumerate(zip(k, v, see, strict=True))])
     grouped = q.size(1) != k.size(1)
     if isinstance(see, BlockMask):
         return _flex(q, k, v, see, grouped)

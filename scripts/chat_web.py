@@ -16,7 +16,8 @@ What it answers to (errors are JSON, {"error": {"message": ...}}, and one line f
 
 A session is one conversation: `messages` are what is new in it. Without "session" the messages are the whole conversation.
 The idea: the event loop only moves bytes. Models run in a few worker threads, a lock keeps a session to one answer at a time, and
-the least recently used session makes room for a new one. Who hangs up stops their answer at the next token.
+the least recently used session makes room for a new one. Who hangs up stops their answer at the next token. With memory, answers
+that are written at the same time read their tokens in one forward (megacontext/batch.py); without, each has its own.
 """
 
 import argparse
@@ -56,7 +57,7 @@ add_flags(parser)
 parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 = all of this machine's")
 parser.add_argument("--port", type=int, default=8000)
 parser.add_argument("--sessions", type=int, default=16, help="conversations kept; the least recently used one makes room for a new one")
-parser.add_argument("--workers", type=int, default=2, help="answers written at the same time; more wait in line")
+parser.add_argument("--workers", type=int, default=None, help="answers written at the same time; more wait in line (default: 8 with memory, 2 without)")
 parser.add_argument("--message-mb", type=float, default=4.0, help="longest request")
 
 
@@ -317,9 +318,19 @@ async def server_sent(events, stop):
         stop.set()
 
 
+def opener(loaded, args):
+    """() -> a Conversation for a new session. The memories of one server read together."""
+    engine, telemetry, joined = Engine(loaded.tokenizer), telemetry_maker(args), lambda stream: stream
+    if not args.no_memory:
+        from megacontext.batch import Together
+        joined = Together().stream
+    return lambda: Conversation(engine, joined(open_stream(loaded, not args.no_memory, args.budget, telemetry=telemetry())))
+
+
 def main():
     args = parser.parse_args()
-    if args.sessions < 1 or args.workers < 1 or args.message_mb <= 0:
+    workers = (2 if args.no_memory else 8) if args.workers is None else args.workers
+    if args.sessions < 1 or workers < 1 or args.message_mb <= 0:
         raise UserError("--sessions and --workers must be at least 1, --message-mb more than 0")
     try:
         listener = socket.create_server((args.host, args.port), family=socket.AF_INET6 if ":" in args.host else socket.AF_INET)
@@ -329,13 +340,9 @@ def main():
     device, _ = setup(args.device)
     dtype, _ = hardware.pick_dtype(hardware.describe(device), args.dtype)
     loaded = load_stage(args.stage, args.tag, args.step, device, dtype)
-    engine, telemetry = Engine(loaded.tokenizer), telemetry_maker(args)
-
-    def begin():
-        return Conversation(engine, open_stream(loaded, not args.no_memory, args.budget, telemetry=telemetry()))
-
+    begin = opener(loaded, args)
     begin() # what is wrong with memory or budget is told now, and not to the first guest
-    limits = Limits(args.sessions, args.workers, request_bytes=int(args.message_mb * 2**20))
+    limits = Limits(args.sessions, workers, request_bytes=int(args.message_mb * 2**20))
     app = make_app(loaded, begin, not args.no_memory, limits)
     print(f"{loaded.stage}/{loaded.tag}, step {loaded.meta['step']}, {'no memory' if args.no_memory else 'with memory'}: "
           f"http://{'127.0.0.1' if args.host == '0.0.0.0' else args.host}:{args.port}  (Ctrl-C ends it)", flush=True)

@@ -15,6 +15,7 @@ import bench.flex as flex
 import bench.gpu_check as gpu_check
 import bench.streams as streams
 import bench.train as train
+import megacontext.batch as batch
 from bench.gpu_check import Section
 from megacontext.layout import FAN
 from megacontext.runtime import Session
@@ -113,6 +114,25 @@ def test_a_chat_without_words(monkeypatch, capsys, base, memory):
     assert told["ttft_ms"] > 0 and told["second_ms"] > 0 and told["tokens_s"] > 0 and f"{told['tokens_s']:,.1f} tokens/s" in lines[-2]
     monkeypatch.setattr(sys, "argv", ["streams", "--new", "2"])
     with pytest.raises(UserError, match="expected at least 1, 1 and 3"):
+        streams.main()
+
+
+@pytest.mark.parametrize("clock", ["wall", "cpu"])
+def test_several_answers_at_the_same_time(monkeypatch, capsys, base, clock):
+    sizes, read = [], batch.read
+    monkeypatch.setattr(batch, "read", lambda sessions, tokens: sizes.append(len(sessions)) or read(sessions, tokens))
+    told, lines = run(monkeypatch, capsys, streams, "--depth", "1", "--vocab-size", "256", "--memory", "--budget", "192", "--prompt", "300", "--new", "30", "--repeats", "1", "--device", "cpu",
+                      "--answers", "1,3", *(["--cpu-time"] if clock == "cpu" else []))
+    assert [row["answers"] for row in told["rows"]] == [1, 3] and told["clock"] == clock and {2, 3} >= set(sizes) != set()
+    for row, line in zip(told["rows"], lines[-3:-1]):
+        assert row["times"] == pytest.approx(row["together"] / row["in_turn"]) and row["apart"] > 0
+        assert line.split() == [str(row["answers"]), *(f"{row[way]:,.1f}" for way in streams.WAYS), f"{row['times']:.2f}"]
+
+
+@pytest.mark.parametrize("flags", [["--answers", "2"], ["--memory", "--answers", "0,2"], ["--memory", "--answers", "two"], ["--memory", "--cpu-time"]])
+def test_what_cannot_be_asked_of_answers(monkeypatch, flags):
+    monkeypatch.setattr(sys, "argv", ["streams", *flags])
+    with pytest.raises(UserError, match="expected"):
         streams.main()
 
 

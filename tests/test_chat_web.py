@@ -12,12 +12,14 @@ import torch
 import uvicorn
 from fastapi.testclient import TestClient
 
+import megacontext.batch as batch
 from nanochat.conversation import Conversation
 from nanochat.engine import Engine, PlainStream
 from nanochat.gpt import GPTConfig
-from scripts.chat_web import PAGE, Limits, make_app
+from scripts.chat_web import PAGE, Limits, make_app, opener, parser
 from scripts.load import Loaded, build, open_stream
 from tests.fakes import ByteTokenizer, FakeLoaded, FakeMemory, random_gpt
+from tests.tiny import stir
 
 tokenizer = ByteTokenizer()
 engine = Engine(tokenizer)
@@ -306,6 +308,31 @@ def test_one_long_answer_does_not_stop_the_others(served):
     assert all(text_of(events_of(response)) == "abc" for response in responses)
     assert slowest < 0.25, "the event loop stood still while a model was thinking"
     assert seconds < 4 * 4 * 0.3, "answers were written one after the other"
+
+
+def test_answers_written_at_the_same_time_are_read_in_one_forward(served, monkeypatch):
+    """The server once read a forward for each answer, though a session could be read along with others. What is said is what is said alone."""
+    torch.manual_seed(0)
+    gpt, gistnet, lensnet = build(GPTConfig(tokenizer.vocab_size, 512, layers=2, heads=2, kv_heads=2, width=64), memory=True)
+    for network in (gpt, gistnet, lensnet):
+        stir(network.eval(), std=0.1)
+    loaded = Loaded(gpt, gistnet, lensnet, tokenizer, {"step": 0}, "sft", "tiny")
+    sizes, whole = [], batch.read
+    monkeypatch.setattr(batch, "read", lambda sessions, tokens: sizes.append(len(sessions)) or whole(sessions, tokens))
+    url = served(make_app(loaded, opener(loaded, parser.parse_args(["--budget", "192"])), limits=Limits(workers=4)))
+    texts = ["hi", "x = 1\n" * 100, "why? " * 300, "a"]
+    answered = lambda response: [event for event in events_of(response) if "token" in event]
+
+    async def guests(at_once):
+        async with httpx.AsyncClient(timeout=60) as client:
+            asked = [client.post(f"{url}/chat/completions", json=ask(text, temperature=0.8, seed=i, max_tokens=60)) for i, text in enumerate(texts)]
+            return await asyncio.gather(*asked) if at_once else [await one for one in asked]
+
+    alone = [answered(response) for response in asyncio.run(guests(False))]
+    assert not sizes and all(alone)
+    assert [answered(response) for response in asyncio.run(guests(True))] == alone
+    assert len(sizes) > 10 and set(sizes) <= {2, 3, 4}, "they hardly met"
+    assert isinstance(opener(loaded, parser.parse_args(["--no-memory"]))().stream, PlainStream)
 
 
 def test_one_session_writes_one_answer_at_a_time(served):

@@ -15,7 +15,6 @@ from megacontext.layout import GIST, HIDDEN, NODE, RAW, entry_positions, visibil
 from megacontext.losses import lens_scores, row_entries
 from megacontext.matches import Matches
 from megacontext.positions import POLICIES
-from megacontext.batch import Batch
 from megacontext.runtime import Session
 from megacontext.shown import Shown
 from megacontext.span import BLOCK, Span
@@ -571,45 +570,6 @@ def test_a_fork_is_made_with_the_settings_of_its_session():
     other, settings = memory.fork(), ("budget", "n_diff", "margin", "pins", "longest", "exact", "kept", "kept_in_ram")
     assert [getattr(other, name) for name in settings] == [getattr(memory, name) for name in settings]
     assert other.store.near.size == 96 and other.shown.policy is POLICIES["clamped"]
-
-
-def test_a_batch_is_its_sessions_one_by_one():
-    """Sessions of different lengths and budgets, one of them empty, some waiting: each row says what its session alone says."""
-    networks = tiny_networks(seq_len=512)
-    lengths, budgets, rng = [0, 5, 300, 4000], [192, 256, 192, 224], np.random.default_rng(0)
-    alone, together = ([session(networks, budget=budget) for budget in budgets] for _ in range(2))
-    for pair in zip(alone, together, lengths):
-        for memory in pair[:2]:
-            if pair[2]:
-                memory.feed(some_ids(pair[2], seed=pair[2]))
-    batch = Batch(together)
-    assert [memory.shown.crowded for memory in together] == [False, False, False, True], "the case must have gists that weigh less"
-    for step in range(100):
-        tokens = [int(rng.integers(VOCAB)) if rng.random() < 0.8 else None for _ in lengths]
-        logits = batch.feed(tokens)
-        for row, token in enumerate(tokens):
-            if token is not None:
-                assert torch.allclose(logits[row], alone[row].feed([token]), atol=1e-3), f"step {step}, session {row}"
-    ids = some_ids(90)
-    for a, b in zip(alone, together):
-        assert a.spans == b.spans and a.tree.tokens(0, a.length).tolist() == b.tree.tokens(0, b.length).tolist()
-        assert torch.allclose(a.feed(ids), b.feed(ids), atol=1e-3), "a session of a batch still reads alone"
-
-
-def test_a_session_of_a_batch_is_rewound_in_its_row():
-    """A rewind made a view of its own outside the batch: that row went on reading what had been there before, with logits off by 0.8 and no error."""
-    networks = tiny_networks()
-    sessions = [session(networks, budget=192) for _ in range(2)]
-    for memory in sessions:
-        memory.feed(some_ids(1500))
-    batch = Batch(sessions)
-    mark = sessions[1].mark()
-    expected = [batch.feed([t, t]) for t in some_ids(40, seed=1)]
-    for t in some_ids(100, seed=2):
-        batch.feed([t, t])
-    sessions[1].rewind(mark)
-    for t, logits in zip(some_ids(40, seed=1), expected):
-        assert torch.allclose(batch.feed([None, t])[1], logits[1], atol=1e-4)
 
 
 def test_a_store_that_is_too_small_costs_forwards_and_nothing_else():

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from megacontext import runtime
-from megacontext.batch import Batch
 from megacontext.ingest import ingest
 from megacontext.runtime import Session
 from megacontext.span import BLOCK, Span
@@ -221,22 +220,3 @@ def test_a_rewind_that_could_not_be_committed_is_committed_before_the_next_token
                         attempt()
             assert memory.length == mark.length
             check_it_goes_on(memory, networks)
-
-
-def test_a_batch_goes_on_when_one_of_its_sessions_failed(monkeypatch):
-    """Two rows of three tick, the middle one fails in it. The first has read its token, the last has not, and all stay in their rows."""
-    networks, histories = tiny_networks(), [some_ids(n, seed=n) for n in (1279, 1247, 90)]
-    sessions = [on_a_tree_that_fails(networks, history) for history in histories]
-    for t in some_ids(BLOCK):
-        sessions[1].feed([t]) # so that the next token makes a tick that has to collapse something
-    batch = Batch(sessions)
-    with monkeypatch.context() as patch:
-        patch.setattr(sessions[1], "_splice", lambda: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            batch.feed([1, 2, 3])
-    assert [memory.length for memory in sessions] == [1280, 1280, 90]
-    twins = [Session(*networks, sessions[1].tree.fork(), 192, margin=sessions[1].margin) if row == 1 else memory.fork() for row, memory in enumerate(sessions)]
-    for step in range(40):
-        logits = batch.feed([5, 6, 7])
-        for row, twin in enumerate(twins):
-            assert torch.allclose(logits[row], twin.feed([5 + row]), atol=1e-3), f"step {step}, row {row}"
