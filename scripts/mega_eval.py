@@ -320,7 +320,7 @@ def gist_tables(data):
         "What the next H tokens lose, in nats per token, when one thing is shown more coarsely for all of them (dNLL@H), the ratio of perplexities, and the share of spans that lose less than "
         "0.1 and 1 nat a token, and less than 0.1 and 1 nat over all H tokens.",
         report.table(["shown more coarsely", "H", "dNLL@H", "ppl ratio", "< 0.1 a token", "< 1 a token", "< 0.1 in all", "< 1 in all"], rows),
-        "A block's tokens 2 to 32, read behind one gist and nothing else, in nats per token (reconstruction; base training reads some blocks of level 1 so, by its --reconstruct-every, level 2 never was).",
+        "A block's tokens 2 to 32, read behind one gist and nothing else, in nats per token (reconstruction; base and mid-training read some blocks of level 1 so, by --reconstruct-every, level 2 never was).",
         report.table(["gist of", "its own gist", "another document's", "nothing"], behind),
         "How many directions gists take: effective rank (at most their number and the model's width), and the mean cosine of two of them; pooled = means of tokens, untrained.",
         report.table(["gists", "number", "effective rank", "mean cosine"], diverse),
