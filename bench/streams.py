@@ -9,7 +9,7 @@ Each repeat is a stream of its own, greedy, that no token ends:
     ttft_ms     from an empty stream to the first token behind the prompt
     second_ms   the next one; on a GPU the plain stream records its step here
     tokens_s    tokens a second after these two, the way to Python, and a session's ticks, included
-The median of the repeats. With --answers instead, tokens a second of all, from when each has its first token: in_turn one answer after the other, apart each in a
+The median of the repeats. With --answers instead, drawn at a temperature of 0.8, tokens a second of all, from when each has its first token: in_turn one answer after the other, apart each in a
 thread of its own, together in threads that read in one forward (megacontext/batch.py), and how many times in_turn that is, the median of the ratios within a repeat.
 The last line is JSON.
 """

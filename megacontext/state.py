@@ -64,7 +64,7 @@ def history(tree, length):
 
 
 def weights(gpt):
-    """crc32 of some 4,096 numbers of each tensor of a GPT, rounded to bf16: training moves them all, and another number format none. A hundred million parameters take some milliseconds."""
+    """crc32 of some 4,096 numbers of each tensor of a GPT, rounded to bf16: training moves them all; fp32 and bf16 are one, fp16 is another. A hundred million parameters take some milliseconds."""
     crc = 0
     for _, tensor in gpt.named_parameters():
         flat = tensor.detach().flatten()

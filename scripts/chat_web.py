@@ -57,7 +57,7 @@ add_flags(parser)
 parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 = all of this machine's")
 parser.add_argument("--port", type=int, default=8000)
 parser.add_argument("--sessions", type=int, default=16, help="conversations kept; the least recently used one makes room for a new one")
-parser.add_argument("--workers", type=int, default=None, help="answers written at the same time; more wait in line (default: 8 with memory, 2 without)")
+parser.add_argument("--workers", type=int, default=-1, help="answers written at the same time; more wait in line (-1 = 8 with memory, 2 without)")
 parser.add_argument("--message-mb", type=float, default=4.0, help="longest request")
 
 
@@ -329,7 +329,7 @@ def opener(loaded, args):
 
 def main():
     args = parser.parse_args()
-    workers = (2 if args.no_memory else 8) if args.workers is None else args.workers
+    workers = (2 if args.no_memory else 8) if args.workers == -1 else args.workers
     if args.sessions < 1 or workers < 1 or args.message_mb <= 0:
         raise UserError("--sessions and --workers must be at least 1, --message-mb more than 0")
     try:

@@ -207,7 +207,8 @@ def train(stage, tag, args, place, networks, tokenizer, plan, items, val_items, 
 def resume(folder, named, optimizer, about, identity, args):
     """Bring networks, optimizer and generators to the last checkpoint of a folder; returns its meta."""
     saved, same = checkpoint.load(folder), same_flags(args)
-    checkpoint.check_match(saved.meta | {flag: saved.meta["args"].get(flag) for flag in same}, networks=about, **identity | same)
+    told = dict(asked=0.5, opens=2) | saved.meta["args"] # what every run had before there were such flags
+    checkpoint.check_match(saved.meta | {flag: told.get(flag) for flag in same}, networks=about, **identity | same)
     for name, module in named.items():
         module.load_state_dict(saved.tensors[name])
     optimizer.load_state_dict(saved.optimizer)

@@ -1,7 +1,9 @@
 """Sessions that read their next tokens in one forward, each answer in a thread of its own: what is said is what each says alone, whoever comes, goes or fails."""
+import gc
 import random
 import threading
 import time
+import weakref
 from functools import partial
 
 import pytest
@@ -64,6 +66,11 @@ def expecting(together, sessions, seconds=60.0):
     together.last, together.until = {id(memory) for memory in sessions}, time.perf_counter() + seconds
 
 
+class Patient(Together):
+    """Waits long enough for a thread that a busy machine holds up: whether guests meet is not left to the clock."""
+    took = property(lambda self: 0.25, lambda self, seconds: None)
+
+
 def at_once(*works):
     """Each in a thread of its own -> what it returned, or raised. A thread that hangs does not keep the others' outcome back."""
     told = [None] * len(works)
@@ -99,7 +106,7 @@ def guest(i, stream, temperature, pause=0.0):
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_answers_written_together_are_those_written_alone(temperature, groups):
     """Greedy, and drawn with a seed; they come and go at different times."""
-    networks, together = tiny_networks(seq_len=512), Together()
+    networks, together = tiny_networks(seq_len=512), Patient()
     expected = [guest(i, memory, temperature) for i, memory in enumerate(spread(networks))]
     assert not groups
     assert at_once(*(partial(guest, i, together.stream(memory), temperature, pause=0.05) for i, memory in enumerate(spread(networks)))) == expected
@@ -243,3 +250,29 @@ def test_any_number_come_and_go_and_fail(groups, monkeypatch):
     told = at_once(*(partial(guests, seed) for seed in range(6)))
     assert all(isinstance(failed, int) for failed in told), told
     assert sum(told) > 0 < len(groups) and not together.came
+
+
+def test_what_failed_gives_back_its_memory_at_once(monkeypatch):
+    """An error holds the frames it came through: one that was kept would keep a forward's tensors, and the next might fail for want of them."""
+    together, sessions, gone = Together(), spread(tiny_networks(), (300, 300), (192, 192)), []
+
+    def failing(sessions, tokens):
+        tensor = torch.zeros(8)
+        gone.append(weakref.ref(tensor))
+        raise MemoryError("no room")
+
+    def fails(together, memory): # and keeps nothing of the error
+        try:
+            together.feed(memory, 5)
+        except MemoryError:
+            return True
+
+    monkeypatch.setattr(batch, "read", failing)
+    monkeypatch.setattr(Session, "feed", lambda self, ids: failing([self], ids))
+    gc.disable() # no collection may come to the rescue
+    try:
+        expecting(together, sessions)
+        assert at_once(*(partial(fails, together, memory) for memory in sessions)) == [True, True]
+        assert fails(Together(), sessions[0]) and [ref() for ref in gone] == [None, None]
+    finally:
+        gc.enable()

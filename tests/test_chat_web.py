@@ -287,7 +287,7 @@ def test_hanging_up_stops_the_reading_of_a_long_paste(served):
 
 def test_one_long_answer_does_not_stop_the_others(served):
     """The old nanochat server generated inside the event loop: while one guest's answer was written, nobody else was heard."""
-    app = app_of(lambda: FakeMemory("abc", pause=0.3), workers=4)
+    app = app_of(lambda: FakeMemory("abc", pause=1.0), workers=4)
     url = served(app)
 
     async def everybody():
@@ -295,7 +295,7 @@ def test_one_long_answer_does_not_stop_the_others(served):
             start = time.perf_counter()
             async def healthy():
                 slowest = 0.0
-                while time.perf_counter() - start < 1.0:
+                while time.perf_counter() - start < 3.0:
                     before = time.perf_counter()
                     assert (await client.get(f"{url}/health")).status_code == 200
                     slowest = max(slowest, time.perf_counter() - before)
@@ -306,8 +306,8 @@ def test_one_long_answer_does_not_stop_the_others(served):
 
     responses, slowest, seconds = asyncio.run(everybody())
     assert all(text_of(events_of(response)) == "abc" for response in responses)
-    assert slowest < 0.25, "the event loop stood still while a model was thinking"
-    assert seconds < 4 * 4 * 0.3, "answers were written one after the other"
+    assert slowest < 0.8, "the event loop stood still while a model was thinking"
+    assert seconds < 4 * 4 * 1.0, "answers were written one after the other"
 
 
 def test_answers_written_at_the_same_time_are_read_in_one_forward(served, monkeypatch):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from nanochat import execution
 from nanochat.calculator import calculate
 from nanochat.common import UserError
 from tasks import rows
@@ -348,7 +349,7 @@ def test_humaneval_is_graded_in_the_sandbox(data):
     assert not task.evaluate(task[0], "    return a - b\n") and not task.evaluate(task[0], "    return (\n")
 
 
-@pytest.mark.parametrize("timeout, trouble", [(0.001, "did not start in 0.001 s"), (20, r"did not start \(exit code 3\) no room for Python")])
+@pytest.mark.parametrize("timeout, trouble", [(0.001, "did not start in 0.01 s"), (20, r"did not start \(exit code 3\) no room for Python")])
 def test_a_sandbox_that_does_not_start_is_no_wrong_answer(data, monkeypatch, timeout, trouble):
     """It counted as one: where no sandbox could start, a good model was told to have 0%, and nothing said why."""
     write(data / "humaneval" / "test.jsonl", [ADD])
@@ -358,6 +359,14 @@ def test_a_sandbox_that_does_not_start_is_no_wrong_answer(data, monkeypatch, tim
         monkeypatch.setattr(subprocess, "Popen", lambda command, **kwargs: began([command[0], "-c", "import sys; print('no room\\nfor Python', file=sys.stderr); sys.exit(3)"], **kwargs))
     with pytest.raises(UserError, match=f"HumanEval cannot be graded: sandbox: it {trouble}"):
         task.evaluate(task[0], ADD["canonical_solution"])
+
+
+def test_a_sandbox_that_starts_late_is_given_time_once_more(data, monkeypatch):
+    """A busy machine ended a whole evaluation."""
+    write(data / "humaneval" / "test.jsonl", [ADD])
+    task, run, asked = HumanEval(timeout=3), execution.run_code, []
+    monkeypatch.setattr(execution, "run_code", lambda code, timeout: asked.append(timeout) or run(code, timeout=1e-4 if len(asked) == 1 else 20))
+    assert task.evaluate(task[0], ADD["canonical_solution"]) and asked == [3, 30]
 
 
 def test_customjson_reads_both_shapes_and_nothing_but_their_messages(tmp_path):

@@ -253,6 +253,24 @@ def test_a_run_goes_on_with_the_flags_it_was_begun_with(place, monkeypatch, flag
         in_process(monkeypatch, place, "base_train", *TINY, "--source", f"dir:{place[1]}", "--tag", "one", "--resume", flag, value)
 
 
+def test_a_run_from_before_there_was_a_flag_goes_on_as_it_was_begun(place, monkeypatch):
+    """Every run opened two in half of its rows; one that says nothing of it was refused to those who go on so."""
+    if not (place[0] / "base_checkpoints" / "one").exists():
+        base_train(place, "one", "--device-batch", "8")
+    load = checkpoint.load
+
+    def older(*args, **kwargs):
+        saved = load(*args, **kwargs)
+        assert [saved.meta["args"].pop(flag) for flag in ("asked", "opens")] == [0.5, 2]
+        return saved
+
+    monkeypatch.setattr(checkpoint, "load", older)
+    flags = [*TINY, "--source", f"dir:{place[1]}", "--tag", "one", "--resume"]
+    in_process(monkeypatch, place, "base_train", *flags)
+    with pytest.raises(UserError, match="opens: the checkpoint has 2, this run has 3"):
+        in_process(monkeypatch, place, "base_train", *flags, "--opens", "3")
+
+
 def test_flags_reach_the_objective_and_mid_training_opens_as_sessions_do():
     gpt, gistnet, lensnet = tiny_networks()
     options = lambda *flags: stage.co_training(gpt, gistnet, lensnet, importlib.import_module("scripts.mid_train").parser.parse_args(flags), hardware.describe(gpt.device), torch.float32).options
