@@ -9,7 +9,6 @@ B = sessions, V = vocabulary
 """
 import threading
 import time
-from collections import deque
 from math import inf
 
 import torch
@@ -19,13 +18,11 @@ class Together:
     """Sessions of one GPT that read together when their answers are written at the same time."""
 
     def __init__(self):
-        self.lock = threading.Lock()
-        self.came = []      # turns that wait for the next forward
-        self.told = deque() # turns that were read, and whose threads wait until those before them are done with theirs
-        self.owner = None   # the session, by id, whose thread is busy with what it was told
-        self.last = set()   # sessions of the newest forward, by id: one that is forgotten is not kept here
-        self.took = 0.0     # seconds of the newest forward that is done
-        self.until = 0.0    # when nobody is waited for any longer; inf = several are being read
+        self.change = threading.Condition()
+        self.came = []    # turns that wait for the next forward
+        self.last = set() # sessions of the newest forward, by id: one that is forgotten is not kept here
+        self.took = 0.0   # seconds of the newest forward that is done
+        self.until = 0.0  # when those who came wait no longer; inf = several are being read
 
     def stream(self, session):
         """What the engine feeds instead of a session: the tokens of its answer are read together with others'."""
@@ -37,7 +34,7 @@ class Together:
         One token of an answer -> logits (V,) of the token that follows. Nobody is waited for where nobody else is answering: the session reads alone, as always.
         What fails in a common forward fails for all who came; then none of their tokens was read, and every session can go on.
         """
-        turn = Turn(session, token, threading.Condition(self.lock))
+        turn = Turn(session, token)
         group = self._alone(turn)
         if not group:
             with session.changing():
@@ -45,47 +42,39 @@ class Together:
                 session.read_waiting()
             group = self._meet(turn)
         if group:
-            self._read(group, turn)
-        if turn.error is not None:
-            raise turn.error
+            self._read(group)
+        error, turn.error = turn.error, None
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error # its traceback holds this frame, which would hold it: what failed for want of memory must give it back at once
         if turn.shared:
             keep(session, token, turn.seconds)
         return turn.logits
 
     def _alone(self, turn):
         """[turn] if there is nobody to wait for, else []."""
-        with self.lock:
-            if self.came or self.told or not (self.last <= {id(turn.session)} or self._late()):
+        with self.change:
+            if self.came or not self._here(turn):
                 return []
             self.came.append(turn)
             return self._take()
 
     def _meet(self, turn):
         """Wait for the others. Returns the turns that this thread is to read, [] when another has read its own."""
-        with self.lock:
+        with self.change:
             self.came.append(turn)
-            if self.owner == id(turn.session):
-                self._pass()
-            while not turn.go:
-                if turn in self.came and (self.last <= {id(other.session) for other in self.came} or self._late() and not self.told):
-                    return self._take()
-                if self._late():
-                    self.last.discard(self.owner)
-                    self._pass()
-                else:
-                    turn.wake.wait(min(self.until - time.perf_counter(), threading.TIMEOUT_MAX))
+            while turn in self.came and not self._here():
+                self.change.wait(min(self.until - time.perf_counter(), threading.TIMEOUT_MAX))
+            if turn in self.came:
+                return self._take()
+            self.change.wait_for(lambda: turn.done)
             return []
 
-    def _late(self):
-        return time.perf_counter() >= self.until
-
-    def _pass(self):
-        """The next one who was read is told. One at a time: threads that all work at once take the interpreter from each other at every step."""
-        self.owner, self.until = None, time.perf_counter() + self.took
-        if self.told:
-            turn = self.told.popleft()
-            self.owner = id(turn.session)
-            turn.tell()
+    def _here(self, *more):
+        """Have all come who are waited for, or is it too late?"""
+        return self.last <= {id(turn.session) for turn in (*self.came, *more)} or time.perf_counter() >= self.until
 
     def _take(self):
         """All who came are read by this thread now."""
@@ -94,7 +83,7 @@ class Together:
         self.until = inf if len(group) > 1 else time.perf_counter() + 2 * self.took # one alone reads with its tick, which may be long: others go ahead then
         return group
 
-    def _read(self, group, mine):
+    def _read(self, group):
         """The forward, and its outcome to all of the group."""
         start, logits, error = time.perf_counter(), [None] * len(group), None
         sessions, tokens = [turn.session for turn in group], [turn.token for turn in group]
@@ -105,30 +94,22 @@ class Together:
                 torch.cuda.synchronize(logits[0].device) # else `took` would not be what it takes
         except BaseException as failure: # all who wait must hear of it
             error = failure
-        with self.lock:
+        with self.change:
             self.took = time.perf_counter() - start
             for turn, row in zip(group, logits):
-                turn.logits, turn.error, turn.shared, turn.seconds = row, error, shared, self.took / len(group)
-            if error is not None:
+                turn.logits, turn.error, turn.shared, turn.seconds, turn.done = row, error, shared, self.took / len(group), True
+            if shared:
                 self.until = time.perf_counter() + self.took
-                for turn in group:
-                    turn.tell()
-            elif shared:
-                self.told.append(mine)
-                self.told.extend(turn for turn in group if turn is not mine)
-                self._pass()
+                self.change.notify_all()
+        del error, group, turn # as in feed()
 
 
 class Turn:
     """A token of one session, until it was read: alone with all that follows, or `shared`, for keep()."""
 
-    def __init__(self, session, token, wake):
-        self.session, self.token, self.wake, self.go = session, token, wake, False
-        self.logits, self.error, self.shared, self.seconds = None, None, False, 0.0
-
-    def tell(self):
-        self.go = True
-        self.wake.notify()
+    def __init__(self, session, token):
+        self.session, self.token = session, token
+        self.logits, self.error, self.shared, self.seconds, self.done = None, None, False, 0.0, False
 
 
 class Joined:

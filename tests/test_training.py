@@ -255,8 +255,8 @@ def test_a_run_goes_on_with_the_flags_it_was_begun_with(place, monkeypatch, flag
 
 def test_a_run_from_before_there_was_a_flag_goes_on_as_it_was_begun(place, monkeypatch):
     """Every run opened two in half of its rows; one that says nothing of it was refused to those who go on so."""
-    if not (place[0] / "base_checkpoints" / "one").exists():
-        base_train(place, "one", "--device-batch", "8")
+    flags = [*TINY, "--source", f"dir:{place[1]}", "--tag", "older"]
+    in_process(monkeypatch, place, "base_train", *flags)
     load = checkpoint.load
 
     def older(*args, **kwargs):
@@ -265,10 +265,9 @@ def test_a_run_from_before_there_was_a_flag_goes_on_as_it_was_begun(place, monke
         return saved
 
     monkeypatch.setattr(checkpoint, "load", older)
-    flags = [*TINY, "--source", f"dir:{place[1]}", "--tag", "one", "--resume"]
-    in_process(monkeypatch, place, "base_train", *flags)
+    in_process(monkeypatch, place, "base_train", *flags, "--resume")
     with pytest.raises(UserError, match="opens: the checkpoint has 2, this run has 3"):
-        in_process(monkeypatch, place, "base_train", *flags, "--opens", "3")
+        in_process(monkeypatch, place, "base_train", *flags, "--resume", "--opens", "3")
 
 
 def test_flags_reach_the_objective_and_mid_training_opens_as_sessions_do():
