@@ -4,6 +4,7 @@ Which parts of co-training pay: the same small GPT, GistNet and LensNet trained 
 python -m bench.recipe                                          # every variant
 python -m bench.recipe --seeds 0,1,2 --only "no curriculum,no left context"
 python -m bench.recipe --checkpoint base/d4 --num-tokens 245760 --lr 0.5    # the same trained networks go on, where gists carry something already
+python -m bench.recipe --checkpoint base/d4 --new-memory --num-tokens 245760 --lr 0.5    # a trained GPT goes on with new GistNet and LensNet: gists carry something soon
 
 All variants of a seed start from the same weights where they have them and read the same rows in the same order; all are judged on the same
 validation rows, so differences are paired. In nats per token over the last quarter of rows that are read within an eighth of their length, but for the first:
@@ -51,6 +52,7 @@ parser = argparse.ArgumentParser(description="Change one thing at a time in co-t
 add_flags(parser, seq_len=1024, eval_tokens=65536)
 parser.add_argument("--documents", type=int, default=16, help="validation rows that the memory is judged on")
 parser.add_argument("--checkpoint", default="", help="stage/tag of a checkpoint with memory that every variant goes on from, with gists of 32 tokens: its shape instead of --layers and --width, and --lr times its rates (empty = new networks)")
+parser.add_argument("--new-memory", action="store_true", help="with --checkpoint: only its GPT goes on; GistNet and LensNet are new, and begin with the curriculum")
 
 
 class FromEmptySlot(GistNet):
@@ -102,7 +104,7 @@ def table_with_sinks(docs, *args, **settings):
 VARIANTS = {
     "as it is": ({}, {}, {}, ()),
     "no curriculum": ({}, dict(curriculum=((32, 1.0),)), {}, ()),
-    "curriculum 4, 8, 16, 32": ({}, dict(curriculum=((4, 0.15), (8, 0.3), (16, 0.5), (32, 1.0))), {}, ()),
+    "curriculum from 4": ({}, dict(curriculum=((4, 0.15), (8, 0.3), (16, 0.5), (32, 1.0))), {}, ()),
     "no left context": (dict(left=0), {}, {}, ()),
     "left context of 64": (dict(left=64), {}, {}, ()),
     "left context of 128": (dict(left=128), {}, {}, ()),
@@ -135,18 +137,18 @@ def goes_on(variant):
 
 
 @contextmanager
-def changed(variant, config, seed, checkpoint=""):
+def changed(variant, config, seed, checkpoint="", new_memory=False):
     """The objective with networks as the variant has them, new ones or a checkpoint's, while the block lasts."""
     gist, options, classes, patches = VARIANTS[variant]
     with ExitStack() as stack:
         for one in patches:
             stack.enter_context(one)
-        if checkpoint:
-            loaded = load(checkpoint, config.seq_len)
-            networks, options = (loaded.gpt.train(), loaded.gistnet.train(), loaded.lensnet.train()), dict(curriculum=((32, 1.0),)) | options
+        torch.manual_seed(seed)
+        loaded = load(checkpoint, config.seq_len) if checkpoint else None
+        gpt = loaded.gpt.train() if loaded else GPT(config)
+        if loaded and not new_memory:
+            networks, options = (gpt, loaded.gistnet.train(), loaded.lensnet.train()), dict(curriculum=((32, 1.0),)) | options
         else:
-            torch.manual_seed(seed)
-            gpt = GPT(config)
             torch.manual_seed(seed)
             networks = gpt, classes.get("GistNet", GistNet)(replace(GistConfig.for_gpt(config), **gist)), LensNet(LensConfig())
         yield classes.get("CoTraining", CoTraining)(*networks, CoTrainingOptions(seed=seed, **dict(reconstruct_every=training.get_default("reconstruct_every")) | options))
@@ -165,7 +167,7 @@ def train(config, items, val_items, texts, tokenizer, args, seed, variant):
     """-> ({column: number}, seconds)"""
     plan = schedule.plan(config.layers, config.vocab_size, config.seq_len, tokens=args.num_tokens, batch_tokens=args.batch_tokens)
     began, rows, (amp, _) = time.perf_counter(), args.batch_tokens // config.seq_len, mixed(args.dtype)
-    with changed(variant, config, seed, args.checkpoint) as objective:
+    with changed(variant, config, seed, args.checkpoint, args.new_memory) as objective:
         gpt, gistnet, lensnet = objective.gpt, objective.gistnet, objective.lensnet
         optimizer = make_optimizer(gpt, dict(gistnet=gistnet, lensnet=lensnet), lr_scale=plan.lr_mult * args.lr * (args.rates or schedule.short_run(plan)), weight_decay=0.28 * plan.weight_decay_mult)
         curves = Curves(plan.steps, **dict(warmdown_ratio=1.0, final=0.1) if args.checkpoint else {}) # as mid-training goes on
@@ -180,7 +182,7 @@ def train(config, items, val_items, texts, tokenizer, args, seed, variant):
                 optimizer.zero_grad()
         val = val_loader(val_items, tokenizer, rows, config.seq_len, align=32, max_rows=args.eval_tokens // config.seq_len)
         found = dict(bpb=bits_per_byte(lambda batch: gpt(batch.inputs, batch.targets, "none"), val, tokenizer.token_bytes()))
-        found |= judge(Networks(gpt, gistnet, lensnet), sample_rows(texts, config.seq_len, args.documents, np.random.default_rng(seed)))
+        found |= judge(Networks(gpt, gistnet, lensnet), sample_rows(texts, config.seq_len, args.documents, np.random.default_rng(seed))[0])
     return found, time.perf_counter() - began
 
 
@@ -217,13 +219,15 @@ def main():
     args = parser.parse_args()
     names, seeds, tokenizer, config, items, val_items = settle(args, VARIANTS)
     args.rates = None # of a run from nothing they follow from its length
+    if args.new_memory and not args.checkpoint:
+        raise UserError("--new-memory: expected --checkpoint beside it, whose GPT goes on; without one all networks are new anyway")
     if args.checkpoint:
         loaded = load(args.checkpoint, args.max_seq_len)
         config, args.rates = loaded.gpt.config, loaded.meta["lr"]
         args.layers, args.width = config.layers, config.width
-        late = [name for name in names if not goes_on(name)]
+        late = [] if args.new_memory else [name for name in names if not goes_on(name)]
         if args.only and late:
-            raise UserError(f"--only {','.join(late)}: a variant that changes the networks, or how gists begin, cannot go on from --checkpoint; leave one of the two out")
+            raise UserError(f"--only {','.join(late)}: a variant that changes the networks, or how gists begin, cannot go on from --checkpoint; leave one of the two out, or add --new-memory")
         names = [name for name in names if name not in late]
     first = names[0]
     texts = long_documents(val_items, tokenizer, args.max_seq_len)
@@ -233,7 +237,7 @@ def main():
             numbers, seconds = train(config, items, val_items, texts, tokenizer, args, seed, name)
             found[name].append(numbers)
             print0(f"seed {seed} {name:24s} " + " ".join(f"{key} {value:.4f}" for key, value in numbers.items()) + f" ({seconds:.0f} s)")
-    print0(f"\n{args.layers} layers of {args.width}{f' of {args.checkpoint}' * bool(args.checkpoint)}, rows of {args.max_seq_len}, {args.num_tokens} tokens of {args.source}, {mixed(args.dtype)[1]}, seeds {args.seeds}; +- is the standard error of the difference to the first line\n")
+    print0(f"\n{args.layers} layers of {args.width}{f' of {args.checkpoint}' * bool(args.checkpoint)}{', GistNet and LensNet new' * args.new_memory}, rows of {args.max_seq_len}, {args.num_tokens} tokens of {args.source}, {mixed(args.dtype)[1]}, seeds {args.seeds}; +- is the standard error of the difference to the first line\n")
     print0(table(["variant", *found[first][0]], [told(name, runs, found[first]) for name, runs in found.items()]))
     print0(json.dumps(dict(vars(args), dtype=mixed(args.dtype)[1], variants=found)))
 

@@ -6,15 +6,15 @@ python -m bench.refocus --checkpoint mid/d4 --seq-len 2048 --budget 256 --rows 8
 
 A session takes in the beginning of a row as the history it finds, then reads the last --read tokens one by one, in every setting of --settings, which are
 tokens between refocuses : margin : edits a refocus : ticks a node rests. 0 edits is recency alone. With --read-history it has read the beginning one by one too, as in a
-chat, so that what it opens again was read in front of its own past and not for the first time, behind gists. Beside it, on the same tokens:
+chat, so that what it opens again was read in front of its own past and not for the first time, behind gists; --kept says how much of that it keeps. Beside it, on the same tokens:
     window      the newest W tokens at every token, as a KV cache has them that drops the oldest: it has read all of the row
     full        all of the row
-    bm25, lens  the newest blocks and as many older ones that BM25 or LensNet finds, chosen anew every so many tokens; no gists
-In nats a token better than the window, +- standard error over rows, with the share of the way from the window to full attention. The last line is JSON.
+    bm25, lens  the newest blocks and older ones that BM25 or LensNet finds, one or half of the raw blocks, chosen anew every so many tokens; no gists
+In nats a token better than the window, with the share of the way from the window to full attention. Rows of one document are not independent, so +- is the standard
+deviation, and the brackets hold 95%, of what comes out when documents are drawn anew, with replacement (bootstrap). The last line is JSON.
 """
 import argparse
 import json
-import math
 from unittest.mock import patch
 
 import numpy as np
@@ -42,8 +42,10 @@ parser.add_argument("--seq-len", type=int, default=1024, help="tokens of a row, 
 parser.add_argument("--budget", type=int, default=192, help="visible entries")
 parser.add_argument("--read", type=int, default=256, help="tokens at the end of a row that are read one by one")
 parser.add_argument("--read-history", action="store_true", help="the session reads the beginning of the row too, instead of taking it in unread")
+parser.add_argument("--kept", type=int, default=12, help="budgets of keys and values that a session keeps when they leave the view; as many as a session has by default, of a row that is all of it")
 parser.add_argument("--rows", type=int, default=16, help="for each seed")
 parser.add_argument("--seeds", type=int, default=3, help="samples of rows")
+parser.add_argument("--first-seed", type=int, default=0, help="of the samples: what was chosen on some rows is reported on others")
 parser.add_argument("--settings", default="8:1:0:0,8:1:4:0,32:1:4:0,4:1:4:0", help="of sessions: every:margin:edits:rest, comma list")
 parser.add_argument("--every", default="8", help="tokens between two choices of bm25 and lens, comma list (empty = leave them out)")
 add_data_dir(parser)
@@ -59,14 +61,14 @@ def window(gpt, row, W, read):
     return gpt.loss(hidden[:, -read:], targets, "none")[0].numpy()
 
 
-def session(networks, row, W, read, every, margin, n_diff, rest, read_history=False):
+def session(networks, row, W, read, every, margin, n_diff, rest, read_history=False, kept=12):
     """Nats (read,) of the same tokens from a session that finds the row's beginning in its tree, or has read it, and {edits, read again} a block."""
     ids, tree = row.tolist(), MegaTree.in_memory(make_header(networks.gpt.config.width, 0))
     history = len(ids) - 1 - read
     if not read_history:
         ingest(networks.gpt, networks.gistnet, tree, ids[:history])
     with patch.object(runtime, "COOLDOWN", rest):
-        memory = runtime.Session(networks.gpt, networks.gistnet, networks.lensnet, tree, W, n_diff=n_diff, margin=margin, refocus_every=every)
+        memory = runtime.Session(networks.gpt, networks.gistnet, networks.lensnet, tree, W, n_diff=n_diff, margin=margin, refocus_every=every, kept=kept, kept_in_ram=0)
         for at in range(0, history if read_history else 0, BLOCK): # so few at a time that none are only taken in
             memory.feed(ids[at:min(at + BLOCK, history)], prompt=False)
         before = dict(memory.stats)
@@ -77,25 +79,24 @@ def session(networks, row, W, read, every, margin, n_diff, rest, read_history=Fa
 
 @torch.no_grad()
 def retrieved(networks, row, W, read, every):
-    """{"bm25" and "lens": nats (read,)} of the same tokens behind the newest blocks and the best older ones, chosen anew every so many tokens."""
+    """{"bm25, 1 of 5": nats (read,)} of the same tokens behind the newest blocks and so many older ones that BM25 or LensNet finds, chosen anew every so many tokens."""
     some = Rows(networks, row[None], W, np.random.default_rng(0))
     docs, spared, ids = torch.zeros(1, some.Q, dtype=torch.long), some.batch(some.spared), some.inputs[0].tolist()
     reading = Reading(some.gpt, some.entries, some.targets, some.batch(some.tables(retrieved_table, some.scores["lensnet"])))
-    n, nats = (W - BLOCK) // BLOCK, {"bm25": [], "lens": []}
+    n, nats = (W - BLOCK) // BLOCK, {}
     for now in range(some.T - read, some.T, every):
         q = now // BLOCK
-        near = min(q, n - n // 2)
-        older = np.arange(q - near)
-        scores = dict(bm25=bm25(ids, older, q, now=now),
-                      lens=lens_scores(networks.lensnet, some.inputs, docs, spared, torch.tensor([[q]]), BLOCK, torch.tensor([[now]]))[0, 0].numpy()[older])
-        lines = np.full((len(scores), some.Q), HIDDEN)
-        lines[:, q - near:q] = RAW
-        for line, score in zip(lines, scores.values()):
-            line[best(older, score, n - near)] = RAW
+        scores = dict(bm25=bm25(ids, np.arange(q), q, now=now), lens=lens_scores(networks.lensnet, some.inputs, docs, spared, torch.tensor([[q]]), BLOCK, torch.tensor([[now]]))[0, 0].numpy())
+        asked = [(name, count) for name in scores for count in sorted({1, n // 2})]
+        lines = np.full((len(asked), some.Q), HIDDEN)
+        for line, (name, count) in zip(lines, asked):
+            older = np.arange(q - min(q, n - count))
+            line[len(older):q] = RAW
+            line[best(older, scores[name][older], count)] = RAW
         seen = shown(torch.from_numpy(lines), BLOCK).clone()
         seen[:, q * BLOCK:now] = True
-        for name, found in zip(scores, reading.again(now, every, seen)[0].numpy()):
-            nats[name].append(found)
+        for (name, count), found in zip(asked, reading.again(now, every, seen)[0].numpy()):
+            nats.setdefault(f"{name}, {count} of {n}", []).append(found)
     return {name: np.concatenate(parts) for name, parts in nats.items()}
 
 
@@ -112,17 +113,27 @@ def settle(args):
     """(settings, intervals of retrieval); UserError for what cannot be measured."""
     settings = [(text, parse(text)) for text in args.settings.split(",") if text]
     every = [int(word) for word in args.every.split(",") if word]
-    if args.read % BLOCK or args.seq_len % BLOCK or args.read < BLOCK or args.seq_len - args.read < args.budget or args.rows * args.seeds < 2 or any(BLOCK % n for n in every):
+    if args.read % BLOCK or args.seq_len % BLOCK or args.read < BLOCK or args.seq_len - args.read < args.budget or args.rows * args.seeds < 2 or args.kept < 0 or args.first_seed < 0 or any(BLOCK % n for n in every):
         raise UserError(f"--seq-len {args.seq_len} --read {args.read} --budget {args.budget} --rows {args.rows} --seeds {args.seeds} --every {args.every}: expected whole blocks of {BLOCK} "
-                        "tokens, a budget that is less than the history, two rows, and divisors of a block")
+                        "tokens, a budget that is less than the history, two rows, and divisors of a block; --kept and --first-seed are 0 or more")
     return settings, every
 
 
-def told(name, nats, base, gap, more):
-    """A row of the table, and its numbers."""
-    better = np.array(base) - np.array(nats)
-    numbers = dict(better=float(better.mean()), error=float(better.std(ddof=1) / math.sqrt(len(better))), share=float(better.mean() / gap) if gap else None) | more
-    return [name, f"{numbers['better']:+.4f} +- {numbers['error']:.4f}", "" if not gap else f"{numbers['share']:.2f}", *(f"{more[key]:.1f}" if key in more else "" for key in ("edits", "again"))], numbers
+def redrawn(documents, draws=2000):
+    """Weights (draws, rows) of a bootstrap that draws as many documents as there are, with replacement: how often each row is in a draw."""
+    names, of = np.unique(documents, return_inverse=True)
+    return np.random.default_rng(0).multinomial(len(names), np.full(len(names), 1 / len(names)), draws)[:, of]
+
+
+def told(name, nats, window, full, weights, more):
+    """A row of the table, and its numbers. nats, window, full: a number a row; weights as of redrawn()."""
+    better, gap = np.array(window) - np.array(nats), np.array(window) - np.array(full)
+    means = (weights @ better) / weights.sum(1)
+    numbers = dict(better=float(better.mean()), error=float(means.std(ddof=1)))
+    if gap.mean() > 0:
+        numbers |= dict(share=float(better.mean() / gap.mean()), share_95=np.percentile((weights @ better) / (weights @ gap), (2.5, 97.5)).tolist())
+    share = f"{numbers['share']:.2f} ({numbers['share_95'][0]:.2f} - {numbers['share_95'][1]:.2f})" if "share" in numbers else ""
+    return [name, f"{numbers['better']:+.4f} +- {numbers['error']:.4f}", share, *(f"{more[key]:.1f}" if key in more else "" for key in ("edits", "again"))], numbers | more
 
 
 def main():
@@ -134,10 +145,12 @@ def main():
     if loaded.gistnet is None or args.seq_len > loaded.gpt.config.seq_len:
         raise UserError(f"{args.checkpoint}: expected a checkpoint with memory, trained on rows of at least {args.seq_len} tokens, found rows of {loaded.gpt.config.seq_len}")
     networks, texts = Networks(loaded.gpt, loaded.gistnet, loaded.lensnet), long_documents(open_source(args.source, "val"), loaded.tokenizer, args.seq_len)
-    nats, counts = {}, {}
+    nats, counts, documents = {}, {}, []
     torch.set_grad_enabled(False)
-    for seed in range(args.seeds):
-        for row in sample_rows(texts, args.seq_len, args.rows, np.random.default_rng([seed])):
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
+        rows, of = sample_rows(texts, args.seq_len, args.rows, np.random.default_rng([seed]))
+        documents += of.tolist()
+        for row in rows:
             add = lambda name, found: nats.setdefault(name, []).append(float(found.mean()))
             add("window", window(loaded.gpt, row, args.budget, args.read))
             add("full", loaded.gpt(row[None, :-1], row[None, 1:], "none")[0, -args.read:].numpy())
@@ -145,16 +158,17 @@ def main():
                 for name, found in retrieved(networks, row, args.budget, args.read, n).items():
                     add(f"{name}, every {n}", found)
             for text, setting in settings:
-                found, count = session(networks, row, args.budget, args.read, *setting, args.read_history)
+                found, count = session(networks, row, args.budget, args.read, *setting, args.read_history, args.kept)
                 add(f"session {text}", found)
                 for key, value in count.items():
                     counts.setdefault(f"session {text}", {}).setdefault(key, []).append(value)
         print0(f"seed {seed}: " + " ".join(f"{name} {np.mean(values[-args.rows:]):.4f}" for name, values in nats.items()))
-    base, gap = nats["window"], float(np.mean(nats["window"]) - np.mean(nats["full"]))
-    rows, numbers = zip(*(told(name, values, base, gap, {key: float(np.mean(value)) for key, value in counts.get(name, {}).items()}) for name, values in nats.items()))
-    print0(f"\n{len(base)} rows of {args.seq_len} tokens of {args.source}, the last {args.read}, {args.budget} entries in view, history {'read' if args.read_history else 'taken in'}, {args.checkpoint} of step {loaded.meta['step']}\n")
+    weights = redrawn(documents)
+    rows, numbers = zip(*(told(name, values, nats["window"], nats["full"], weights, {key: float(np.mean(value)) for key, value in counts.get(name, {}).items()}) for name, values in nats.items()))
+    print0(f"\n{len(documents)} rows of {args.seq_len} tokens, of {len(set(documents))} documents of {args.source}, the last {args.read}, {args.budget} entries in view, history "
+           f"{'read' if args.read_history else 'taken in'}, {args.checkpoint} of step {loaded.meta['step']}\n")
     print0(table(["read", "better than the window by", "share of the way to full", "edits a block", "tokens read again a block"], rows))
-    print0(json.dumps(dict(vars(args), found=dict(zip(nats, numbers)), nats=nats)))
+    print0(json.dumps(dict(vars(args), found=dict(zip(nats, numbers)), nats=nats, documents=documents)))
 
 
 if __name__ == "__main__":

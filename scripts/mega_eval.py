@@ -104,14 +104,16 @@ def long_documents(source, tokenizer, T, most=100):
 
 
 def sample_rows(long, T, count, rng):
-    """count rows (count, T + 1), each a stretch of one document that starts on a block; documents in turn, none twice before all were used."""
-    order = rng.permutation(len(long))
+    """
+    count rows (count, T + 1), each a stretch of one document that starts on a block, and which of `long` it is of, numpy (count,); documents in turn, none twice
+    before all were used.
+    """
+    of = rng.permutation(len(long))[np.arange(count) % len(long)]
     rows = []
-    for i in range(count):
-        ids = long[order[i % len(long)]]
+    for ids in (long[i] for i in of):
         start = int(rng.integers(0, (len(ids) - T - 1) // BLOCK + 1)) * BLOCK
         rows.append(ids[start:start + T + 1])
-    return torch.tensor(rows)
+    return torch.tensor(rows), of
 
 
 def tail_of(length):
@@ -261,7 +263,7 @@ def main():
     questions = Questions(args.source, tokenizer) if args.stage != "base" else None
     for seed in range(args.seeds):
         rng = np.random.default_rng(seed)
-        rows = sample_rows(texts, args.seq_len, args.documents, rng).to(device)
+        rows = sample_rows(texts, args.seq_len, args.documents, rng)[0].to(device)
         few = rows[:args.measured_rows]
         losses, quality = measure_losses(networks, rows, args, rng)
         samples.append(dict(trailing=losses, bpb_by_budget=measure_budgets(networks, few, args, rng, bytes_of), lens=lens_numbers(quality), **measure_gists(networks, few, args, rng)))

@@ -72,9 +72,13 @@ def test_a_checkpoint_goes_on(monkeypatch):
         assert asked == [("base", "d4", 2048)] and (objective.gpt, objective.gistnet, objective.lensnet) == networks and objective.gpt.training
         objective.start_step(0, STEPS)
         assert objective.block == 32, "gists are of 32 tokens already"
+    with recipe.changed("no left context", networks[0].config, 0, "base/d4", new_memory=True) as objective:
+        assert objective.gpt is networks[0] and objective.gistnet is not networks[1] and objective.lensnet is not networks[2] and objective.gistnet.config.left == 0
+        objective.start_step(0, STEPS)
+        assert objective.block == 8, "gists begin anew"
     with pytest.raises(UserError, match="--checkpoint plain/d4: expected one with memory"):
         recipe.load("plain/d4", 2048)
-    assert {name for name in recipe.VARIANTS if not recipe.goes_on(name)} == {"no curriculum", "curriculum 4, 8, 16, 32", "no left context", "left context of 64", "left context of 128", "left context of 256",
+    assert {name for name in recipe.VARIANTS if not recipe.goes_on(name)} == {"no curriculum", "curriculum from 4", "no left context", "left context of 64", "left context of 128", "left context of 256",
                                                                               "two rounds", "from an empty slot", "gists after a fifth", "gists after a half"}
 
 
@@ -87,6 +91,13 @@ def test_a_checkpoint_tells_its_shape_and_refuses_what_it_cannot_go_on_with(monk
     monkeypatch.setattr("sys.argv", ["recipe", "--checkpoint", "base/d4", "--only", "as it is,two rounds"])
     with pytest.raises(UserError, match="--only two rounds: a variant that changes the networks"):
         recipe.main()
+    monkeypatch.setattr("sys.argv", ["recipe", "--new-memory"])
+    with pytest.raises(UserError, match="--new-memory: expected --checkpoint"):
+        recipe.main()
+    monkeypatch.setattr("sys.argv", ["recipe", "--checkpoint", "base/d4", "--new-memory", "--only", "as it is,two rounds"])
+    recipe.main()
+    assert [name for name, _, _ in trained] == ["as it is", "two rounds"]
+    trained.clear(), capsys.readouterr()
     monkeypatch.setattr("sys.argv", ["recipe", "--checkpoint", "base/d4"])
     recipe.main()
     told = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -91,7 +91,7 @@ def test_a_history_is_read_or_taken_in(monkeypatch):
 def test_the_flag_reaches_the_sessions_and_the_headline(base, tmp_path, monkeypatch, capsys, flags, words):
     make_run("base", seq_len=256)
     asked = []
-    monkeypatch.setattr(refocus, "session", lambda *args: asked.append(args[-1]) or (np.ones(READ), dict(edits=0.0, again=0.0)))
+    monkeypatch.setattr(refocus, "session", lambda *args: asked.append(args[-2]) or (np.ones(READ), dict(edits=0.0, again=0.0)))
     monkeypatch.setattr(sys, "argv", ["refocus", "--checkpoint", "base/t", "--source", make_text(tmp_path / "text"), "--seq-len", "256", "--read", str(READ), "--rows", "2", "--seeds", "1",
                                       "--settings", "8:1:4:0", "--every", "", *flags])
     with torch.no_grad(): # which main() leaves off
@@ -100,12 +100,24 @@ def test_the_flag_reaches_the_sessions_and_the_headline(base, tmp_path, monkeypa
 
 
 def test_a_row_of_the_table_is_paired():
-    cells, numbers = refocus.told("x", [1.0, 2.5], [1.5, 2.6], 0.5, dict(edits=2.0, again=3.0))
-    assert numbers["better"] == pytest.approx(0.3) and numbers["error"] == pytest.approx(0.4 / math.sqrt(2) / math.sqrt(2)) and numbers["share"] == pytest.approx(0.6)
-    assert cells == ["x", "+0.3000 +- 0.2000", "0.60", "2.0", "3.0"]
+    """Four draws of two documents, one of them with two rows: the means are 0.6, 0.1 and 0.35 + 0.0833, twice, and the gap is 0.5 in every row."""
+    weights = np.array([[2, 2, 0], [0, 0, 2], [1, 1, 1], [1, 1, 1]])
+    cells, numbers = refocus.told("x", [1.0, 0.8, 2.5], [1.6, 1.4, 2.6], [1.1, 0.9, 2.1], weights, dict(edits=2.0, again=3.0))
+    means = [0.6, 0.1, 1.3 / 3, 1.3 / 3]
+    assert numbers["better"] == pytest.approx(1.3 / 3) and numbers["error"] == pytest.approx(np.std(means, ddof=1)) and numbers["share"] == pytest.approx(1.3 / 1.5)
+    assert numbers["share_95"] == pytest.approx(np.percentile(np.array(means) / 0.5, (2.5, 97.5)))
+    assert cells == ["x", f"+0.4333 +- {np.std(means, ddof=1):.4f}", f"0.87 ({numbers['share_95'][0]:.2f} - {numbers['share_95'][1]:.2f})", "2.0", "3.0"]
+    assert "share" not in refocus.told("x", [1.0] * 3, [1.0] * 3, [1.0] * 3, weights, {})[1], "no way to go a share of"
 
 
-@pytest.mark.parametrize("flags", ["--settings 8:1:4", "--settings x:1:4:0", "--read 100", "--seq-len 1000", "--budget 900", "--rows 1 --seeds 1", "--every 12"])
+def test_documents_are_drawn_and_not_rows():
+    """Rows of one document come together, and a draw holds as many documents as there are."""
+    weights = refocus.redrawn([5, 9, 5, 7], draws=500)
+    assert weights.shape == (500, 4) and (weights[:, 0] == weights[:, 2]).all() and (weights[:, [0, 1, 3]].sum(1) == 3).all()
+    assert np.abs(weights.mean(0) - 1).max() < 0.1 and weights.std(0).min() > 0.5
+
+
+@pytest.mark.parametrize("flags", ["--settings 8:1:4", "--settings x:1:4:0", "--read 100", "--seq-len 1000", "--budget 900", "--rows 1 --seeds 1", "--every 12", "--kept -1", "--first-seed -1"])
 def test_mistakes_are_told(monkeypatch, flags):
     monkeypatch.setattr(sys, "argv", ["refocus", *flags.split()])
     with pytest.raises(UserError):

@@ -115,7 +115,7 @@ def test_swapped_gists_are_of_another_document_however_few_there_are(documents, 
     """Six books, seven rows: the first row had the gists of the last, which is of the same book, and the control was none."""
     long = [[n] * 1000 for n in range(documents)]
     for size in (2, 4):
-        for part in mega_eval.parts(mega_eval.sample_rows(long, 320, count, np.random.default_rng(0)), size):
+        for part in mega_eval.parts(mega_eval.sample_rows(long, 320, count, np.random.default_rng(0))[0], size):
             x = part[:, :321, None].float()
             own, other = x[:, -1, 0], swapped(Entries(x, []), 320).x[:, -1, 0]
             assert (own != other).all()
