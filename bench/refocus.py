@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from megacontext import runtime
-from megacontext.contexts import best, bm25, retrieved_table
+from megacontext.contexts import bag, best, bm25, retrieved_table
 from megacontext.evaluate import Networks, Rows
 from megacontext.ingest import ingest
 from megacontext.layout import HIDDEN, RAW, shown
@@ -83,10 +83,10 @@ def retrieved(networks, row, W, read, every):
     some = Rows(networks, row[None], W, np.random.default_rng(0))
     docs, spared, ids = torch.zeros(1, some.Q, dtype=torch.long), some.batch(some.spared), some.inputs[0].tolist()
     reading = Reading(some.gpt, some.entries, some.targets, some.batch(some.tables(retrieved_table, some.scores["lensnet"])))
-    n, nats = (W - BLOCK) // BLOCK, {}
+    n, nats, bags = (W - BLOCK) // BLOCK, {}, [bag(ids, block) for block in range(some.Q)]
     for now in range(some.T - read, some.T, every):
         q = now // BLOCK
-        scores = dict(bm25=bm25(ids, np.arange(q), q, now=now), lens=lens_scores(networks.lensnet, some.inputs, docs, spared, torch.tensor([[q]]), BLOCK, torch.tensor([[now]]))[0, 0].numpy())
+        scores = dict(bm25=bm25(ids, bags[:q], now), lens=lens_scores(networks.lensnet, some.inputs, docs, spared, torch.tensor([[q]]), BLOCK, torch.tensor([[now]]))[0, 0].numpy())
         asked = [(name, count) for name in scores for count in sorted({1, n // 2})]
         lines = np.full((len(asked), some.Q), HIDDEN)
         for line, (name, count) in zip(lines, asked):

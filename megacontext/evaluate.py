@@ -5,7 +5,7 @@ every block each method may read W entries, whatever their level, its own block 
     window      the newest raw blocks: what the others are compared with
     window with sinks  one of them is the row's first (attention sinks: Xiao et al., 2023). Training shows no sinks, and of a small budget a block for them is
                 much: it is worse than the window, and what was compared with it looked better
-    bm25        the newest raw blocks and as many older ones that BM25 finds; no gists
+    bm25        the newest raw blocks and as many older ones that BM25 finds, asked as it does best here; no gists
     embedding   the same, found by the cosine of mean token embeddings
     random      MegaContext: a gist for every older block, and half of the raw blocks chosen at random
     pooled      recency, with the mean of a block's tokens in place of its gist: what no training gives

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from megacontext.contexts import SPARE, best, bm25, bm25_scores, chosen_table, cost, embedding_scores, raw_blocks, recency_table, retrieved_table, window_table
+from megacontext.contexts import QUERY, SPARE, bag, best, bm25, bm25_scores, chosen_table, cost, embedding_scores, raw_blocks, recency_table, retrieved_table, window_table
 from megacontext.layout import FAN, GIST, HIDDEN, NODE, RAW
+from megacontext.matches import LEAD
 from megacontext.span import BLOCK
 from nanochat.common import UserError
 
@@ -92,9 +93,14 @@ def test_equals_go_to_the_older():
 
 
 def test_bm25_by_hand():
-    """Two blocks; the query holds token 7, which only the first block has, four times: idf ln(1 + 1.5 / 1.5) times 4 * 2.5 / (4 + 1.5)."""
-    ids = [7] * 4 + [1] * 28 + [2] * 32 + [7] + [3] * 31
-    assert bm25(ids, np.arange(2), 3) == pytest.approx([math.log(2) * 10 / 5.5, math.log(2) * 32 * 2.5 / 33.5]), "block 1 is in the query too, as a whole"
+    """
+    Three blocks, and a query of five 9s, 7, 5, 6. Block 0 holds 7 four times, none behind a 9; block 1 the pair 5, 6, which stands where block 0 ends, and both by themselves.
+    What is in one of three blocks counts ln(1 + 2.5 / 1.5) times n * 2.5 / (n + 1.5).
+    """
+    ids = [7] * 4 + [1] * 26 + [5, 6] + [2] * 64 + [9] * 5 + [7, 5, 6] + [3] * 24
+    assert LEAD == QUERY == 8
+    found = bm25(ids, [bag(ids, block) for block in range(3)], 104)
+    assert found == pytest.approx([math.log(1 + 2.5 / 1.5) * 10 / 5.5, math.log(1 + 2.5 / 1.5) * 3, 0])
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -118,5 +124,5 @@ def test_a_repeated_block_is_found():
     ids, x = torch.randint(0, 1000, (1, 10 * BLOCK), generator=gen), torch.randn(1, 10 * BLOCK, 16, generator=gen)
     for t in (ids, x):
         t[:, 8 * BLOCK:9 * BLOCK] = t[:, 2 * BLOCK:3 * BLOCK]
-    for scores in (bm25_scores(ids), embedding_scores(x)):
-        assert scores[0, 9, :7].argmax() == 2
+    assert embedding_scores(x)[0, 9, :7].argmax() == 2
+    assert bm25_scores(ids)[0, 9, :7].argmax() == 3, "which holds what followed it"
