@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The numbers of docs/RESULTS.md that say whether the memory pays, gate by gate, from the checkpoints that speedrun.sh leaves in NANOCHAT_BASE_DIR.
-# Each command ends with its tables and a line of JSON, in OUT. Uses a GPU where there is one; on two CPU cores they take hours.
+# Each command ends with its tables and a line of JSON, in OUT. On two CPU cores they take hours; mega_eval, recall_eval and training use a GPU where there is one.
 #
 #   bash runs/gates.sh                    every gate
 #   bash runs/gates.sh 2 5                these
