@@ -33,13 +33,13 @@ from megacontext import losses, probes
 from megacontext.evaluate import Networks, Rows, swapped
 from megacontext.contexts import chosen_table, recency_table, window_table
 from megacontext.gistnet import GistConfig, GistNet
-from megacontext.layout import HIDDEN, NODE, RAW, draw_table
+from megacontext.layout import HIDDEN
 from megacontext.lensnet import LensConfig, LensNet
 from megacontext.losses import CoTraining, CoTrainingOptions
 from nanochat import schedule
 from nanochat.common import UserError, print0, run_main
 from nanochat.dataloader import Loader, val_loader
-from nanochat.gpt import GPT, IGNORE
+from nanochat.gpt import GPT
 from nanochat.loss_eval import bits_per_byte
 from nanochat.optim import make_optimizer
 from nanochat.report import table
@@ -80,26 +80,6 @@ class LaterGists(LateGists):
     begin = 0.5
 
 
-class ToFullContext(CoTraining):
-    """Every token that reads through gists is also to say what the same GPT says with all of its row in view: KL(full, gists) nats, added to its loss."""
-
-    def _nats(self, hidden, inputs, targets):
-        with torch.no_grad():
-            wanted = self.gpt(inputs).float().log_softmax(-1)
-        said = self.gpt.head(hidden).float().log_softmax(-1)
-        divergence = (wanted.exp() * (wanted - said)).sum(-1)
-        return super()._nats(hidden, inputs, targets) + (divergence * (targets != IGNORE)).sum()
-
-
-def table_with_sinks(docs, *args, **settings):
-    """A drawn table in which the first block of each document is always raw."""
-    table = draw_table(docs, *args, **settings)
-    first = np.maximum.accumulate(np.where(np.append(True, docs[1:] != docs[:-1]), np.arange(len(docs)), 0))
-    later = np.flatnonzero(first < np.arange(len(docs)))
-    table[later, first[later]] = np.where(table[later, first[later]] == NODE, NODE, RAW) # of a gist of gists all siblings are in view, or none
-    return table
-
-
 # name: (settings of GistConfig, settings of CoTrainingOptions, classes in place of GistNet and CoTraining, patches while it lasts)
 VARIANTS = {
     "as it is": ({}, {}, {}, ()),
@@ -121,8 +101,6 @@ VARIANTS = {
     "gists after a half": ({}, {}, dict(CoTraining=LaterGists), ()),
     "twice as many labels": ({}, dict(reading_tokens=256), {}, ()),
     "half as many labels": ({}, dict(labels_every=4), {}, ()),
-    "KL to full attention": ({}, {}, dict(CoTraining=ToFullContext), ()),
-    "sinks": ({}, {}, {}, (patch.object(losses, "draw_table", table_with_sinks),)),
     "LensNet opens nothing": ({}, dict(asked=0.0), {}, ()),
     "LensNet opens five": ({}, dict(opens=5), {}, ()),
     "LensNet opens five in every row": ({}, dict(asked=1.0, opens=5), {}, ()),

@@ -148,10 +148,6 @@ class CoTraining(nn.Module):
         wanted[:, -1] = IGNORE # the next block's first token
         return self.gpt.loss(hidden[:, 1:], wanted, "sum"), (wanted != IGNORE).sum()
 
-    def _nats(self, hidden, inputs, targets):
-        """The loss of rows with gists, summed: hidden states (B, T, D) of their tokens."""
-        return self.gpt.loss(hidden, targets, "sum")
-
     def _read_plain(self, inputs, targets, docs, rows, labelled):
         return self.gpt(inputs, targets, "sum"), None, None
 
@@ -166,7 +162,7 @@ class CoTraining(nn.Module):
             table[asked] = opened_by(self.lensnet, inputs[asked], docs[asked], table[asked], K, o.opens, first_targets(targets[asked], K))
         read = RowRead() if labelled.any() else None
         hidden = self.gpt.trunk(entries, entry_positions(T, K, device=inputs.device), self.see(table, K), read)
-        nats = self._nats(hidden[:, :T], inputs, targets)
+        nats = self.gpt.loss(hidden[:, :T], targets, "sum")
         told = self._reconstruct(entries, targets, K, rows) if o.reconstruct_every else None
         if read is None:
             return nats, told, None

@@ -11,12 +11,10 @@ import torch
 from bench import recipe
 from megacontext.evaluate import Networks, Rows, trailing
 from megacontext.gistnet import GistConfig
-from megacontext.layout import GIST, NODE, RAW, draw_table
-from megacontext.losses import CoTrainingOptions
 from megacontext.probes import reconstruction
 from nanochat.common import UserError
 from nanochat.dataloader import Batch
-from nanochat.gpt import GPTConfig, IGNORE
+from nanochat.gpt import GPTConfig
 from nanochat.optim import make_optimizer
 from tests.tiny import VOCAB, tiny_networks
 
@@ -68,7 +66,7 @@ def test_a_checkpoint_goes_on(monkeypatch):
         return SimpleNamespace(gpt=networks[0], gistnet=None if stage == "plain" else networks[1], lensnet=networks[2])
 
     monkeypatch.setattr(recipe, "load_stage", load_stage)
-    with recipe.changed("sinks", networks[0].config, 0, "base/d4") as objective:
+    with recipe.changed("LensNet opens five", networks[0].config, 0, "base/d4") as objective:
         assert asked == [("base", "d4", 2048)] and (objective.gpt, objective.gistnet, objective.lensnet) == networks and objective.gpt.training
         objective.start_step(0, STEPS)
         assert objective.block == 32, "gists are of 32 tokens already"
@@ -103,28 +101,6 @@ def test_a_checkpoint_tells_its_shape_and_refuses_what_it_cannot_go_on_with(monk
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (told["layers"], told["width"]) == (3, 32) and [name for name, _, _ in trained] == [name for name in recipe.VARIANTS if recipe.goes_on(name)]
     assert all(config is networks[0].config and rates == 7.0 for _, config, rates in trained)
-
-
-def test_the_loss_towards_full_attention_is_the_divergence_from_it():
-    networks, ids = tiny_networks(), torch.randint(VOCAB, (2, 65), generator=torch.Generator().manual_seed(1))
-    objective = recipe.ToFullContext(*networks, CoTrainingOptions())
-    inputs, targets = ids[:, :-1], ids[:, 1:].clone()
-    targets[:, :7] = IGNORE
-    hidden = networks[0].trunk(networks[0].embed(inputs), torch.arange(64)[None], "causal")
-    full = networks[0].loss(hidden, targets, "sum").item()
-    assert objective._nats(hidden, inputs, targets).item() == pytest.approx(full, rel=1e-5), "who sees all of the row diverges from nothing"
-    other = hidden.flip(1)
-    p, q = (torch.distributions.Categorical(logits=networks[0].head(t)[:, 7:]) for t in (hidden, other))
-    assert (objective._nats(other, inputs, targets) - networks[0].loss(other, targets, "sum")).item() == pytest.approx(torch.distributions.kl_divergence(p, q).sum().item(), rel=1e-4)
-
-
-def test_sinks_stay_in_view():
-    docs = np.repeat([0, 1, 2], [5, 70, 1])
-    table = recipe.table_with_sinks(docs, 32, np.random.default_rng(3), gists=1, nodes=1)
-    plain = draw_table(docs, 32, np.random.default_rng(3), gists=1, nodes=1)
-    assert (table[1:5, 0] == RAW).all() and np.isin(table[6:75, 5], (RAW, NODE)).all() and (plain[6:75, 5] == GIST).any()
-    changed = table != plain
-    assert not changed[:, [q for q in range(76) if q not in (0, 5)]].any(), "nothing else is touched"
 
 
 def test_what_is_judged_is_what_mega_eval_tells():
