@@ -18,15 +18,16 @@ run() { # NAME MODULE FLAGS: what it says goes to $out/NAME.txt
 }
 
 gate_1() { # gists carry content; gate 4 on text, and gate 6's horizons, are of the same run
-    run memory scripts.mega_eval --checkpoint "$base" --documents 16 --measured-rows 2
-    run words bench.gist_words
+    run memory scripts.mega_eval --checkpoint "$base" --documents 16 --measured-rows 6
+    run words bench.gist_words --widths 64,128,256 --steps 125,375
+    run words_long bench.gist_words --widths 256 --steps 1500
 }
 
-gate_2() { # an eighth of the history in view, and more, by what a session reads
-    run sessions bench.refocus --checkpoint "$base" --read-history
-    run long scripts.base_train --tag long --depth 4 --source stdlib --max-seq-len 1536 --batch-tokens 4608 --num-tokens 1474560 --lr 2 --eval-tokens 65536
-    run sessions_eighth bench.refocus --checkpoint base/long --seq-len 1536 --read-history
-    run sessions_mid bench.refocus --checkpoint "$mid" --seq-len 2048 --budget 256 --rows 6 --seeds 6 --read-history
+gate_2() { # an eighth of the history in view, and 3/16, by what a session reads; samples 0 to 5 are those that settings were chosen on
+    run sessions bench.refocus --checkpoint "$base" --read-history --first-seed 10
+    run sessions_mid bench.refocus --checkpoint "$mid" --seq-len 2048 --budget 256 --rows 6 --seeds 6 --first-seed 10 --read-history
+    run long scripts.mid_train --tag long --base-tag "${base#*/}" --source stdlib --max-seq-len 4096 --num-steps 120 --eval-tokens 65536
+    run sessions_long bench.refocus --checkpoint mid/long --seq-len 4096 --budget 512 --rows 6 --seeds 4 --first-seed 10 --read-history
 }
 
 gate_3() { # what the memory costs the plain reader, and a step
@@ -50,7 +51,7 @@ gate_5() { # recall by expansion, and by gists alone
 
 gate_6() { # by level and tokens a vector: bench.gist_recall says it of a toy, mega_eval of the model
     [[ " ${gates[*]} " == *" 5 "* ]] || run gists_alone bench.gist_recall
-    [[ " ${gates[*]} " == *" 1 "* ]] || run memory scripts.mega_eval --checkpoint "$base" --documents 16 --measured-rows 2
+    [[ " ${gates[*]} " == *" 1 "* ]] || run memory scripts.mega_eval --checkpoint "$base" --documents 16 --measured-rows 6
 }
 
 gates=()
