@@ -53,7 +53,7 @@ class Recipe:
 CPU = Recipe(
     tier="cpu", device="cpu", depth=4, vocab_size=4096, seq_len=1024, long_len=2048, tokens=1_474_560, batch_tokens=4096, mid_steps=150, sft_steps=700,
     source="stdlib", long_source="stdlib", memory_source="stdlib", tokenizer_chars=20_000_000, lr=2, save_every=50, eval_tokens=65536,
-    chat_flags=("--seconds", "2"), memory_flags=("--documents", "16", "--measured-rows", "2"),
+    chat_flags=("--seconds", "2"), memory_flags=("--documents", "16", "--measured-rows", "6"),
     recall_flags=("--recall-tasks", "multikey,passkey", "--recall-lengths", "8192,131072", "--recall-budget", "2048", "--recall-problems", "1"), core="off", minutes=60)
 
 GPU = dict(
