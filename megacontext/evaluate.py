@@ -18,6 +18,9 @@ every block each method may read W entries, whatever their level, its own block 
     no gists    recency without its gists (a control)
     full        every token raw, at no budget: the ceiling of reading
 
+Gists here are of level 1 only. A session shows gists of level 2 too, so in rows of more than 1,024 tokens these methods spend more on gists than it does
+(58 of 256 entries for 2,048 tokens): what a session reads is measured by bench/refocus.py.
+
 B = rows, T = tokens, Q = blocks, W = budget, V = blocks opened in turn, D = model width
 """
 from dataclasses import dataclass
