@@ -11,7 +11,8 @@ chat, so that what it opens again was read in front of its own past and not for 
     full        all of the row
     bm25, lens  the newest blocks and older ones that BM25 or LensNet finds, one or half of the raw blocks, chosen anew every so many tokens; no gists
 In nats a token better than the window, with the share of the way from the window to full attention. Rows of one document are not independent, so +- is the standard
-deviation, and the brackets hold 95%, of what comes out when documents are drawn anew, with replacement (bootstrap). The last line is JSON.
+deviation, and the brackets hold 95%, of what comes out when documents are drawn anew, with replacement (bootstrap); where a draw may have no way to full attention at all,
+the brackets are wide and say so little. The last line is JSON.
 """
 import argparse
 import json
@@ -163,6 +164,8 @@ def main():
                 for key, value in count.items():
                     counts.setdefault(f"session {text}", {}).setdefault(key, []).append(value)
         print0(f"seed {seed}: " + " ".join(f"{name} {np.mean(values[-args.rows:]):.4f}" for name, values in nats.items()))
+    if len(set(documents)) < 2:
+        raise UserError(f"all {len(documents)} rows are of one document, which says nothing of others: give more --rows or another --source")
     weights = redrawn(documents)
     rows, numbers = zip(*(told(name, values, nats["window"], nats["full"], weights, {key: float(np.mean(value)) for key, value in counts.get(name, {}).items()}) for name, values in nats.items()))
     print0(f"\n{len(documents)} rows of {args.seq_len} tokens, of {len(set(documents))} documents of {args.source}, the last {args.read}, {args.budget} entries in view, history "

@@ -39,6 +39,12 @@ parser.add_argument("--device", default="")
 WAYS = ("ours", "fsdp2", "fsdp2 reshard")
 
 
+def cut(whole, rank, world):
+    """A rank's part of a tensor, as fully_shard() cuts it along dimension 0: equal parts, of which the last are shorter, or empty."""
+    n = -(-len(whole) // world)
+    return whole[rank * n:(rank + 1) * n]
+
+
 class Sharded:
     """MuonAdamW's steps for a GPT under fully_shard(), whose parameters and gradients are DTensors cut along dimension 0."""
 
@@ -65,7 +71,7 @@ class Sharded:
             gathered = stepped.new_empty((c * world, *stepped.shape[1:]))
             td.all_gather_into_tensor(gathered, stepped)
             for p, whole in zip(params, gathered):
-                p.to_local().copy_(whole.chunk(world)[rank]) # as Shard(0) cuts it
+                p.to_local().copy_(cut(whole, rank, world))
         self.adam.step()
         self.zero_grad()
 

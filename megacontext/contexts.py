@@ -123,8 +123,8 @@ def bag(ids, block):
 
 def bm25(ids, bags, now, k1=1.5):
     """
-    Okapi BM25 of `bags` for the QUERY tokens before the place `now`. All blocks have one length, so the norm for length (b) does nothing. As usual, 64 tokens alone asking the
-    blocks as they stand, it is worse than the window here, by 0.09 nats; with what LensNet is given too, and few tokens, better by as much (LOG.md, 2026-11-30).
+    Okapi BM25 of `bags` for the QUERY tokens before the place `now`. All blocks have one length, so the norm for length (b) does nothing (the first, which has
+    no lead, is shorter). Asked as usual, by 64 tokens alone of blocks as they stand, it is worse than the newest blocks here (LOG.md, 2026-11-30).
     """
     seen = Counter(term for bag in bags for term in bag)
     rarity = {term: math.log(1 + (len(bags) - seen[term] + 0.5) / (seen[term] + 0.5)) for term in set(terms(ids, max(0, now - QUERY), now))}

@@ -1,5 +1,4 @@
 """bench/refocus.py: each way of reading sees what it says, at the places where it says so."""
-import math
 import sys
 
 import numpy as np
@@ -97,6 +96,10 @@ def test_the_flag_reaches_the_sessions_and_the_headline(base, tmp_path, monkeypa
     with torch.no_grad(): # which main() leaves off
         refocus.main()
     assert asked == [bool(flags)] * 2 and f"192 entries in view, {words}, base/t" in capsys.readouterr().out
+    rows = refocus.sample_rows
+    monkeypatch.setattr(refocus, "sample_rows", lambda *args: (rows(*args)[0], np.zeros(2, dtype=int)))
+    with torch.no_grad(), pytest.raises(UserError, match="all 2 rows are of one document"):
+        refocus.main()
 
 
 def test_a_row_of_the_table_is_paired():

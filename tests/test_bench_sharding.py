@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import sharding
 from nanochat.common import UserError
@@ -24,6 +25,15 @@ def test_all_ways_take_the_same_steps():
     losses = [found[way]["loss"] for way in sharding.WAYS]
     assert losses == pytest.approx([losses[0]] * 3, abs=1e-5) and losses[0] < 3.5, "four steps learn something: ln 61 is 4.11"
     assert all(row["both"] == pytest.approx(row["read"] + row["step"]) and row["read"] > 0 < row["step"] for row in found.values())
+
+
+def test_parts_are_those_of_fully_shard():
+    """torch.chunk, which it cuts with, gives fewer parts than ranks where they do not come out even: the others have none."""
+    for size, world in ((10, 8), (2, 8), (2, 4), (7, 2), (8, 4)):
+        whole = torch.arange(size)
+        parts = list(whole.chunk(world))
+        parts += [whole[:0]] * (world - len(parts))
+        assert all(torch.equal(sharding.cut(whole, rank, world), part) for rank, part in enumerate(parts))
 
 
 @pytest.mark.parametrize("flags, words", [([], "one process shards nothing"), (["--rows", "0"], "numbers of at least 1")])
