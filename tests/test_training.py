@@ -146,7 +146,7 @@ def test_a_resumed_run_takes_as_many_rows_as_before_whatever_memory_is_free_now(
     assert curve(place, "rows-more")[0] == {step: loss for step, loss in curve(place, "rows")[0].items() if step > 3}, "bit for bit"
     assert resume("rows-fewer", 1) == ("1 fit; it was 2 rows before, so losses are the same to rounding only", "8 x 1 rows")
     assert resume("rows-world", 8, world=4) == resume("rows-old", 8, world=None, rows=None) == ("8 fit", "1 x 8 rows")
-    assert curve(place, "rows-world")[0] != curve(place, "rows-more")[0], "another order of sums must show in this test"
+    assert curve(place, "rows-world")[0] == pytest.approx(curve(place, "rows-more")[0], rel=1e-5), "other rows at a time add up the same numbers, on some processors in the same order"
     assert resume("rows-asked", 1, "--device-batch", "4")[1] == "2 x 4 rows"
 
 
