@@ -36,6 +36,8 @@ from nanochat.report import table
 from scripts.load import load_stage
 from scripts.mega_eval import long_documents, sample_rows
 
+KEPT = 12 # of a session by default: 4 on the device and 8 in RAM
+
 parser = argparse.ArgumentParser(description="How often to refocus", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 parser.add_argument("--checkpoint", default="base", help="stage/tag, or a stage: its newest")
 parser.add_argument("--source", default="stdlib", help="long validation documents")
@@ -43,7 +45,7 @@ parser.add_argument("--seq-len", type=int, default=1024, help="tokens of a row, 
 parser.add_argument("--budget", type=int, default=192, help="visible entries")
 parser.add_argument("--read", type=int, default=256, help="tokens at the end of a row that are read one by one")
 parser.add_argument("--read-history", action="store_true", help="the session reads the beginning of the row too, instead of taking it in unread")
-parser.add_argument("--kept", type=int, default=12, help="budgets of keys and values that a session keeps when they leave the view; as many as a session has by default, of a row that is all of it")
+parser.add_argument("--kept", type=int, default=KEPT, help="budgets of keys and values that a session keeps when they leave the view; by default as many as a chat has")
 parser.add_argument("--rows", type=int, default=16, help="for each seed")
 parser.add_argument("--seeds", type=int, default=3, help="samples of rows")
 parser.add_argument("--first-seed", type=int, default=0, help="of the samples: what was chosen on some rows is reported on others")
@@ -62,7 +64,7 @@ def window(gpt, row, W, read):
     return gpt.loss(hidden[:, -read:], targets, "none")[0].numpy()
 
 
-def session(networks, row, W, read, every, margin, n_diff, rest, read_history=False, kept=12):
+def session(networks, row, W, read, every, margin, n_diff, rest, read_history=False, kept=KEPT):
     """Nats (read,) of the same tokens from a session that finds the row's beginning in its tree, or has read it, and {edits, read again} a block."""
     ids, tree = row.tolist(), MegaTree.in_memory(make_header(networks.gpt.config.width, 0))
     history = len(ids) - 1 - read

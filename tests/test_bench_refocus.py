@@ -86,18 +86,29 @@ def test_a_history_is_read_or_taken_in(monkeypatch):
     assert nats == pytest.approx(one_by_one[-READ:], abs=1e-4)
 
 
-@pytest.mark.parametrize("flags, words", [([], "history taken in"), (["--read-history"], "history read")])
-def test_the_flag_reaches_the_sessions_and_the_headline(base, tmp_path, monkeypatch, capsys, flags, words):
+def test_what_is_kept_is_what_was_asked_for(monkeypatch):
+    """All that a session keeps out of view is on its device, and by default as much as a chat keeps in both places."""
+    some, row, stores = networks(), a_row(512), []
+    store = runtime.KVStore
+    monkeypatch.setattr(runtime, "KVStore", lambda device, kept, in_ram: stores.append((kept, in_ram)) or store(device, kept, in_ram))
+    refocus.session(some, row, 192, READ, 8, 0.0, 4, 0, kept=0)
+    refocus.session(some, row, 192, READ, 8, 0.0, 4, 0)
+    runtime.Session(some.gpt, some.gistnet, some.lensnet, refocus.MegaTree.in_memory(refocus.make_header(some.gpt.config.width, 0)), 192)
+    assert stores[:2] == [(0, 0), (sum(stores[2]), 0)]
+
+
+@pytest.mark.parametrize("flags, words, reached", [([], "history taken in", (False, 12, 0)), (["--read-history", "--kept", "3", "--first-seed", "7"], "history read", (True, 3, 7))])
+def test_flags_reach_the_sessions_the_rows_and_the_headline(base, tmp_path, monkeypatch, capsys, flags, words, reached):
     make_run("base", seq_len=256)
-    asked = []
-    monkeypatch.setattr(refocus, "session", lambda *args: asked.append(args[-2]) or (np.ones(READ), dict(edits=0.0, again=0.0)))
+    asked, drawn, sample = [], [], refocus.sample_rows
+    monkeypatch.setattr(refocus, "session", lambda *args: asked.append(args[-2:]) or (np.ones(READ), dict(edits=0.0, again=0.0)))
+    monkeypatch.setattr(refocus, "sample_rows", lambda *args: drawn.append(args[-1].bit_generator.seed_seq.entropy) or sample(*args))
     monkeypatch.setattr(sys, "argv", ["refocus", "--checkpoint", "base/t", "--source", make_text(tmp_path / "text"), "--seq-len", "256", "--read", str(READ), "--rows", "2", "--seeds", "1",
                                       "--settings", "8:1:4:0", "--every", "", *flags])
     with torch.no_grad(): # which main() leaves off
         refocus.main()
-    assert asked == [bool(flags)] * 2 and f"192 entries in view, {words}, base/t" in capsys.readouterr().out
-    rows = refocus.sample_rows
-    monkeypatch.setattr(refocus, "sample_rows", lambda *args: (rows(*args)[0], np.zeros(2, dtype=int)))
+    assert asked == [reached[:2]] * 2 and drawn == [[reached[2]]] and f"192 entries in view, {words}, base/t" in capsys.readouterr().out
+    monkeypatch.setattr(refocus, "sample_rows", lambda *args: (sample(*args)[0], np.zeros(2, dtype=int)))
     with torch.no_grad(), pytest.raises(UserError, match="all 2 rows are of one document"):
         refocus.main()
 
