@@ -5,7 +5,8 @@ torchrun --standalone --nproc_per_node=2 -m bench.sharding                     (
 torchrun --standalone --nproc_per_node=8 -m bench.sharding --depth 20 --vocab-size 32768 --rows 16
 
 The same plain GPT, made-up ids, learning rates and Muon and AdamW steps. FSDP2 cuts every parameter along its first dimension and gathers it for each forward and
-backward. A Muon step needs whole matrices: their gradients are gathered, each rank steps its share of the matrices, and the results are gathered again.
+backward. A Muon step needs whole matrices: their gradients are gathered, each rank steps its share of the matrices, and the results are gathered again. (The matrices are gathered for it
+too, which a leaner step could do without: the optimizer has a column of its own.)
     ours            parameters whole on every rank; gradients reduced, states sharded, parameters gathered
     fsdp2           parameters sharded too, gathered once a step
     fsdp2 reshard   given back after the forward, and gathered anew for the backward
@@ -73,7 +74,6 @@ class Sharded:
             for p, whole in zip(params, gathered):
                 p.to_local().copy_(cut(whole, rank, world))
         self.adam.step()
-        self.zero_grad()
 
     def zero_grad(self):
         for p in self.gpt.parameters():
