@@ -126,9 +126,9 @@ def bm25(ids, bags, now, k1=1.5):
     Okapi BM25 of `bags` for the QUERY tokens before the place `now`. All blocks have one length, so the norm for length (b) does nothing (the first, which has
     no lead, is shorter). Asked as usual, by 64 tokens alone of blocks as they stand, it is worse than the newest blocks here (LOG.md, 2026-11-30).
     """
-    seen = Counter(term for bag in bags for term in bag)
+    seen = Counter(term for held in bags for term in held)
     rarity = {term: math.log(1 + (len(bags) - seen[term] + 0.5) / (seen[term] + 0.5)) for term in set(terms(ids, max(0, now - QUERY), now))}
-    return np.array([sum(r * bag[t] * (k1 + 1) / (bag[t] + k1) for t, r in rarity.items() if t in bag) for bag in bags])
+    return np.array([sum(r * held[t] * (k1 + 1) / (held[t] + k1) for t, r in rarity.items() if t in held) for held in bags])
 
 
 def embedding_scores(x):
