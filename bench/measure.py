@@ -171,9 +171,10 @@ def stages(rig, session):
     if cuda:
         torch.cuda.reset_peak_memory_stats()
         allocated = torch.cuda.memory_allocated()
-    visible, total, ids = [], 0.0, np.resize(rig.text, PROFILE)
+    visible, asked, total, ids, scorer = [], [], 0.0, np.resize(rig.text, PROFILE), session.scorer
     with mock.patch.multiple(runtime, complete=timed("ingest", runtime.complete), refocus=timed("allocator", runtime.refocus)), \
-         mock.patch.multiple(session, score=timed("lens", session.score), refocus=timed("refocus", session.refocus)):
+         mock.patch.multiple(session, score=timed("lens", session.score), refocus=timed("refocus", session.refocus),
+                             scorer=lambda hits, *rest: (asked.append(len(hits)), scorer(hits, *rest))[1]):
         for id in ids:
             total += decode(lambda id: session.feed([id]), id[None])[0]
             visible.append(entries_of(session.spans))
@@ -183,7 +184,7 @@ def stages(rig, session):
                lens_ms=ms["lens"], allocator_ms=ms["allocator"], splice_ms=ms["refocus"] - ms["lens"] - ms["allocator"])
     row |= {f"{name}_share": row[f"{name}_ms"] / row["block_ms"] for name in ("ingest", "lens", "allocator", "splice")}
     for_a_moment = torch.cuda.max_memory_allocated() - allocated if cuda else 0
-    return row | dict(visible=statistics.mean(visible), spans=len(session.spans), held_mb=(held(session) + for_a_moment) / 2 ** 20)
+    return row | dict(visible=statistics.mean(visible), spans=len(session.spans), asked=sum(asked) / PROFILE, held_mb=(held(session) + for_a_moment) / 2 ** 20)
 
 
 def question(rig, session, times=3):
@@ -266,11 +267,11 @@ def first_token(rig, n, path):
 # ---------------------------------------------------------------------------------------------------------------------
 # FLOPs, and ten million tokens
 
-def flops(config, gist_config, lens_config, spans, budget):
-    """Per token of history, over the base's forward of one decoded token at W."""
+def flops(config, gist_config, lens_config, asked, budget):
+    """Per token of history, over the base's forward of one decoded token at W; LensNet is asked of so many entries a token."""
     base = cost.forward_flops(config, budget)
     return dict(base_mflops=base / 1e6, gistnet_flops_share=memory_cost.ingest_flops(gist_config) / base,
-                lensnet_flops_share=memory_cost.score_flops(lens_config, spans) / BLOCK / base,
+                lensnet_flops_share=memory_cost.score_flops(lens_config, asked) / base,
                 embed_flops_share=memory_cost.embed_again_flops(config, gist_config) / base, lane_flops_share=memory_cost.lane_flops(config) / base)
 
 

@@ -132,8 +132,8 @@ def run(rig, lengths, prompts, rounds, tokens, args, folder):
         print_beside(rows)
         measure.first_token(rig, prompts[0], folder / "warm-up")
         ttft = print_ttft(measure.first_token(rig, n, folder / f"prompt-{n}") for n in prompts)
-        account = flops_by_depth(rig, last["spans"])
-        print_flops(account, args.budget, last["spans"])
+        account = flops_by_depth(rig, last["asked"])
+        print_flops(account, args.budget, last["asked"])
         large = measure.open_large(rig, tree, folder / "large")
         print(f"\na tree of {large['tokens']:,} tokens: opened in {large['seconds']:.3f} s, a context of it looked at in {large['look_seconds']:.3f} s, "
               f"{large['rss_mb']:.1f} MB resident")
@@ -197,12 +197,12 @@ def make_rig(args, device, dtype, longest):
     return Rig(gpt.to(device, dtype).eval(), gistnet.to(device, dtype).eval(), lensnet.to(device).eval(), args.budget, text, args.refocus_every)
 
 
-def flops_by_depth(rig, spans):
-    """The account of FLOPs of this model, then of d12 and d20 with a vocabulary of 32,768, in a context of so many spans."""
-    accounts = [dict(model="this") | measure.flops(rig.gpt.config, rig.gistnet.config, rig.lensnet.config, spans, rig.budget)]
+def flops_by_depth(rig, asked):
+    """The account of FLOPs of this model, then of d12 and d20 with a vocabulary of 32,768, where LensNet is asked of so many entries a token."""
+    accounts = [dict(model="this") | measure.flops(rig.gpt.config, rig.gistnet.config, rig.lensnet.config, asked, rig.budget)]
     for depth in (12, 20):
         config = GPTConfig.from_depth(depth, 32768)
-        accounts.append(dict(model=f"d{depth}") | measure.flops(config, GistConfig.for_gpt(config), LensConfig(), spans, rig.budget))
+        accounts.append(dict(model=f"d{depth}") | measure.flops(config, GistConfig.for_gpt(config), LensConfig(), asked, rig.budget))
     return accounts
 
 
@@ -252,8 +252,8 @@ def print_ttft(rows):
     return table(rows, [("prompt", "prompt", ",d"), ("prefill", "prefill_s", ".3f"), ("session", "session_s", ".3f"), ("ingest", "ingest_s", ".3f"), ("next token", "next_s", ".4f")])
 
 
-def print_flops(rows, budget, spans):
-    print(f"\nFLOPs a token of history over the base's forward of a token at W = {budget}, {spans} spans")
+def print_flops(rows, budget, asked):
+    print(f"\nFLOPs a token of history over the base's forward of a token at W = {budget}; LensNet scores {asked:.1f} entries a token")
     table(rows, [("model", "model", "s"), ("base_MF", "base_mflops", ",.1f"), ("GistNet", "gistnet_flops_share", ".2%"), ("LensNet", "lensnet_flops_share", ".2%"),
                  ("re-embed", "embed_flops_share", ".2%"), ("gist lane", "lane_flops_share", ".2%")])
 
