@@ -1,34 +1,35 @@
 """
 The focus allocator: which spans to open and which to close, given LensNet's scores. Scores in, edits out.
-A greedy planner with two priority queues (seeds, "Focus Allocator"): the hottest gists are opened, each paid for by the
-coldest block or family of 32 gists that is present. LensNet, the tree and the clock are someone else's business.
+A greedy planner with two priority queues (seeds, "Focus Allocator"): the hottest blocks are opened, each paid for by the
+coldest blocks or families of 32 gists that are present. LensNet, the tree and the clock are someone else's business.
 
-A score says what detail is worth here: > 0 wants more, < 0 can give some up. Every expansion costs GAIN = 31 entries and
-every collapse frees 31, so gain per entry and gain rank alike. A family's score is the mean of its members': it stays on
+A score says what detail is worth here: > 0 wants more, < 0 can give some up. What is opened is a block: in the place of its gist, for GAIN = 31 entries, or laid on
+the gist of gists that covers it, for 32; so gain per entry and gain rank alike. A family's score is the mean of its gists': it stays on
 the scale of one score whether it is 1 block or 32 gists (a sum would make every lukewarm family look 32 times as hot or
 as cold as a block).
 
 The order of one tick:
-1. pins    orders, not wishes: pinned-raw spans are opened to the bottom, never-raw blocks closed, at once and in full
+1. pins    orders, not wishes: pinned-raw blocks are opened, never-raw blocks closed, at once and in full
 2. room    the coldest families close until `room` more tokens fit; this alone may ignore the cooldown
-3. focus   at most `n_diff` edits: open the hottest gist if there is room, or if its score beats the payer's by `margin`
-Nothing closes unless its place is needed. A gist is opened one level per tick, coarse before fine among equals: its children are scored before they are opened.
+3. focus   at most `n_diff` edits: open the hottest block if there is room, or if its score beats the payers' by `margin`
+Nothing closes unless its place is needed.
 A node edited less than `cooldown` ticks ago rests. The plan touches each span at most once, and is applied as a whole.
 """
 
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
+from itertools import islice
 from math import inf, isfinite
 from typing import NamedTuple
 
 from nanochat.common import UserError
 from megacontext.span import BLOCK, GAIN, Span
-from megacontext.working_context import TAIL, BrokenLaw, Pins, assemble, coarsest, cost, groups, make_room
+from megacontext.working_context import TAIL, BrokenLaw, Pins, assemble, blocks, closed, coarsest, cost, end_of, groups, in_order, make_room, place_of
 
 
 class Edit(NamedTuple):
-    kind: str   # "expand": node gives way to its children. "collapse": the children give way to node
-    node: Span  # the parent, always a gist
+    kind: str   # "expand": the block of node is shown. "collapse": it is not any more, or node, of a higher level, stands for its children
+    node: Span  # a gist
 
 
 @dataclass(frozen=True)
@@ -44,28 +45,29 @@ class Refocus(NamedTuple):
     focus: Focus  # for the next tick
 
 
-def refocus(spans, scores, budget, focus=Focus(), *, n_diff=4, margin=0.1, cooldown=8, room=BLOCK, tail=TAIL, pins=Pins(), top=inf):
+def refocus(spans, scores, budget, focus=Focus(), *, beneath=(), n_diff=4, margin=0.1, cooldown=8, room=BLOCK, tail=TAIL, pins=Pins(), top=inf):
     """
     One tick of focus: returns Refocus(spans, edits, focus). The same arguments always give the same answer.
 
     spans, scores  the working context and one finite float per span
     budget         most entries the GPT may read; `room` of them are left free for the tokens of the next tick
+    beneath        (gist of level 1, score) of blocks that may be laid on the gists of gists in view
     n_diff         most edits that follow the scores (those for pins and room are not counted: they are not a choice)
-    margin         hysteresis: what an expansion must score above the collapse that pays for it
+    margin         hysteresis: what an expansion must score above each collapse that pays for it
     cooldown       ticks that a node rests after an edit
     tail           newest tokens, never collapsed;  pins: see Pins;  top: highest level that may be shown
     """
     assert len(spans) == len(scores), f"one score per span: {len(spans)} spans, {len(scores)} scores"
     assert min(n_diff, margin, cooldown, room, tail) >= 0, "n_diff, margin, cooldown, room and tail cannot be negative"
-    if not all(map(isfinite, scores)):
-        bad = next(i for i, score in enumerate(scores) if not isfinite(score))
-        raise BrokenLaw(f"{spans[bad]} has score {scores[bad]}: LensNet must give finite scores")
+    for span, score in [*zip(spans, scores), *beneath]:
+        if not isfinite(score):
+            raise BrokenLaw(f"{span} has score {score}: LensNet must give finite scores")
     spans, scores, edits = _obey(spans, scores, budget - room, pins, top)
     resting = {node for node, tick in focus.edited.items() if focus.tick - tick < cooldown}
 
     plan = _Plan(spans, scores, budget - room, resting, tail, pins, top)
     plan.make_room()
-    plan.follow_scores(n_diff, margin)
+    plan.follow_scores(beneath, n_diff, margin)
     after = plan.apply()
     edits += plan.edits
     if cost(after) > budget - room:  # only families of families are left, which have no score yet: close them by age
@@ -82,7 +84,9 @@ def begin(length, budget, tail=TAIL, pins=Pins()):
     """The first context of a history of `length` tokens, by recency, with room for the rest of its block. What is pinned is done: the oldest pay for it, the newest get what it frees."""
     room = BLOCK - length % BLOCK
     spans = assemble(length, budget - room, tail=tail)
-    return refocus(spans, [span.start + 1.0 for span in spans], budget, n_diff=len(spans), margin=inf, room=room, tail=tail, pins=pins, top=coarsest(length, budget)).spans
+    older = (Span(1, b) for span in reversed(spans) if span.level > 1 for b in reversed(range(span.start // BLOCK, span.stop // BLOCK)))
+    newest = [(node, node.start + 1.0) for node in islice(older, budget // BLOCK)]
+    return refocus(spans, [span.start + 1.0 for span in spans], budget, beneath=newest, n_diff=len(spans), margin=inf, room=room, tail=tail, pins=pins, top=coarsest(length, budget)).spans
 
 
 class _Plan:
@@ -91,69 +95,76 @@ class _Plan:
     def __init__(self, spans, scores, budget, resting, tail, pins, top):
         self.spans, self.scores, self.resting, self.pins = spans, scores, resting, pins
         self.room = budget - cost(spans)
-        self.edits, self.cuts = [], {}  # cuts: first index replaced -> (one past the last, replacement)
+        self.edits, self.cuts, self.laid = [], {}, []  # cuts: first index replaced -> (one past the last, replacement); laid: new blocks
         self.busy = set()               # every index in a cut: a span is touched once at most
-        edge = (spans[-1].stop if spans else 0) - tail
-        self.rested, self.tired = [], []  # heaps of families that may pay, (score, level, lo, hi): coldest, then finest, then oldest
-        for lo, hi in groups(spans):
-            span = spans[lo]
-            if span.level >= top or span.level == 0 and (span.stop > edge or pins.wants_raw(span)):
+        edge = end_of(spans) - tail
+        self.rested, self.tired = [], []  # heaps of groups that may pay, (score, level, group): coldest, then finest, then oldest
+        for group in groups(spans, edge):
+            lo, hi, node, frees = group
+            family = node.level > 1
+            if frees < 1 or node.level > top or not family and (node.stop > edge or pins.wants_raw(node)):
                 continue
-            heap = self.tired if span.parent() in resting else self.rested
-            heap.append((sum(scores[lo:hi]) / (hi - lo), span.level, lo, hi))
+            told = [score for span, score in zip(spans[lo:hi], scores[lo:hi]) if span.level] if family else scores[lo:hi]
+            heap = self.tired if node in resting else self.rested
+            heap.append((sum(told) / len(told), family and node.level - 1, group))
         heapify(self.rested)
         heapify(self.tired)
 
     def make_room(self):
-        """Close the coldest until the cost is within the budget; rested families first, then any."""
+        """Close the coldest until the cost is within the budget; rested groups first, then any."""
         while self.room < 0 and (self.rested or self.tired):
-            _, _, lo, hi = heappop(self.rested or self.tired)
-            self._collapse(lo, hi)
+            group = heappop(self.rested or self.tired)[2]
+            if self.busy.isdisjoint(range(group.lo, group.hi)):
+                self._collapse(group)
 
-    def follow_scores(self, n_diff, margin):
-        """Open the hottest gists, each into free room or paid for by the coldest family, `n_diff` edits in all."""
-        hot = [(-score, -span.level, i) for i, (span, score) in enumerate(zip(self.spans, self.scores)) if score > 0 and span.level]
+    def follow_scores(self, beneath, n_diff, margin):
+        """Open the hottest blocks, each into free room or paid for by the coldest groups, `n_diff` edits in all."""
+        hot = [(-score, span, i, GAIN) for i, (span, score) in enumerate(zip(self.spans, self.scores)) if score > 0 and span.level == 1]
+        hot += [(-score, node, None, BLOCK) for node, score in beneath if score > 0] # None: it is no span, but laid on one
         heapify(hot)
         while hot and n_diff > 0:
-            score, level, i = heappop(hot)
-            if i in self.busy or self.spans[i] in self.resting or level == -1 and self.pins.forbids_raw(self.spans[i]):
+            score, node, i, price = heappop(hot)
+            if i in self.busy or node in self.resting or self.pins.forbids_raw(node):
                 continue
-            if self.room < GAIN:
-                if n_diff < 2 or not self.rested or -score - self.rested[0][0] <= margin:
-                    return  # a swap is two edits; and who cannot beat the coldest family of all leaves no hope to cooler ones
-                payer = self._payer(keep=i)
-                if payer is None:
-                    continue
-                if -score - payer[0] <= margin:
-                    heappush(self.rested, payer)
-                    continue
-                self._collapse(payer[2], payer[3])
-                n_diff -= 1
-            self._expand(i)
-            n_diff -= 1
+            payers = self._payers(price - self.room, -score - margin, n_diff - 1, keep=i)
+            if payers is None:
+                if not self.rested or self.rested[0][0] >= -score - margin:
+                    return # who cannot beat the coldest of all leaves no hope to cooler ones
+                continue
+            for group in payers:
+                self._collapse(group)
+            self._expand(node, i, price)
+            n_diff -= 1 + len(payers)
 
-    def _payer(self, keep):
-        """Take the coldest rested family that is untouched and does not hold span `keep`, or None."""
-        aside, found = [], None
-        while self.rested and found is None:
+    def _payers(self, short, below, most, keep):
+        """The coldest rested groups that together free `short` entries, `most` of them, all scored less than `below`, untouched and without span `keep`; None if there are not enough."""
+        taken, aside = [], []
+        while short > 0 and len(taken) < most and self.rested and self.rested[0][0] < below:
             family = heappop(self.rested)
-            _, _, lo, hi = family
-            if lo <= keep < hi:
+            group = family[2]
+            here = range(group.lo, group.hi)
+            if keep in here or any(group.lo < one[2].hi and one[2].lo < group.hi for one in taken) or len(taken) + 1 == most and group.frees < short:
                 aside.append(family)
-            elif self.busy.isdisjoint(range(lo, hi)):
-                found = family
-        for family in aside:
+            elif self.busy.isdisjoint(here):
+                taken.append(family)
+                short -= group.frees
+        for family in aside if short <= 0 else aside + taken:
             heappush(self.rested, family)
-        return found
+        return [group for _, _, group in taken] if short <= 0 else None
 
-    def _collapse(self, lo, hi):
-        self._cut(lo, hi, Edit("collapse", self.spans[lo].parent()), GAIN)
+    def _collapse(self, group):
+        self._cut(group.lo, group.hi, closed(self.spans, group), Edit("collapse", group.node), group.frees)
 
-    def _expand(self, i):
-        self._cut(i, i + 1, Edit("expand", self.spans[i]), -GAIN)
+    def _expand(self, node, i, price):
+        if i is None:
+            self.laid += node.children()
+            self.edits.append(Edit("expand", node))
+            self.room -= price
+        else:
+            self._cut(i, i + 1, node.children(), Edit("expand", node), -price)
 
-    def _cut(self, lo, hi, edit, freed):
-        self.cuts[lo] = hi, [edit.node] if edit.kind == "collapse" else edit.node.children()
+    def _cut(self, lo, hi, replacement, edit, freed):
+        self.cuts[lo] = hi, replacement
         self.busy.update(range(lo, hi))
         self.edits.append(edit)
         self.room += freed
@@ -166,26 +177,33 @@ class _Plan:
             assert lo >= at, f"two edits touch span {lo}: {self.edits}"
             after += self.spans[at:lo] + replacement
             at = hi
-        return after + self.spans[at:]
+        after += self.spans[at:]
+        return in_order(after + self.laid) if self.laid else after
 
 
 def _obey(spans, scores, budget, pins, top):
-    """Apply the pins, whatever the budget: returns (spans, scores, edits). Children inherit the score of their gist."""
+    """Apply the pins, whatever the budget: returns (spans, scores, edits). What is opened inherits the score of the gist that it is opened from."""
     if not pins.raw and not pins.never:
         return spans, scores, []
-    after, kept, edits = [], [], []
-    todo = [(span, score) for span, score in zip(reversed(spans), reversed(scores))]  # a stack, oldest on top
-    while todo:
-        span, score = todo.pop()
-        if span.level and pins.wants_raw(span):
+    shown, edits, here, at = [], [], set(spans), 0 # shown: (span, score); tiles so far stop at `at`
+    for span, score in zip(spans, scores):
+        on = span.start < at # laid on a gist
+        at = max(at, span.stop)
+        if span.level == 1 and pins.wants_raw(span):
             edits.append(Edit("expand", span))
-            todo += [(child, score) for child in reversed(span.children())]
-            continue
-        if span.level == 0 and not span.live and top >= 1 and pins.forbids_raw(span):
+            span, = span.children()
+        elif span.level > 1:
+            wanted = [block for block in pins.blocks(span.start, span.stop) if block not in here]
+            edits += [Edit("expand", block.parent()) for block in wanted]
+            shown += [(block, score) for block in wanted]
+        elif span.level == 0 and not span.live and top >= 1 and pins.forbids_raw(span):
+            edits.append(Edit("collapse", span.parent()))
+            if on:
+                continue
             span = span.parent()
-            edits.append(Edit("collapse", span))
-        after.append(span)
-        kept.append(score)
+        shown.append((span, score))
+    shown = sorted(shown, key=lambda one: place_of(one[0]))
+    after, kept = [span for span, _ in shown], [score for _, score in shown]
     held = sum(span.cost for span in after if span.level == 0 and pins.wants_raw(span))
     if held > budget:
         raise UserError(f"the pins keep {held} tokens raw, the budget leaves {budget} entries: unpin some, or raise the budget")
@@ -198,11 +216,15 @@ def _collapses(before, after):
 
     def close(node):
         for child in node.children():
-            if child not in here:
+            if child not in here and child.level > 1:
                 close(child)
         edits.append(Edit("collapse", node))
 
+    left = set(after)
+    for block in blocks(before):
+        if block not in left:
+            edits.append(Edit("collapse", block.parent()))
     for span in after:
-        if span not in here:
+        if span.level > 1 and span not in here:
             close(span)
     return edits

@@ -31,7 +31,7 @@ from megacontext.kv_store import KVStore
 from megacontext.lensnet import Scorer
 from megacontext.matches import Matches
 from megacontext.positions import compressed
-from megacontext.search import best_of, block_scores
+from megacontext.search import best_of, block_scores, looked_into
 from megacontext.span import BLOCK
 from megacontext.state import State, check_mark, check_saved, history, load_state, save_state, weights
 from megacontext.telemetry import Telemetry
@@ -42,9 +42,9 @@ from nanochat.gpt import Entries, causal_after
 
 COMMIT = 4096         # tokens between commits while reading: a commit waits for the disk, 13 to 100 ms. save() commits too
 REFOCUS_EVERY = 8    # tokens: what the next tokens need is in the newest ones, and a whole block later it is another block (LOG.md, 2026-11-27)
-MARGIN = 1.0         # nats over the rest of a block: what an expansion must be better by than the collapse that pays for it; with 0.25 twice the edits gain little more
+MARGIN = 0.5         # nats over the rest of a block: what an expansion must be better by than each collapse that pays for it; with 1.0, of 2,048 tokens, sessions lost a fifth of what they gain (LOG.md, 2026-11-30)
 COOLDOWN = 0         # ticks that a node rests after an edit: with 8 what was opened stood in the way of what was wanted next (LOG.md, 2026-11-27)
-TURNS = 10           # refocuses after a prompt for each level in view, as long as they find something to edit: a level is opened at a time, two gists a refocus
+TURNS = 10           # refocuses after a prompt for each level in view, as long as they find something to edit: two blocks a refocus
 STAGES = ("read", "ingest", "score", "allocate", "splice")
 
 
@@ -195,10 +195,7 @@ class Session:
             yield done
 
     def _settle(self):
-        """
-        Search the whole history for what the prompt asks, and refocus until nothing more is wanted, TURNS times for each level at most. Returns whether
-        anything was edited. Where no gist is in view there is nothing to open.
-        """
+        """Search the whole history for what the prompt asks, and refocus until nothing more is wanted, TURNS times for each level in view at most. Returns whether anything was edited."""
         levels = max(span.level for span in self.spans)
         if levels == 0:
             return False
@@ -280,10 +277,10 @@ class Session:
         if self.pins.never: # a block may collapse while it is in the tail
             complete(self.gpt, self.gistnet, self.tree)
             start = self._count("ingest", start)
-        scores = self.score(found)
+        scores, beneath = self.score(found)
         start = self._count("score", start, ticks=1)
         self.newest_scores = dict(zip(self.spans, scores))
-        plan = refocus(self.spans, scores, self.budget, self.focus, n_diff=self.n_diff, margin=self.margin, cooldown=COOLDOWN, tail=self.tail, pins=self.pins, top=coarsest(self.tree.length, self.budget),
+        plan = refocus(self.spans, scores, self.budget, self.focus, beneath=beneath, n_diff=self.n_diff, margin=self.margin, cooldown=COOLDOWN, tail=self.tail, pins=self.pins, top=coarsest(self.tree.length, self.budget),
                        room=BLOCK - self.tree.length % BLOCK) # so that the live block can be finished before the next tick
         with self.changing(): # nothing has until here: pins that do not fit are refused, and all stays in view
             self.spans, self.edits, self.focus = plan
@@ -301,16 +298,18 @@ class Session:
         return self.edits
 
     def score(self, found=None):
-        """LensNet's score of each span: a list of floats, 0 for the live block. found: scores of all finished blocks, if the history was searched."""
+        """LensNet's score of each span, a list, 0 for the live block; and (gist, score) of blocks that may be laid on others. found: scores of all finished blocks, if the history was searched."""
         spans = [span for span in self.spans if not span.live]
-        live = [0.0] * (len(self.spans) - len(spans)) # it is the last
-        if found is not None:
-            return best_of(found, spans) + live
         if not spans or not self.n_diff:
-            return [0.0] * len(self.spans)
-        hits, levels = self.matches.hits(self.tree, spans), np.array([span.level for span in spans])
+            return [0.0] * len(self.spans), []
+        scores, beneath = best_of(found, spans) if found is not None else looked_into(spans, self._ask)
+        return scores + [0.0] * (len(self.spans) - len(spans)), beneath # the live block is the last
+
+    def _ask(self, spans):
+        """LensNet's scores of finished spans of the tree, in the order of the timeline, numpy (n,)."""
+        levels, indices = np.array([span[:2] for span in spans]).T
         widths = BLOCK ** levels.clip(1)
-        return self.scorer(hits, levels, self.shown.distances(np.cumsum(widths) - (widths + 1) / 2, self.tree.length)).tolist() + live # spans tile the history, so that is where their centres are
+        return self.scorer(self.matches.hits(self.tree, spans), levels, self.shown.distances(indices * widths + (widths - 1) / 2, self.tree.length))
 
     # ------------------------------------------------------------------------------------------------------------------
     # Keys and values
@@ -365,8 +364,8 @@ class Session:
         timeline = np.concatenate([*(span.positions() for span in blocks), places])
         read = [embed_tokens(self.gpt, self.tree, span.start, span.stop) for span in blocks] + ([newest] if newest else [])
         entries = Entries(torch.cat([e.x for e in read], dim=1), [torch.cat(layer, dim=1) for layer in zip(*(e.values for e in read))])
-        columns = np.concatenate([shown.places[:shown.cache.length], timeline])
-        see = torch.from_numpy(columns <= timeline[:, None]).to(self.gpt.device) # a gist's centre lies before its successor's first token
+        columns = np.concatenate([shown.ends(), timeline])
+        see = torch.from_numpy(columns <= timeline[:, None]).to(self.gpt.device) # what a gist stands for must lie before a token that sees it: not so where the token's block is laid on it
         hidden = shown.read(entries, timeline, see[None, None])
         shown.seal(blocks, behind=loose)
         self.stats["read_tokens"] += cost(blocks)

@@ -8,11 +8,13 @@ engine would, and a gist is worth what its best block is.
 A fact may lie across two blocks, and neither holds all that was asked for. So windows of a block's length are scored, one from every 8th token on, and a block is
 worth the best of those that reach into it (LOG.md, 2026-11-22; passages that overlap: Callan, 1994). No gist or key is read for it; docs/RUNTIME.md says how long it takes.
 """
+from functools import lru_cache
+
 import numpy as np
 import torch
 
 from megacontext.matches import AT_ONCE, NEWEST, PER_BLOCK, STEP, bits, window_hits
-from megacontext.span import BLOCK
+from megacontext.span import BLOCK, Span
 
 
 @torch.no_grad()
@@ -47,6 +49,50 @@ def _scores(lensnet, words, n, held, count, distance):
     return torch.cat(scores).cpu().numpy() if scores else np.zeros(0, np.float32)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Scores of what is in view, and of blocks that may be laid on it
+
+BEAM = 4 # gists of 1,024 tokens that a tick looks into
+
+
 def best_of(scores, spans):
-    """What each of the finished spans, which tile the history from its start, is worth: the score of its best block, as a list."""
-    return np.maximum.reduceat(scores, [span.start // BLOCK for span in spans]).tolist() if spans else []
+    """
+    Scores of all finished blocks, numpy, and finished spans of a working context -> (what each is worth, a list: the score of its best block; [(gist of level 1, score)] of
+    the blocks beneath gists of gists that are worth most: more than can be laid at a time).
+    """
+    best, free = [], np.zeros(len(scores), bool)
+    for span in spans:
+        here = slice(span.start // BLOCK, span.stop // BLOCK)
+        free[here] = span.level > 1 # a block that is laid comes after what it is laid on
+        best.append(float(scores[here].max()))
+    blocks = np.flatnonzero(free)
+    return best, [(Span(1, b), float(scores[b])) for b in blocks[np.argsort(-scores[blocks], kind="stable")[:BLOCK]].tolist()]
+
+
+def looked_into(spans, ask):
+    """
+    The same at a tick, where only what is in view is scored, and the blocks of BEAM gists of 1,024 tokens: those that score highest, if there are more.
+    ask: a function, spans in the order of the timeline -> their scores, numpy
+    """
+    families = [span for span in spans if span.level == 2]
+    if not families:
+        return ask(spans).tolist(), []
+    if len(families) > BEAM:
+        families = [span for _, span in sorted(zip((-ask(families)).tolist(), families))[:BEAM]]
+    families, here, seen, at = set(families), set(spans), [], 0
+    for span in spans:
+        if span in families:
+            seen += [block if block in here else block.parent() for block in _blocks(span)]
+            at = span.stop
+        elif span.start >= at:
+            seen.append(span)
+    told = dict(zip(seen, ask(seen).tolist()))
+    beneath = [(node, told[node]) for span in families for node in span.children() if node in told]
+    best = lambda span: max(told[block] if block in told else told[block.parent()] for block in _blocks(span))
+    return [best(span) if span in families else told[span] for span in spans], beneath
+
+
+@lru_cache(maxsize=64)
+def _blocks(span):
+    """The blocks of a gist of level 2."""
+    return [Span(0, child.index) for child in span.children()]

@@ -52,6 +52,10 @@ class Shown:
         """How many tokens at the end of the cache belong to no span yet."""
         return self.cache.length - self.settled
 
+    def ends(self):
+        """Of each entry, the last token that it stands for: numpy (entries,)."""
+        return np.concatenate([*([span.stop - 1] if span.level else span.positions() for span in self.spans), self.places[self.settled:self.cache.length]])
+
     # ------------------------------------------------------------------------------------------------------------------
     # Positions
 

@@ -1,19 +1,26 @@
 """
 The working context: which spans of the history the GPT reads now, and how that list may change.
-A working context is a plain list of Span, oldest first, that tiles the timeline [0, length) within a budget of entries.
+A working context is a plain list of Span, in the order of the timeline, within a budget of entries. Gists and blocks tile the timeline [0, length). On a
+gist of gists, blocks of its stretch may be laid: it goes on standing for all of it, and they are shown besides.
 Every function takes a list and returns a new one, so a plan that fails half-way leaves the old context untouched.
 Nothing here ever drops history to make it fit (a budget that cannot be met is an error): it is only read more coarsely.
 
-    [L2 gist 0..1023][L1 1024..1055][L1 1056..1087] ... [block 4064..4095][live block 4096..4106]
-     1 entry          1 entry        1 entry             32 entries         11 entries
+    [L2 gist 0..1023]              [L1 1024..1055][L1 1056..1087] ... [block 4064..4095][live block 4096..4106]
+     1 entry                        1 entry        1 entry             32 entries         11 entries
+         [block 96..127], laid on it
+          32 entries
+
+So a block of any past costs 32 entries. Where gists had to be opened into 32 gists on the way to it, those took the place of blocks (LOG.md, 2026-11-30).
 
 Laws: budget, contiguity, alignment (a span starts at a multiple of its width), level, atomic swaps. Span is an index
 within a level, so alignment cannot be broken; `check` looks for the others, and raises BrokenLaw at the first.
 """
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
+from collections import Counter
 from dataclasses import dataclass
 from math import inf
+from typing import NamedTuple
 
 from nanochat.common import UserError
 from megacontext.span import BLOCK, GAIN, Span, width_of
@@ -33,17 +40,26 @@ def cost(spans):
 
 
 def check(spans, length, budget=inf, top=inf):
-    """Raise BrokenLaw unless `spans` tile [0, length) within `budget`, with no level above `top` and one live block at most."""
-    at, used = 0, 0
+    """
+    Raise BrokenLaw unless `spans` tile [0, length) within `budget`, with no level above `top` and one live block at most. Blocks that start before the tiles so far
+    stop are laid: the newest tile must be a gist of gists then, and cover them, and they must follow each other.
+    """
+    at, used, bed = 0, 0, 0 # tiles so far stop at `at`; blocks may be laid from `bed` on
     for i, span in enumerate(spans):
         level, width = span.level, width_of(span.level)
-        if span.index * width != at:
-            raise BrokenLaw(f"contiguity: {span} (entry {i}) starts at {span.start}, the one before it stops at {at}")
+        start = span.index * width
+        if bed <= start < at and level == 0 and not span.live:
+            bed = start + width
+            used += width
+            continue
+        if start != at:
+            raise BrokenLaw(f"contiguity: {span} (entry {i}) starts at {start}, the tiles before it stop at {at}")
         if level > top:
             raise BrokenLaw(f"level: {span} (entry {i}) is of level {level}, the highest allowed is {top}")
         if span.live and i != len(spans) - 1:
             raise BrokenLaw(f"level: {span} is an unfinished block but {len(spans) - 1 - i} spans follow it")
         at += span.live or width
+        bed = start if level > 1 else at
         used += 1 if level else span.live or width
     if at != length:
         raise BrokenLaw(f"contiguity: the spans cover [0, {at}), the history is [0, {length})")
@@ -51,64 +67,100 @@ def check(spans, length, budget=inf, top=inf):
         raise BrokenLaw(f"budget: {used} entries, at most {budget} allowed")
 
 
+def end_of(spans):
+    """Tokens of history that a working context covers: the last span may be laid on the last gist."""
+    return max(spans[-1].stop, next((span.stop for span in reversed(spans) if span.level), 0)) if spans else 0
+
+
 def find(spans, position):
-    """Index of the span that covers a token position."""
+    """Index of the finest span that covers a token position."""
+    assert 0 <= position < end_of(spans), f"no span covers position {position}: the context ends at {end_of(spans)}"
     i = bisect_right(spans, position, key=lambda span: span.start) - 1
-    assert 0 <= i and position < spans[i].stop, f"no span covers position {position}: the context ends at {spans[-1].stop if spans else 0}"
+    while spans[i].stop <= position: # a block laid before the position, on a gist that covers it
+        i -= 1
     return i
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# One edit: the parent or all of its children, never part
+def place_of(span):
+    """What spans of a working context are in the order of: where they start, a gist before what is laid on it."""
+    return span.start, -span.level
 
-def expand(spans, i, budget=inf):
-    """Replace gist i by its children. Raises ValueError if they do not fit: pay first, with a collapse."""
-    after = spans[:i] + spans[i].children() + spans[i + 1:]
+
+def in_order(spans):
+    return sorted(spans, key=place_of)
+
+
+def blocks(spans):
+    """Those of them that are tokens."""
+    return [span for span in spans if span.level == 0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One edit: a block comes into view or leaves it, or a gist takes the place of all of its children, never of part
+
+class Group(NamedTuple):
+    """spans[lo:hi] may collapse: a block of tokens for its gist, or leave where it is laid on another; all children of a gist for that, and what is shown as tokens in their stretch is laid on it."""
+    lo: int
+    hi: int
+    node: Span # the gist that it is, of the block or of the children
+    frees: int # entries; a family of blocks alone takes one, and is one of its parent's then
+
+
+def groups(spans, edge=inf):
+    """Every Group of a working context, in the order of their ends. Families with blocks past `edge` in them stay as they are: nothing is laid there."""
+    found, at = [], 0          # tiles so far stop at `at`
+    level = run = first = 0    # of the newest tiles, so many are of this level, the first of them child 0 of its parent
+    for i, span in enumerate(spans):
+        if span.live:
+            break
+        start = span.index * width_of(span.level)
+        if start < at:
+            found.append(Group(i, i + 1, span.parent(), BLOCK)) # laid
+        else:
+            at = start + width_of(span.level)
+            if span.index % BLOCK == 0:
+                level, run, first, gists = span.level or 1, 0, i, 0
+            run = run + 1 if (span.level or 1) == level and (span.level or at <= edge) else -BLOCK
+            if span.level:
+                gists += run > 0
+            else:
+                found.append(Group(i, i + 1, span.parent(), GAIN))
+        last = i + 1 == len(spans) or spans[i + 1].start >= at # nothing more is laid on this tile
+        if run == BLOCK and last:
+            node = Span(level + 1, spans[first].index // BLOCK)
+            found.append(Group(first, i + 1, node, gists - 1))
+    return found
+
+
+def closed(spans, group):
+    """What stands in the place of a group of `spans` once it has collapsed."""
+    here = spans[group.lo:group.hi]
+    if group.node.level > 1:
+        return [group.node] + blocks(here)
+    return [group.node] if group.frees == GAIN else []
+
+
+def expand(spans, node, budget=inf):
+    """
+    Show the block of `node`, a gist of level 1, as tokens: in the place of the gist, or laid on the gist of gists that covers it. Raises ValueError if it does not
+    fit: pay first, with a collapse.
+    """
+    block, = node.children()
+    i = find(spans, node.start)
+    if spans[i].level == 0:
+        raise ValueError(f"{block} is shown already")
+    after = spans[:i] + [block] + spans[i + 1:] if spans[i] == node else in_order([*spans, block])
     if budget != inf and cost(after) > budget:
-        raise ValueError(f"expanding {spans[i]} takes {cost(after)} entries of a budget of {budget}: collapse something first")
+        raise ValueError(f"expanding {node} takes {cost(after)} entries of a budget of {budget}: collapse something first")
     return after
 
 
-def siblings(spans, i):
-    """(lo, hi) such that spans[lo:hi] is exactly the set that collapses with span i, or None if they are not all here."""
-    span = spans[i]
-    if span.live:
-        return None
-    if span.level == 0:
-        return i, i + 1
-    lo = i - span.index % BLOCK
-    hi = lo + BLOCK
-    if lo < 0 or hi > len(spans):
-        return None
-    first = span.index - span.index % BLOCK
-    here = all(spans[lo + j].level == span.level and spans[lo + j].index == first + j for j in range(BLOCK))
-    return (lo, hi) if here else None
-
-
-def collapse(spans, i):
-    """Replace span i and all its siblings by their parent. Raises ValueError if a sibling is missing or at another level."""
-    group = siblings(spans, i)
+def collapse(spans, node):
+    """Let `node` stand for its block, or for all of its children. Raises ValueError if they are not there to collapse."""
+    group = next((group for group in groups(spans) if group.node == node), None)
     if group is None:
-        raise ValueError(f"{spans[i]} cannot collapse: it is live, or not all {BLOCK} children of its parent are in the context")
-    lo, hi = group
-    return spans[:lo] + [spans[i].parent()] + spans[hi:]
-
-
-def groups(spans):
-    """Every (lo, hi) that could collapse into one gist now, oldest first: finished blocks, and runs of 32 sibling gists."""
-    found, level, run = [], -1, 0  # run: how many of the family that started last are here, all at `level`
-    for i, span in enumerate(spans):
-        if span.level == 0:
-            level = 0
-            if not span.live:
-                found.append((i, i + 1))
-        elif span.index % BLOCK == 0:
-            level, run = span.level, 1
-        elif span.level == level:
-            run += 1
-            if run == BLOCK:
-                found.append((i + 1 - BLOCK, i + 1))
-    return found
+        raise ValueError(f"{node} cannot take the place of its children: its block is not shown, or not all {BLOCK} of them are")
+    return spans[:group.lo] + closed(spans, group) + spans[group.hi:]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -119,12 +171,12 @@ def advance(spans, length, budget=inf):
     The context after the history has grown to `length` tokens: the new ones are raw, at the end.
     They must fit: call make_room first (the budget holds at every moment, not only after a repair).
     """
-    now = spans[-1].stop if spans else 0
+    now = end_of(spans)
     assert length >= now, f"history only grows: the context covers {now} tokens, asked to advance to {length}"
     after = list(spans)
     if after and after[-1].live:
         after.pop()
-    at = after[-1].stop if after else 0
+    at = end_of(after)
     after += [Span(0, b) for b in range(at // BLOCK, length // BLOCK)]
     if length % BLOCK and length > at:
         after.append(Span(0, length // BLOCK, live=length % BLOCK))
@@ -155,6 +207,11 @@ class Pins:
     def wants_raw(self, span):
         return any(span.start < stop and start < span.stop for start, stop in self.raw)
 
+    def blocks(self, start, stop):
+        """The blocks of tokens start..stop, multiples of 32, that are always shown, in order."""
+        wanted = {index for a, b in self.raw for index in range(max(a, start) // BLOCK, -(-min(b, stop) // BLOCK))}
+        return [Span(0, index) for index in sorted(wanted)]
+
     def forbids_raw(self, span):
         return any(span.start < stop and start < span.stop for start, stop in self.never)
 
@@ -170,24 +227,23 @@ def make_room(spans, budget, room=0, tail=TAIL, pins=Pins(), top=inf):
     short = cost(spans) + room - budget
     if short <= 0:
         return list(spans)
-    edge = (spans[-1].stop if spans else 0) - tail
-    after = []
-    for span in spans:  # oldest first
-        if short > 0 and span.level == 0 and not span.live and span.stop <= edge and top >= 1 and not pins.wants_raw(span):
-            span = span.parent()
-            short -= GAIN
-        after.append(span)
+    edge = end_of(spans) - tail
+    after = list(spans)
+    for group in groups(spans):  # oldest first
+        block = spans[group.lo]
+        if short > 0 and block.level == 0 and group.node.level == 1 and block.stop <= edge and top >= 1 and not pins.wants_raw(block):
+            after[group.lo] = group.node if group.frees == GAIN else None
+            short -= group.frees
+    after = [span for span in after if span is not None]
     while short > 0:
-        crowd = [0] * (max((span.level for span in after), default=0) + 1)
-        for span in after:
-            crowd[span.level] += 1
-        ready = [(lo, hi) for lo, hi in groups(after) if 1 <= after[lo].level < top]
+        crowd = Counter([span.level for span in after])
+        ready = [group for group in groups(after, edge) if 2 <= group.node.level <= top]
         if not ready:
             raise UserError(f"{cost(spans)} entries and {room} more do not fit a budget of {budget}: with everything collapsed outside the "
                              f"last {tail} tokens{' and the pins' if pins.raw else ''} it is still {short} over. Raise the budget, or lower tail or pins")
-        lo, hi = min(ready, key=lambda group: (-crowd[after[group[0]].level], after[group[0]].level, group[0]))
-        after[lo:hi] = [after[lo].parent()]
-        short -= GAIN
+        group = min(ready, key=lambda group: (group.frees < 1, -crowd[group.node.level - 1], group.node.level, group.lo))
+        after[group.lo:group.hi] = closed(after, group)
+        short -= group.frees
     return after
 
 
@@ -226,22 +282,20 @@ def check_pins(pins, budget, first=0, longest=LONGEST):
 
 def most_kept(pins, budget, first=0, longest=LONGEST):
     """
-    The most entries that are left when all has collapsed that may, with room for the next block, over all lengths: (entries, length, pinned blocks). Beside the raw tail
-    they are the gists that are too few for a parent, and 31 more for each finished gist that stays open, because it holds a pinned block.
+    The most entries that may be left when all has collapsed that can, with room for the next block, over all lengths: (entries, length, pinned blocks). Beside the raw tail
+    they are the pinned blocks, and the gists that are too few for a parent: told one too high for a pinned block that stands in the place of one of these, and is not laid on another.
     """
     tail, longest = raw_tail(budget), max(first, longest)
     finished = lambda length: max(0, length - tail) // BLOCK # blocks before the tail
-    blocks = {block for start, stop in pins.raw for block in range(start // BLOCK, min(-(-stop // BLOCK), finished(longest)))}
-    pinned = [sorted({block // BLOCK ** level for block in blocks}) for level in range(coarsest(longest, budget))] # nodes of level + 1 that hold one
+    pinned = len(pins.blocks(0, finished(longest) * BLOCK))
     most = (0, first)
-    for top in range(1, len(pinned) + 1):
+    for top in range(1, coarsest(longest, budget) + 1):
         last = finished(min(longest, max((_highest(level, budget) + 1) * BLOCK ** level for level in range(1, top + 1)) - 1)) # the last length that shows no higher level
         for n in {last} | {last // BLOCK ** level * BLOCK ** level - 1 for level in range(1, top)}: # most are left over just before one more is complete
             if n >= finished(first):
                 gists = n // BLOCK ** (top - 1) + sum(n // BLOCK ** level % BLOCK for level in range(top - 1))
-                opened = sum(bisect_left(pinned[level], n // BLOCK ** level) for level in range(top))
-                most = max(most, (gists + GAIN * opened + tail + BLOCK, n * BLOCK + tail))
-    return *most, len(blocks)
+                most = max(most, (gists + BLOCK * pinned + tail + BLOCK, n * BLOCK + tail))
+    return *most, pinned
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ import random
 import time
 from collections import Counter
 from dataclasses import dataclass
-from itertools import groupby
 from math import inf
 from textwrap import wrap
 from typing import NamedTuple
@@ -26,7 +25,7 @@ import numpy as np
 
 from megacontext.runtime import STAGES, Session
 from megacontext.span import BLOCK
-from megacontext.working_context import LEAST_BUDGET, check, cost, find
+from megacontext.working_context import LEAST_BUDGET, check, cost, end_of, find
 from nanochat import hardware
 from nanochat.common import UserError, run_main, setup
 from nanochat.conversation import Conversation, Piece
@@ -123,8 +122,9 @@ class Watched(Session):
         return logits
 
     def score(self, found=None):
-        self.scored = list(self.spans), super().score(found)
-        return self.scored[1]
+        scores, beneath = super().score(found)
+        self.scored = list(self.spans), scores
+        return scores, beneath
 
     def refocus(self, found=None, wait=False):
         self.watch()
@@ -146,10 +146,10 @@ def say(label, text=""):
     print(line if len(line) <= WIDTH else line[:WIDTH - 3] + "...")
 
 
-def name_of(span, stop=None):
-    """"L1  1,024..1,055"; with `stop`, of a run of spans that ends there."""
-    level = f"L{span.level}" if span.level else "raw"
-    return f"{level:>3} {span.start:>9,}..{(stop or span.stop) - 1:<9,}"
+def name_of(span, stop=None, laid=False):
+    """"L1  1,024..1,055"; with `stop`, of a run of spans that ends there; laid: on a gist of gists."""
+    level = f"L{span.level}" if span.level else "laid" if laid else "raw"
+    return f"{level:>4} {span.start:>9,}..{(stop or span.stop) - 1:<9,}"
 
 
 def show_tree(tree):
@@ -196,19 +196,25 @@ def show_context(code, session, blocks):
     say("", "".join(str(level) if level else "." for level in finest))
     say("", "".join("^" if cell in marks else " " for cell in range(max(marks) + 1)) + " the answer")
     say("", f"(a character is {length / STRIP:,.0f} tokens at the finest level that any of them is shown at, . = raw)")
-    runs = [list(run) for _, run in groupby(spans, key=lambda span: span.level)]
+    runs, at = [], 0 # runs: [laid, neighbours of one level]
+    for span in spans:
+        laid, at = span.start < at, max(at, span.stop)
+        if runs and runs[-1][0] == laid and (runs[-1][-1].level, runs[-1][-1].stop) == (span.level, span.start):
+            runs[-1].append(span)
+        else:
+            runs.append([laid, span])
     hidden = range(RUNS // 2, len(runs) - RUNS // 2) if len(runs) > RUNS else range(0)
-    for n, run in enumerate(runs):
+    for n, (laid, *run) in enumerate(runs):
         if n not in hidden:
             places = [code.place(token)[0] for token in (run[0].start, run[-1].stop - 1)]
-            say("", f"{name_of(run[0], run[-1].stop)} {len(run):>4} x {run[0].width:<6,} {' to '.join(places)}")
+            say("", f"{name_of(run[0], run[-1].stop, laid)} {len(run):>4} x {run[0].width:<6,} {' to '.join(places)}")
         elif n == hidden[0]:
             say("", f"... {len(hidden)} more runs of spans of one level ...")
 
 
 def shown_as(spans, blocks):
     """How a working context shows some blocks: "raw", "L1", "L1+raw", ...; "not there" if it does not reach so far."""
-    levels = {spans[find(spans, block * BLOCK)].level if spans and block * BLOCK < spans[-1].stop else None for block in blocks}
+    levels = {spans[find(spans, block * BLOCK)].level if block * BLOCK < end_of(spans) else None for block in blocks}
     return "+".join(sorted("not there" if level is None else f"L{level}" if level else "raw" for level in levels))
 
 
@@ -274,12 +280,12 @@ def check_laws(session):
     session.flush() # the newest blocks are raw and get their gists later, together
     check(session.spans, session.length, session.budget)
     assert session.peak <= session.budget, f"{session.peak} entries of a budget of {session.budget}"
-    opened = np.concatenate([tokens for span in session.spans for tokens in tokens_under(session.tree, span)])
-    assert opened.tolist() == session.fed, "the working context does not open to the tokens that were fed"
+    for span in session.spans:
+        assert np.concatenate(tokens_under(session.tree, span)).tolist() == session.fed[span.start:span.stop], f"{span} does not open to the tokens that were fed"
     for level in range(1, session.tree.levels):
         assert session.tree.count(level) == session.tree.length // BLOCK ** level, f"level {level} has a gist too few or too many"
     say("laws", f"{session.watched:,} checks of tiling and budget, all held; {session.peak:,} of {session.budget:,} entries at most")
-    say("", f"the {len(session.spans)} spans open to {len(opened):,} tokens, the same as the {len(session.fed):,} that were fed")
+    say("", f"each of the {len(session.spans)} spans opens to its tokens, of the {len(session.fed):,} that were fed")
 
 
 def main():

@@ -282,10 +282,10 @@ def test_what_is_pinned_stays_raw_until_it_is_let_go(base, monkeypatch, capsys, 
         opened[-1].tree.close()
         return capsys.readouterr().out
 
-    out = talk(f"/read {tmp_path / 'a.txt'}", "what?", "/pin", "/pin 10 x", "/pin 50 50", "/pin 0 10000000", "/pin 0 3,000", "/pin 1,000 1,020", "/pin 2040 2060", 
+    out = talk(f"/read {tmp_path / 'a.txt'}", "what?", "/pin", "/pin 10 x", "/pin 50 50", "/pin 0 10000000", "/pin 0 3,000", "/pin 1,000 1,020", "/pin 2040 2500",
                 f"/read {tmp_path / 'a.txt'}", "and?")
     for line in ("expected /pin A B, two places in the history, got ''", "got '10 x'", "got 50 and 50", "where the history ends, got 0 and 10000000", "94 blocks of 32 tokens pinned raw do not fit a budget of 512",
-                 "3 blocks of 32 tokens pinned raw do not fit a budget of 512", "Unpin some, or raise the budget", "pinned: 1,000 to 1,020\n"):
+                 "17 blocks of 32 tokens pinned raw do not fit a budget of 512", "Unpin some, or raise the budget", "pinned: 1,000 to 1,020\n"):
         assert line in out
     assert opened[0].pins.raw == ((1000, 1020),) and raw == [False, True]
     talk("still?", "/unpin")

@@ -15,8 +15,7 @@ import pytest
 from megacontext.allocator import Edit, Focus, refocus
 from megacontext.span import GAIN, Span, width_of
 from megacontext.tree import MegaTree, make_header
-from megacontext.working_context import (BrokenLaw, Pins, advance, assemble, check, collapse, cost, expand, find, groups, make_room,
-                                         siblings)
+from megacontext.working_context import BrokenLaw, Pins, advance, assemble, check, collapse, cost, end_of, expand, find, groups, make_room
 from nanochat.common import UserError
 
 
@@ -24,38 +23,50 @@ from nanochat.common import UserError
 # The slow and obvious: look at every single token
 
 def obviously_legal(spans, length, budget):
-    seen = []
+    seen = [[] for _ in range(length)] # by what levels each token is shown
     for span in spans:
         tokens = span.live if span.live else 32 if span.level == 0 else 32 ** span.level
         first = span.index * (32 if span.level == 0 else 32 ** span.level)
         assert first % (32 ** span.level) == 0
-        assert span.level == 0 or first + tokens <= length  # a gist stands for finished tokens only
-        seen += range(first, first + tokens)
-    assert seen == list(range(length))
+        assert first + tokens <= length # a gist stands for finished tokens only
+        for token in range(first, first + tokens):
+            seen[token].append(span.level)
+    assert all(len(levels) == 1 or len(levels) == 2 and levels[0] > 1 and levels[1] == 0 for levels in seen)
+    assert [(span.start, -span.level) for span in spans] == sorted((span.start, -span.level) for span in spans)
     assert sum(len(span.positions()) for span in spans) <= budget
+
+
+def beneath(rng, spans, most):
+    """Up to so many gists of level 1, at random, whose blocks may be laid: under gists of gists, and not shown."""
+    beds, here = [span for span in spans if span.level > 1], set(spans)
+    drawn = [rng.choice(beds) for _ in range(most if beds else 0)]
+    nodes = {Span(1, rng.randrange(span.start // 32, span.stop // 32)) for span in drawn}
+    return sorted(node for node in nodes if Span(0, node.index) not in here)
+
+
+def openable(rng, spans):
+    """A gist of level 1 whose block may be opened, at random, in view or beneath what is; None if none was found."""
+    nodes = [span for span in spans if span.level == 1] if rng.random() < 0.5 else []
+    nodes = nodes or beneath(rng, spans, 1)
+    return rng.choice(nodes) if nodes else None
 
 
 def random_spans(rng, length, budget, edits=60):
     """A legal context that no tidy rule would give: assembled, then expanded and collapsed here and there."""
     spans = assemble(length, budget, tail=rng.choice([0, 0, 40]))
     for _ in range(edits):
-        if not spans:
-            return spans
-        i = rng.randrange(len(spans))
-        if rng.random() < 0.5 and spans[i].level and cost(spans) + GAIN <= budget:
-            spans = expand(spans, i)
-        elif siblings(spans, i) and rng.random() < 0.7:
-            spans = collapse(spans, i)
+        node, ready = openable(rng, spans), [group for group in groups(spans) if group.frees > 0]
+        if rng.random() < 0.5 and node and cost(spans) + 32 <= budget:
+            spans = expand(spans, node)
+        elif ready and rng.random() < 0.7:
+            spans = collapse(spans, rng.choice(ready).node)
     return spans
 
 
 def replayed(spans, edits):
     """What a list of edits does, one at a time, with the two elementary operations."""
     for kind, node in edits:
-        if kind == "expand":
-            spans = expand(spans, spans.index(node))
-        else:
-            spans = collapse(spans, spans.index(node.children()[0]))
+        spans = (expand if kind == "expand" else collapse)(spans, node)
     return spans
 
 
@@ -107,14 +118,15 @@ def test_check_agrees_with_the_obvious_version_and_sees_every_damage(seed):
     spans = random_spans(rng, length, budget)
     obviously_legal(spans, length, budget)
     check(spans, length, budget)
-    i = rng.randrange(len(spans))
-    j = rng.randrange(len(spans))
+    tiles = [i for i, span in enumerate(spans) if not any(other.level > 1 and other.start <= span.start < other.stop for other in spans[:i])]
+    i, j = rng.choice(tiles), rng.randrange(len(spans)) # without a block that is laid the context is legal
     damaged = {
         "dropped": spans[:i] + spans[i + 1:],
         "twice": spans[:i] + [spans[i]] + spans[i:],
         "moved": spans[:i] + [spans[i]._replace(index=spans[i].index + 1)] + spans[i + 1:],
         "swapped": [spans[j] if k == i else spans[i] if k == j else span for k, span in enumerate(spans)] if i != j else spans[1:],
         "coarser alone": spans[:i] + [Span(spans[i].level + 2, spans[i].index)] + spans[i + 1:],
+        "laid twice": spans + [Span(0, 0)],
         "live inside": spans[:i] + [Span(0, spans[i].start // 32, live=5)] + spans[i + 1:] + [Span(0, length // 32 + 1)],
     }
     for name, wrong in damaged.items():
@@ -207,20 +219,67 @@ def test_collapse_undoes_expand_and_touches_nothing_else(seed):
     length = rng.randrange(1, 200_000)
     spans = random_spans(rng, length, 600)
     before = list(spans)
-    for i in [i for i in range(len(spans)) if spans[i].level]:
-        opened = expand(spans, i)
+    for node in [span for span in spans if span.level == 1] + beneath(rng, spans, 20):
+        opened = expand(spans, node)
         check(opened, length)
-        assert cost(opened) == cost(spans) + GAIN
-        assert collapse(opened, rng.randrange(i, i + len(spans[i].children()))) == spans
+        assert cost(opened) == cost(spans) + (GAIN if node in spans else 32)
+        assert collapse(opened, node) == spans
     assert spans == before, "an operation changed the list it was given"
 
 
+def test_a_block_is_laid_on_a_gist_of_gists_by_hand():
+    spans = [Span(2, 0), Span(1, 32), Span(0, 33)]
+    laid = expand(spans, Span(1, 5))
+    assert laid == [Span(2, 0), Span(0, 5), Span(1, 32), Span(0, 33)] and cost(laid) == 1 + 32 + 1 + 32
+    check(laid, 34 * 32)
+    two = expand(laid, Span(1, 0))
+    assert two == [Span(2, 0), Span(0, 0), Span(0, 5), Span(1, 32), Span(0, 33)]
+    assert [find(two, token) for token in (0, 31, 32, 170, 192, 1023, 1024, 1056)] == [1, 1, 0, 2, 0, 0, 3, 4]
+    assert groups(two) == [(1, 2, Span(1, 0), 32), (2, 3, Span(1, 5), 32), (4, 5, Span(1, 33), 31)]
+    with pytest.raises(ValueError, match="shown already"):
+        expand(two, Span(1, 0))
+    with pytest.raises(ValueError, match="collapse something first"):
+        expand(spans, Span(1, 5), budget=65)
+    for wrong in ([Span(0, 5), Span(2, 0), *spans[1:]], [Span(2, 0), Span(0, 5), Span(0, 5), *spans[1:]], [Span(2, 0), Span(1, 5), *spans[1:]], [*spans, Span(0, 5)],
+                  [Span(2, 0), Span(0, 5), Span(0, 4), *spans[1:]], [Span(1, 0), Span(0, 0), *(Span(1, i) for i in range(1, 33)), Span(0, 33)]):
+        with pytest.raises(BrokenLaw, match="contiguity"):
+            check(wrong, 34 * 32)
+
+
+def test_a_family_collapses_around_blocks_that_stay_by_hand():
+    """29 gists and 3 blocks become a gist of gists, with the blocks laid on it; a family whose blocks reach past the edge stays, and one of blocks alone takes an entry more."""
+    family = [Span(0, i) if i in (3, 4, 20) else Span(1, i) for i in range(32)]
+    assert groups(family)[-1] == (0, 32, Span(2, 0), 28)
+    assert collapse(family, Span(2, 0)) == [Span(2, 0), Span(0, 3), Span(0, 4), Span(0, 20)]
+    assert [group for group in groups(family, edge=640) if group.node.level > 1] == [] and groups(family, edge=672)[-1].node == Span(2, 0)
+    blocks = [Span(0, i) for i in range(32)]
+    assert groups(blocks)[-1] == (0, 32, Span(2, 0), -1) and collapse(blocks, Span(2, 0)) == [Span(2, 0), *blocks]
+    assert refocus([*blocks, Span(1, 32)], [-1.0] * 32 + [1.0], 1025, n_diff=9, room=0, tail=1024 + 32).edits == [] # which pays for nothing
+    # gists of gists with blocks on them: those lie on their parent then, the last one's too
+    high = [span for i in range(32) for span in ([Span(2, i), Span(0, 32 * i + 7)] if i in (0, 31) else [Span(2, i)])]
+    check(high, 32 ** 3)
+    assert collapse(high, Span(3, 0)) == [Span(3, 0), Span(0, 7), Span(0, 999)]
+
+
 @pytest.mark.parametrize("seed", range(60))
-def test_groups_are_what_siblings_says_span_by_span(seed):
+def test_groups_are_what_a_look_at_every_span_says(seed):
     rng = random.Random(seed)
-    spans = random_spans(rng, rng.randrange(1, 100_000), 700, edits=200)
-    slow = sorted({siblings(spans, i) for i in range(len(spans))} - {None})
-    assert groups(spans) == slow
+    length = rng.randrange(1, 100_000)
+    spans = random_spans(rng, length, 700, edits=200)
+    here, slow = set(spans), []
+    for node in {span.parent() for span in spans if not span.live}:
+        if node.level == 1:
+            slow += [(node, 31 if not any(span.level > 1 and span.start <= node.start < span.stop for span in spans) else 32)]
+        else:
+            shown = [child for child in node.children() if child in here or node.level == 2 and Span(0, child.index) in here]
+            gists = sum(child in here for child in shown)
+            if len(shown) == 32 and not any(span.level >= node.level and span.start <= node.start < span.stop for span in spans):
+                slow.append((node, gists - 1))
+    assert sorted((group.node, group.frees) for group in groups(spans)) == sorted(slow)
+    for group in groups(spans):
+        after = collapse(spans, group.node)
+        check(after, length)
+        assert cost(after) == cost(spans) - group.frees
 
 
 def test_growth_token_by_token_by_hand():
@@ -245,6 +304,9 @@ def test_make_room_by_hand():
     assert make_room(spans, 99, room=1, tail=0, pins=Pins(raw=((5, 6),))) == [Span(0, 0), Span(1, 1)] + spans[2:]
     family = [Span(1, i) for i in range(64)]
     assert make_room(family, 64, room=1, tail=0) == [Span(2, 0)] + family[32:]
+    laid = [Span(2, 0), Span(0, 3), Span(0, 9)] + [Span(1, i) for i in range(32, 64)]
+    assert make_room(laid, cost(laid), room=1, tail=0) == [laid[0], *laid[2:]]  # the oldest block leaves what it lies on
+    assert make_room(laid, 64, room=1, tail=0) == [laid[0], *laid[3:]]
     # level 2 is the crowd: its oldest family goes before the 32 gists of level 1
     crowd = [Span(2, i) for i in range(64)] + [Span(1, 2048 + i) for i in range(32)]
     assert make_room(crowd, 96, room=1, tail=0) == [Span(3, 0)] + crowd[32:]
@@ -312,15 +374,15 @@ def test_refocus_keeps_every_law_and_its_own_promises(seed):
     focus = Focus()
     for tick in range(6):
         scores = [rng.uniform(-1, 1) for _ in spans]
-        result = refocus(spans, scores, budget, focus, n_diff=n_diff, tail=tail, room=room, margin=margin)
-        assert result == refocus(list(spans), list(scores), budget, focus, n_diff=n_diff, tail=tail, room=room, margin=margin), "not deterministic"
+        told = [(node, rng.uniform(-1, 1)) for node in beneath(rng, spans, 40)]
+        tick = lambda n: refocus(list(spans), list(scores), budget, focus, beneath=told, n_diff=n, tail=tail, room=room, margin=margin)
+        result = tick(n_diff)
+        assert result == tick(n_diff), "not deterministic"
         check(result.spans, length, budget - room)
         assert replayed(spans, result.edits) == result.spans, "the edits do not tell what was done"
         assert all(spans[i].level or spans[i] in result.spans for i in range(len(spans)) if spans[i].stop > length - tail), "a block of the tail closed"
-        needed = -(-max(0, cost(spans) - (budget - room)) // GAIN)  # collapses for room
-        assert len(result.edits) <= needed + n_diff
-        assert all(spans[spans.index(e.node)].level for e in result.edits if e.kind == "expand")
-        scored = dict(zip(spans, scores))
+        assert len(result.edits) <= len(tick(0).edits) + n_diff # those for room are no choice
+        scored = dict(zip(spans, scores)) | dict(told)
         for kind, node in result.edits:
             if kind == "expand":
                 assert scored[node] > 0, "opened something that did not ask for it"
@@ -328,15 +390,18 @@ def test_refocus_keeps_every_law_and_its_own_promises(seed):
         assert all(focus.tick - t <= 8 for t in focus.edited.values())
 
 
-def total_score_slow(spans, scores, budget, n_diff):
-    """The best swap found by trying every (gist, family) pair: gain of the expansion minus what the payer is worth."""
-    best = -inf
-    for i, span in enumerate(spans):
-        if span.level and scores[i] > 0:
-            for lo, hi in groups(spans):
-                if not lo <= i < hi:
-                    best = max(best, scores[i] - sum(scores[lo:hi]) / (hi - lo))
-    return best
+def first_swap_slow(spans, scores, told):
+    """The hottest that one payer is enough for, and what it is worth more than the coldest of those, by trying every pair at a full budget; None if nothing is."""
+    hot = [(score, span, 31) for span, score in zip(spans, scores) if span.level == 1] + [(score, node, 32) for node, score in told]
+    for score, node, price in sorted(hot, key=lambda one: -one[0]):
+        payers = []
+        for lo, hi, parent, frees in groups(spans):
+            gists = [s for span, s in zip(spans[lo:hi], scores[lo:hi]) if span.level or parent.level == 1]
+            if frees >= price and node not in spans[lo:hi]:
+                payers.append(sum(gists) / len(gists))
+        if score > 0 and payers and score > min(payers):
+            return node, score - min(payers)
+    return None
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -345,28 +410,27 @@ def test_the_first_swap_is_the_best_of_all_swaps(seed):
     length = rng.randrange(3000, 60_000)
     spans = random_spans(rng, length, 500)
     scores = [rng.uniform(-1, 1) for _ in spans]
-    result = refocus(spans, scores, cost(spans), n_diff=2, room=0, tail=0, margin=0)
-    best = total_score_slow(spans, scores, cost(spans), 2)
-    if best <= 0:
+    told = [(node, rng.uniform(-1, 1)) for node in beneath(rng, spans, 20)]
+    result, best = refocus(spans, scores, cost(spans), beneath=told, n_diff=2, room=0, tail=0, margin=0), first_swap_slow(spans, scores, told)
+    if best is None:
         assert result.edits == []
         return
     (pay, payer), (get, node) = result.edits
-    assert (pay, get) == ("collapse", "expand")
-    family = payer.children()
-    worth = scores[spans.index(node)] - sum(scores[spans.index(child)] for child in family) / len(family)
-    assert worth == pytest.approx(best)
+    assert (pay, get) == ("collapse", "expand") and node == best[0]
+    lo, hi = next((lo, hi) for lo, hi, parent, _ in groups(spans) if parent == payer)
+    paid = [score for span, score in zip(spans[lo:hi], scores[lo:hi]) if span.level or payer.level == 1]
+    assert (dict(zip(spans, scores)) | dict(told))[node] - sum(paid) / len(paid) == pytest.approx(best[1])
 
 
-def test_a_gist_is_opened_one_level_per_tick_down_to_its_tokens():
-    """2 -> 1 -> 0: token 5,000 is wanted and nothing else; it is raw after two ticks, paid for, whatever the cooldown."""
-    spans, focus, budget = [Span(2, i) for i in range(8)] + [Span(0, 256 + i) for i in range(10)], Focus(), 8 + 320
-    levels = []
-    for _ in range(3):
-        scores = [0.9 if span.start <= 5000 < span.stop else -0.5 for span in spans]
-        spans, _, focus = refocus(spans, scores, budget, focus, room=0, tail=0)
-        levels.append(spans[find(spans, 5000)].level)
-    assert levels == [1, 0, 0]
-    check(spans, 8192 + 320, budget)
+def test_a_block_of_any_past_is_laid_in_one_tick():
+    """Token 5,000 is wanted and nothing else: two blocks in their gists' place free 62 entries, of which it takes 32; its gist of 1,024 tokens stays."""
+    spans, budget = [Span(2, i) for i in range(8)] + [Span(0, 256 + i) for i in range(10)], 8 + 320
+    after, edits, _ = refocus(spans, [-0.5] * 18, budget, beneath=[(Span(1, 156), 0.9), (Span(1, 7), -0.1)], room=0, tail=0)
+    assert edits == [Edit("collapse", Span(1, 256)), Edit("collapse", Span(1, 257)), Edit("expand", Span(1, 156))]
+    assert after[3:7] == [Span(2, 3), Span(2, 4), Span(0, 156), Span(2, 5)] and after[find(after, 5000)] == Span(0, 156)
+    check(after, 8192 + 320, budget)
+    # one block that is laid pays for another
+    assert refocus(after, [-0.5] * 19, cost(after), beneath=[(Span(1, 157), 0.9)], room=0, tail=0, n_diff=2, cooldown=0).edits == [Edit("collapse", Span(1, 156)), Edit("expand", Span(1, 157))]
 
 
 def test_scores_that_flip_every_tick_do_not_make_it_ping_pong():
@@ -494,25 +558,25 @@ def storm(seed, operations, budget=420, tail=64):
 
     while sum(done.values()) - done["nothing to do"] < operations:
         op = rng.choices(["grow", "expand", "collapse", "room", "refocus", "assemble", "rewind"], [30, 30, 20, 5, 12, 1, 0.2])[0]
-        i = rng.randrange(len(spans)) if spans else None
         if op == "grow" and length < len(truth) - 100:
             n = rng.choice([1, 1, 2, 31, 32, 33, 80])
             ingest(n)
             spans = advance(make_room(spans, budget, n, tail), length + n, budget)
             length += n
-        elif op == "expand" and spans and spans[i].level:
+        elif op == "expand" and (node := openable(rng, spans)):
             try:
-                spans = expand(spans, i, budget)
+                spans = expand(spans, node, budget)
             except ValueError:
-                assert cost(spans) + GAIN > budget
+                assert cost(spans) + (GAIN if node in spans else 32) > budget
                 op = "expand refused"
-        elif op == "collapse" and spans and siblings(spans, i):
-            spans = collapse(spans, i)
+        elif op == "collapse" and (ready := [group for group in groups(spans) if group.frees > 0]):
+            spans = collapse(spans, rng.choice(ready).node)
         elif op == "room":
             spans = make_room(spans, budget, rng.randrange(100), tail)
         elif op == "refocus":
             scores = [rng.uniform(-1, 1) for _ in spans]
-            spans, _, focus = refocus(spans, scores, budget, focus, tail=tail, n_diff=rng.randrange(8))
+            told = [(node, rng.uniform(-1, 1)) for node in beneath(rng, spans, 8)]
+            spans, _, focus = refocus(spans, scores, budget, focus, beneath=told, tail=tail, n_diff=rng.randrange(8))
         elif op == "assemble":
             spans = assemble(length, budget, tail)
         elif op == "rewind":
@@ -566,7 +630,7 @@ def test_all_laws_hold_under_a_million_random_operations():
 def full_context(length=16_384, budget=1024):
     spans = assemble(length, budget, tail=0)
     while cost(spans) < budget - GAIN:
-        spans = expand(spans, next(i for i, span in enumerate(spans) if span.level))
+        spans = expand(spans, next(span for span in spans if span.level == 1))
     return spans, length, cost(spans)
 
 
@@ -576,13 +640,13 @@ def test_expanding_at_the_budget_never_deletes_history():
     position from 0 to 8,292 of 16,384. Here a lone expansion is refused, and refocus pays with collapses.
     """
     spans, length, budget = full_context()
-    hot = next(i for i, span in enumerate(spans) if span.level)
+    hot = next(span for span in spans if span.level == 1)
     with pytest.raises(ValueError, match="collapse something first"):
         expand(spans, hot, budget)
     rng, focus = random.Random(0), Focus()
     for _ in range(100):
         spans, _, focus = refocus(spans, [rng.uniform(-1, 1) for _ in spans], budget, focus, room=0, tail=0, cooldown=0)
-        assert spans[0].start == 0 and spans[-1].stop == length
+        assert spans[0].start == 0 and end_of(spans) == length
         check(spans, length, budget)
 
 
@@ -594,10 +658,10 @@ def test_a_collapse_is_never_unaligned():
     consecutive = [Span(1, i) for i in range(5, 37)]  # 32 in a row, but 27 of one family and 5 of the next
     spans = [Span(0, i) for i in range(5)] + consecutive
     check(spans, 37 * 32)
-    assert [group for group in groups(spans) if spans[group[0]].level == 1] == []
-    for i in range(5, 37):
-        with pytest.raises(ValueError, match="not all 32 children"):
-            collapse(spans, i)
+    assert [group for group in groups(spans) if group.node.level > 1] == [(0, 32, Span(2, 0), 26)] # its own family: 5 blocks and 27 gists
+    assert collapse(spans, Span(2, 0)) == [Span(2, 0), *spans[:5], *(Span(1, i) for i in range(32, 37))]
+    with pytest.raises(ValueError, match="not all 32"):
+        collapse(spans, Span(2, 1))
     spans, length, budget = full_context()
     rng, focus = random.Random(1), Focus()
     for _ in range(100):

@@ -241,7 +241,7 @@ SAID = [ # (file, words with {} where the number stands, the number)
     ("runs/multinode.md", "16 to {},", lanes_for(16)), ("runs/multinode.md", "3 to {}:", lanes_for(3)),
     ("README.md", "one vector for {} tokens", BLOCK), ("megacontext/README.md", "one vector for {} tokens or", BLOCK), ("megacontext/README.md", "Atomic swaps: all {} children", BLOCK),
     ("docs/RUNTIME.md", "Every {} tokens there is one tick", runtime.REFOCUS_EVERY), ("docs/RUNTIME.md", "newest {} tokens x one bit set", matches.NEWEST),
-    ("docs/RUNTIME.md", "at most {} edits:", default(runtime.Session.__init__, "n_diff")), ("docs/RUNTIME.md", "what pays for it by {} nat over the rest of a block", int(runtime.MARGIN)),
+    ("docs/RUNTIME.md", "at most {} edits:", default(runtime.Session.__init__, "n_diff")), ("docs/RUNTIME.md", "that pays for it by {} nats over the rest of a block", runtime.MARGIN),
     ("docs/RUNTIME.md", "`cooldown` is {} here", runtime.COOLDOWN), ("docs/RUNTIME.md", "newest min({}, W/4) tokens", working_context.TAIL),
     ("docs/RUNTIME.md", "commits every {} tokens read", f"{runtime.COMMIT:,}"), ("docs/RUNTIME.md", "and every {} ingested", f"{ingest.NODES_AT_ONCE * BLOCK:,}"),
     ("docs/RUNTIME.md", "the {} most opened nodes", f"{telemetry.NODES:,}"),

@@ -8,7 +8,7 @@ import torch
 from megacontext import search
 from megacontext.lensnet import LensConfig, LensNet
 from megacontext.matches import STEP
-from megacontext.search import best_of, block_scores
+from megacontext.search import BEAM, best_of, block_scores, looked_into
 from megacontext.span import BLOCK, Span
 from tests.test_matches import tree_of, truth
 
@@ -64,8 +64,33 @@ def test_both_blocks_of_a_fact_across_them_are_found():
     assert sorted(np.argsort(before)[-2:]) == [4, 5] and scores[4] == scores[5] > scores[9] > np.median(before)
 
 
-def test_a_gist_is_worth_what_its_best_block_is():
-    scores = np.random.default_rng(0).normal(size=70)
-    spans = [Span(2, 0), *(Span(1, b) for b in range(32, 60)), *(Span(0, b) for b in range(60, 70))]
-    assert best_of(scores, spans) == [scores[:32].max(), *scores[32:]]
-    assert best_of(scores[:0], []) == []
+def test_a_gist_is_worth_what_its_best_block_is_and_its_best_blocks_may_be_laid():
+    scores = np.random.default_rng(0).normal(size=102)
+    spans = [Span(2, 0), Span(0, 5), Span(2, 1), *(Span(1, b) for b in range(64, 92)), *(Span(0, b) for b in range(92, 102))]
+    best, beneath = best_of(scores, spans)
+    assert best == [scores[:32].max(), scores[5], scores[32:64].max(), *scores[64:]]
+    below = [b for b in range(64) if b != 5]
+    assert beneath == [(Span(1, b), scores[b]) for b in sorted(below, key=lambda b: -scores[b])[:32]]
+    assert best_of(scores[:0], []) == ([], [])
+
+
+@pytest.mark.parametrize("count", [0, 1, BEAM, BEAM + 3])
+def test_a_tick_looks_into_the_gists_of_gists_that_score_highest(count):
+    """With a function that scores spans at random: what is in view is asked, in order, with the blocks of some gists in their place, and each is told."""
+    rng, worth, asked = np.random.default_rng(count), {}, []
+    spans = [span for i in range(count) for span in (Span(2, i), *([Span(0, 32 * i + 3)] if i % 2 else []))] + [Span(1, 32 * count), Span(0, 32 * count + 1)]
+    def ask(seen):
+        asked.append(seen)
+        return np.array([worth.setdefault(span, rng.normal()) for span in seen])
+    scores, beneath = looked_into(spans, ask)
+    families = [Span(2, i) for i in range(count)]
+    families = sorted(families, key=lambda span: -worth[span])[:BEAM] if count > BEAM else families
+    assert len(asked) == 1 + (count > BEAM) and (count <= BEAM or asked[0] == [Span(2, i) for i in range(count)])
+    assert [span.start for span in asked[-1]] == sorted(span.start for span in asked[-1])
+    assert sorted(beneath) == sorted((node, worth[node]) for family in families for node in family.children() if Span(0, node.index) not in spans)
+    for span, score in zip(spans, scores):
+        if span in families:
+            shown = [Span(0, node.index) if Span(0, node.index) in spans else node for node in span.children()]
+            assert score == max(worth[block] for block in shown) and set(shown) <= set(asked[-1])
+        else:
+            assert score == worth[span] and span in asked[-1]

@@ -134,7 +134,7 @@ def test_telemetry_that_fails_costs_a_session_nothing():
 
     with pytest.warns(UserWarning, match="/dev/full"):
         silent, loud, twin = (on_a_tree_that_fails(networks, ids, telemetry=telemetry) for telemetry in (Telemetry("/dev/full"), Telemetry(tell=lost), None))
-        for n in (1, 40, 1, 300):
+        for n in (1, 40, 1, 300, 40, 70):
             expected = twin.feed(some_ids(n, seed=n))
             assert torch.allclose(silent.feed(some_ids(n, seed=n)), expected, atol=1e-4)
             with suppress(ConnectionError): # once for every tick

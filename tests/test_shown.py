@@ -27,7 +27,7 @@ def test_the_cache_holds_the_context_after_the_end_of_a_prompt_was_read_again(le
     """
     memory = session(budget=192)
     memory.feed(some_ids(length - 40))
-    memory.score = lambda found=None: [-9.0 if span is memory.spans[-2] else 5.0 if span.level == 1 else -1.0 for span in memory.spans]
+    memory.score = lambda found=None: ([-9.0 if span is memory.spans[-2] else 5.0 if span.level == 1 else -1.0 for span in memory.spans], [])
     memory.focus = Focus()
     memory.feed(some_ids(40, seed=1))
     assert memory.stats["edits"] and (length % BLOCK or memory.spans[-2].level == 1), "the case must have edits, and a gist before the last block"

@@ -61,7 +61,7 @@ def test_a_session_goes_on_with_its_own_policy_and_mode(tmp_path, policy):
 def test_a_session_goes_on_with_other_settings_and_another_budget(tmp_path):
     """The budget among them was a TypeError. Its context is the one that a session with that budget assembles, its pins those that were saved, and they have to fit."""
     networks = tiny_networks()
-    memory = session(networks, budget=512, n_diff=2, pins=Pins(raw=((40, 50),)))
+    memory = session(networks, budget=512, n_diff=2, pins=Pins(raw=((40, 150),)))
     memory.feed(some_ids(1500))
     memory.save(tmp_path)
     assert Session.open(tmp_path, *networks, memory.tree.fork(), budget=512, n_diff=0).spans == memory.spans
