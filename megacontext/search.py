@@ -79,20 +79,21 @@ def looked_into(spans, ask):
         return ask(spans).tolist(), []
     if len(families) > BEAM:
         families = [span for _, span in sorted(zip((-ask(families)).tolist(), families))[:BEAM]]
-    families, here, seen, at = set(families), set(spans), [], 0
+    places, here, seen, at = dict.fromkeys(families), set(spans), [], 0 # places: of a family's blocks among those that are asked
     for span in spans:
-        if span in families:
-            seen += [block if block in here else block.parent() for block in _blocks(span)]
+        if span in places:
+            places[span] = slice(len(seen), len(seen) + BLOCK)
+            seen += [block if block in here else node for block, node in _beneath(span)]
             at = span.stop
-        elif span.start >= at:
+        elif span.start >= at: # else it is laid on a gist that is looked into, and among its blocks
             seen.append(span)
-    told = dict(zip(seen, ask(seen).tolist()))
-    beneath = [(node, told[node]) for span in families for node in span.children() if node in told]
-    best = lambda span: max(told[block] if block in told else told[block.parent()] for block in _blocks(span))
-    return [best(span) if span in families else told[span] for span in spans], beneath
+    scores = ask(seen)
+    told = dict(zip(seen, scores.tolist()))
+    beneath = [(node, told[node]) for span in families for _, node in _beneath(span) if node in told]
+    return [float(scores[places[span]].max()) if span in places else told[span] for span in spans], beneath
 
 
 @lru_cache(maxsize=64)
-def _blocks(span):
-    """The blocks of a gist of level 2."""
-    return [Span(0, child.index) for child in span.children()]
+def _beneath(span):
+    """The blocks of a gist of level 2, and their gists."""
+    return [(Span(0, node.index), node) for node in span.children()]
