@@ -120,7 +120,8 @@ class _Plan:
     def follow_scores(self, beneath, n_diff, margin):
         """Open the hottest blocks, each into free room or paid for by the coldest groups, `n_diff` edits in all."""
         hot = [(-score, span, i, GAIN) for i, (span, score) in enumerate(zip(self.spans, self.scores)) if score > 0 and span.level == 1]
-        hot += [(-score, node, None, BLOCK) for node, score in beneath if score > 0] # None: it is no span, but laid on one
+        there = {span.index for span in blocks(self.spans)} # a pin may just have laid it
+        hot += [(-score, node, None, BLOCK) for node, score in beneath if score > 0 and node.index not in there] # None: it is no span, but laid on one
         heapify(hot)
         while hot and n_diff > 0:
             score, node, i, price = heappop(hot)

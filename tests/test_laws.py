@@ -433,6 +433,14 @@ def test_a_block_of_any_past_is_laid_in_one_tick():
     assert refocus(after, [-0.5] * 19, cost(after), beneath=[(Span(1, 157), 0.9)], room=0, tail=0, n_diff=2, cooldown=0).edits == [Edit("collapse", Span(1, 156)), Edit("expand", Span(1, 157))]
 
 
+def test_a_pin_and_a_score_lay_a_block_once():
+    """A block that was pinned just before the tick that would have laid it was laid twice, and the session stopped at a broken law."""
+    spans = [Span(2, 0), *(Span(0, b) for b in range(32, 40))]
+    for n_diff in (0, 4):
+        after, edits, _ = refocus(spans, [-1.0] * 9, 400, beneath=[(Span(1, 5), 2.0)], room=0, tail=0, pins=Pins(raw=((160, 170),)), n_diff=n_diff)
+        assert after == [Span(2, 0), Span(0, 5), *spans[1:]] and edits == [Edit("expand", Span(1, 5))]
+
+
 def test_scores_that_flip_every_tick_do_not_make_it_ping_pong():
     """Two neighbours that want the one raw place in turn: with a cooldown of 8 they swap in 5 ticks of 40, without in every one."""
     def swaps(cooldown):
