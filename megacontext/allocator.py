@@ -53,7 +53,7 @@ def refocus(spans, scores, budget, focus=Focus(), *, beneath=(), n_diff=4, margi
     budget         most entries the GPT may read; `room` of them are left free for the tokens of the next tick
     beneath        (gist of level 1, score) of blocks that may be laid on the gists of gists in view
     n_diff         most edits that follow the scores (those for pins and room are not counted: they are not a choice)
-    margin         hysteresis: what an expansion must score above each collapse that pays for it
+    margin         hysteresis: what an expansion must score above each collapse that pays for it, not all together: what the second frees beyond need pays for the next
     cooldown       ticks that a node rests after an edit
     tail           newest tokens, never collapsed;  pins: see Pins;  top: highest level that may be shown
     """
@@ -70,7 +70,7 @@ def refocus(spans, scores, budget, focus=Focus(), *, beneath=(), n_diff=4, margi
     plan.follow_scores(beneath, n_diff, margin)
     after = plan.apply()
     edits += plan.edits
-    if cost(after) > budget - room:  # only families of families are left, which have no score yet: close them by age
+    if cost(after) > budget - room:  # only families are left whose members were closed in this plan, which have no score yet: close them by age
         coarser = make_room(after, budget, room, tail, pins, top)
         edits += _collapses(after, coarser)
         after = coarser
@@ -82,8 +82,11 @@ def refocus(spans, scores, budget, focus=Focus(), *, beneath=(), n_diff=4, margi
 
 def begin(length, budget, tail=TAIL, pins=Pins()):
     """The first context of a history of `length` tokens, by recency, with room for the rest of its block. What is pinned is done: the oldest pay for it, the newest get what it frees."""
-    room = BLOCK - length % BLOCK
-    spans = assemble(length, budget - room, tail=tail)
+    room, more, freed = BLOCK - length % BLOCK, -1, 0
+    while freed > more: # blocks that are never shown free room, in which more are opened, which may be such blocks too
+        more = freed
+        spans = assemble(length, budget - room + more, tail=tail)
+        freed = GAIN * sum(pins.forbids_raw(span) for span in blocks(spans) if not span.live)
     older = (Span(1, b) for span in reversed(spans) if span.level > 1 for b in reversed(range(span.start // BLOCK, span.stop // BLOCK)))
     newest = [(node, node.start + 1.0) for node in islice(older, budget // BLOCK)]
     return refocus(spans, [span.start + 1.0 for span in spans], budget, beneath=newest, n_diff=len(spans), margin=inf, room=room, tail=tail, pins=pins, top=coarsest(length, budget)).spans
@@ -106,7 +109,7 @@ class _Plan:
                 continue
             told = [score for span, score in zip(spans[lo:hi], scores[lo:hi]) if span.level] if family else scores[lo:hi]
             heap = self.tired if node in resting else self.rested
-            heap.append((sum(told) / len(told), family and node.level - 1, group))
+            heap.append((sum(told) / len(told), node.level - 1, group))
         heapify(self.rested)
         heapify(self.tired)
 

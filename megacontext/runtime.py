@@ -36,7 +36,7 @@ from megacontext.span import BLOCK
 from megacontext.state import State, check_mark, check_saved, history, load_state, save_state, weights
 from megacontext.telemetry import Telemetry
 from megacontext.shown import Shown
-from megacontext.working_context import LEAST_BUDGET, LONGEST, Pins, advance, check, check_pins, coarsest, cost, raw_tail
+from megacontext.working_context import LEAST_BUDGET, LONGEST, Pins, advance, check, check_pins, coarsest, cost, groups, raw_tail
 from nanochat.common import UserError
 from nanochat.gpt import Entries, causal_after
 
@@ -173,7 +173,7 @@ class Session:
             room = step - self.tree.length % step
             logits, ids = self._read(ids[:room], self.tree.length), ids[room:]
         if prompt and self.n_diff and self._settle():
-            logits = self._read_again()
+            logits = self._read_again(logits)
         return logits
 
     def skim(self, ids):
@@ -255,13 +255,15 @@ class Session:
         complete(self.gpt, self.gistnet, self.tree)
         self.tree.commit()
 
-    def _read_again(self):
-        """After a refocus: the live block, and a raw block just before it, are read again, so that they see what was opened."""
-        shown, spans = self.shown, self.spans[-2:] if self.spans[-1].live else self.spans[-1:]
-        whole = [span for span in spans if span.level == 0 and not span.live]
+    def _read_again(self, logits):
+        """After a refocus: the live block, and a raw block just before it, are read again, so that they see what was opened. The new logits; the old ones if all is a gist."""
+        shown, start = self.shown, self.tree.length - self.spans[-1].live
+        whole = [span for span in self.spans[-2:] if span.level == 0 and span.stop == start]
+        start -= BLOCK * len(whole)
+        if start == self.tree.length:
+            return logits
         shown.lift()
         shown.remove(set(whole))
-        start = min(span.start for span in spans if span.level == 0)
         logits = self._forward(embed_tokens(self.gpt, self.tree, start, self.tree.length), start)
         shown.seal(whole)
         return logits
@@ -280,8 +282,7 @@ class Session:
         scores, beneath = self.score(found)
         start = self._count("score", start, ticks=1)
         self.newest_scores = dict(zip(self.spans, scores))
-        plan = refocus(self.spans, scores, self.budget, self.focus, beneath=beneath, n_diff=self.n_diff, margin=self.margin, cooldown=COOLDOWN, tail=self.tail, pins=self.pins, top=coarsest(self.tree.length, self.budget),
-                       room=BLOCK - self.tree.length % BLOCK) # so that the live block can be finished before the next tick
+        plan = refocus(self.spans, scores, self.budget, self.focus, beneath=beneath, n_diff=self.n_diff, margin=self.margin, cooldown=COOLDOWN, tail=self.tail, pins=self.pins, top=coarsest(self.tree.length, self.budget), room=BLOCK - self.tree.length % BLOCK) # so that the live block can be finished before the next tick
         with self.changing(): # nothing has until here: pins that do not fit are refused, and all stays in view
             self.spans, self.edits, self.focus = plan
             check(self.spans, self.tree.length, self.budget)
@@ -349,7 +350,7 @@ class Session:
 
     def _read_gists(self, spans):
         """Keys and values of gists, as a list of (span, k, v). Those that raw blocks in view will have when they collapse are read along, into the store."""
-        ahead = [span.parent() for span in self.spans if span.level == 0 and span.index < self.tree.count(1)]
+        ahead = [node for _, _, node, frees in groups(self.spans) if node.level == 1 and frees < BLOCK and node.index < self.tree.count(1)] # where a block is laid none comes in its place
         read = read_gists(self.gpt, self.tree, spans + [span for span in ahead if span not in self.store])
         for span, k, v in read[len(spans):]:
             self.store.put(span, k, v)

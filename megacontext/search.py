@@ -71,7 +71,8 @@ def best_of(scores, spans):
 
 def looked_into(spans, ask):
     """
-    The same at a tick, where only what is in view is scored, and the blocks of BEAM gists of 1,024 tokens: those that score highest, if there are more.
+    The same at a tick, where only what is in view is scored, and the blocks of BEAM gists of 1,024 tokens: those that score highest, if there are more. What is laid on one that is not
+    looked into is scored beside it, an overlap that no row of training has.
     ask: a function, spans in the order of the timeline -> their scores, numpy
     """
     families = [span for span in spans if span.level == 2]

@@ -7,14 +7,14 @@ level 0   a block of 32 raw tokens (or the live block, the one still being writt
 level l   one gist that stands for 32**l tokens, l >= 1
 
 A block and the level-1 gist of the same index cover the same 32 tokens: opening the gist gives the one block. Opening a
-gist of level 2 or more gives its 32 children. Either way an edit moves the cost by exactly GAIN = 31 entries (the seeds
-say 1,023 for level 2 -> 1; that is the number of tokens the children cover beyond the first 1, not what they cost).
+gist of level 2 or more would give its 32 children, but what is opened there is a block, laid on it (working_context.py) for BLOCK = 32
+entries. A block in the place of its gist takes GAIN = 31 more, and so many are free when 32 gists become one.
 """
 
 from typing import NamedTuple
 
 BLOCK = 32        # tokens in a block, and children of a gist
-GAIN = BLOCK - 1  # entries that any expansion costs and any collapse frees
+GAIN = BLOCK - 1  # entries that a block takes beyond its gist, and 32 gists beyond their parent
 
 
 def width_of(level):

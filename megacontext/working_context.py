@@ -96,7 +96,7 @@ def blocks(spans):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# One edit: a block comes into view or leaves it, or a gist takes the place of all of its children, never of part
+# Edits: a block comes into view or leaves it, or a gist takes the place of all of its children, never of part. One at a time: expand(), collapse()
 
 class Group(NamedTuple):
     """spans[lo:hi] may collapse: a block of tokens for its gist, or leave where it is laid on another; all children of a gist for that, and what is shown as tokens in their stretch is laid on it."""
@@ -109,7 +109,7 @@ class Group(NamedTuple):
 def groups(spans, edge=inf):
     """Every Group of a working context, in the order of their ends. Families with blocks past `edge` in them stay as they are: nothing is laid there."""
     found, at = [], 0          # tiles so far stop at `at`
-    level = run = first = 0    # of the newest tiles, so many are of this level, the first of them child 0 of its parent
+    level = run = first = gists = 0 # of the newest tiles, so many are of this level, the first of them child 0 of its parent; gists: not shown as tokens
     for i, span in enumerate(spans):
         if span.live:
             break
@@ -145,7 +145,7 @@ def expand(spans, node, budget=inf):
     Show the block of `node`, a gist of level 1, as tokens: in the place of the gist, or laid on the gist of gists that covers it. Raises ValueError if it does not
     fit: pay first, with a collapse.
     """
-    block, = node.children()
+    block = Span(0, node.index)
     i = find(spans, node.start)
     if spans[i].level == 0:
         raise ValueError(f"{block} is shown already")
@@ -287,15 +287,14 @@ def most_kept(pins, budget, first=0, longest=LONGEST):
     """
     tail, longest = raw_tail(budget), max(first, longest)
     finished = lambda length: max(0, length - tail) // BLOCK # blocks before the tail
-    pinned = len(pins.blocks(0, finished(longest) * BLOCK))
     most = (0, first)
     for top in range(1, coarsest(longest, budget) + 1):
         last = finished(min(longest, max((_highest(level, budget) + 1) * BLOCK ** level for level in range(1, top + 1)) - 1)) # the last length that shows no higher level
         for n in {last} | {last // BLOCK ** level * BLOCK ** level - 1 for level in range(1, top)}: # most are left over just before one more is complete
             if n >= finished(first):
                 gists = n // BLOCK ** (top - 1) + sum(n // BLOCK ** level % BLOCK for level in range(top - 1))
-                most = max(most, (gists + BLOCK * pinned + tail + BLOCK, n * BLOCK + tail))
-    return *most, pinned
+                most = max(most, (gists + BLOCK * len(pins.blocks(0, n * BLOCK)) + tail + BLOCK, n * BLOCK + tail))
+    return *most, len(pins.blocks(0, finished(longest) * BLOCK))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ A question is put to five ways of remembering at the same budget, on the same to
     lensnet   the session as it talks: gists, and what LensNet opens
     told      a session with nothing opened but the blocks where the answer stands, pinned: what LensNet could bring at best
     recency   a session without LensNet: the newest blocks raw, gists of the rest
-    gists     a session that sees nothing raw of what came before its tail: gists only, LensNet may open gists of gists
+    gists     a session that sees nothing raw of what came before its tail: gists only, which are finest where they are newest
     window    the plain model on the newest tokens, behind the very first one
 and of the first it is told how often all of the answer's tokens were raw in view when it began to speak (`found`): whether LensNet fails, or the GPT.
 GistNet reads the text once, for the sessions together.

@@ -12,7 +12,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 
-from megacontext.allocator import Edit, Focus, refocus
+from megacontext.allocator import Edit, Focus, begin, refocus
 from megacontext.span import GAIN, Span, width_of
 from megacontext.tree import MegaTree, make_header
 from megacontext.working_context import BrokenLaw, Pins, advance, assemble, check, collapse, cost, end_of, expand, find, groups, make_room
@@ -304,6 +304,10 @@ def test_make_room_by_hand():
     assert make_room(spans, 99, room=1, tail=0, pins=Pins(raw=((5, 6),))) == [Span(0, 0), Span(1, 1)] + spans[2:]
     family = [Span(1, i) for i in range(64)]
     assert make_room(family, 64, room=1, tail=0) == [Span(2, 0)] + family[32:]
+    # a family with a block of the tail in it stays
+    tail = [Span(1, i) for i in range(30)] + [Span(0, 30), Span(0, 31)]
+    with pytest.raises(UserError, match="still 1 over"):
+        make_room(tail, 94, room=1, tail=64)
     laid = [Span(2, 0), Span(0, 3), Span(0, 9)] + [Span(1, i) for i in range(32, 64)]
     assert make_room(laid, cost(laid), room=1, tail=0) == [laid[0], *laid[2:]]  # the oldest block leaves what it lies on
     assert make_room(laid, 64, room=1, tail=0) == [laid[0], *laid[3:]]
@@ -371,11 +375,14 @@ def test_refocus_keeps_every_law_and_its_own_promises(seed):
     tail, room, n_diff = rng.choice([0, 32, 100]), rng.choice([0, 1, 32]), rng.randrange(0, 7)
     margin = rng.choice([0, 0.1, 0.5])
     spans = random_spans(rng, length, budget)
-    focus = Focus()
+    focus, pins, past = Focus(), Pins(), length - tail
+    if past > 96 and rng.random() < 0.5:
+        at = rng.randrange(past // 32 - 1)
+        pins = Pins(raw=((32 * at, 32 * at + 1),), never=((32 * at + 32, 32 * at + 64),))
     for tick in range(6):
         scores = [rng.uniform(-1, 1) for _ in spans]
         told = [(node, rng.uniform(-1, 1)) for node in beneath(rng, spans, 40)]
-        tick = lambda n: refocus(list(spans), list(scores), budget, focus, beneath=told, n_diff=n, tail=tail, room=room, margin=margin)
+        tick = lambda n: refocus(list(spans), list(scores), budget, focus, beneath=told, n_diff=n, tail=tail, room=room, margin=margin, pins=pins)
         result = tick(n_diff)
         assert result == tick(n_diff), "not deterministic"
         check(result.spans, length, budget - room)
@@ -385,7 +392,9 @@ def test_refocus_keeps_every_law_and_its_own_promises(seed):
         scored = dict(zip(spans, scores)) | dict(told)
         for kind, node in result.edits:
             if kind == "expand":
-                assert scored[node] > 0, "opened something that did not ask for it"
+                assert pins.wants_raw(node) or scored[node] > 0, "opened something that did not ask for it"
+            elif node.level > 1:
+                assert not any(span.level == 0 and node.start <= span.start < node.stop and span.stop > length - tail for span in spans), "a block of the tail was laid"
         spans, focus = result.spans, result.focus
         assert all(focus.tick - t <= 8 for t in focus.edited.values())
 
@@ -439,6 +448,18 @@ def test_a_pin_and_a_score_lay_a_block_once():
     for n_diff in (0, 4):
         after, edits, _ = refocus(spans, [-1.0] * 9, 400, beneath=[(Span(1, 5), 2.0)], room=0, tail=0, pins=Pins(raw=((160, 170),)), n_diff=n_diff)
         assert after == [Span(2, 0), Span(0, 5), *spans[1:]] and edits == [Edit("expand", Span(1, 5))]
+
+
+def test_a_block_that_is_laid_and_must_not_be_leaves():
+    spans = [Span(2, 0), Span(0, 5), Span(0, 32)]
+    after, edits, _ = refocus(spans, [1.0] * 3, 400, room=0, tail=0, pins=Pins(never=((160, 170),)))
+    assert after == [Span(2, 0), Span(0, 32)] and edits == [Edit("collapse", Span(1, 5))]
+
+
+def test_a_first_context_with_pins_of_both_kinds():
+    for end in range(2000, 9000, 500):
+        pins = Pins(raw=((end - 900, end - 890),), never=((end - 700, end),))
+        check(begin(end, 512, 128, pins), end, 512)
 
 
 def test_scores_that_flip_every_tick_do_not_make_it_ping_pong():
