@@ -13,8 +13,8 @@ whether the entry is raw, and the same of the entry before (what followed a matc
 is not causal. When it chooses, what stands far away is doubted: a nat for each doubling of its distance beyond 512 tokens. Few labels are of such entries, and
 without it sessions of 2,048 tokens opened far blocks where near ones were worth more (LOG.md, 2026-11-27).
 
-A gist of any level is scored alike, for what it holds of the newest tokens. Opened, a gist of gists shows gists, which by themselves are worth
-next to nothing: a score that said so would never lead down to the one block that is worth much. So it learns from gists of tokens alone.
+A gist of any level is scored alike, for what it holds of the newest tokens. Of a gist of gists that says which of them a tick looks into (search.py): what is
+opened there is a block, laid on it, and blocks are what it learns from.
 
 Cosines of embeddings and gists in place of exact matches gave 0.52 of the oracle's gain where these give 0.57 (LOG.md, 2026-11-21), and
 learnt keys with two cross-attention layers, as in the MegaContext notes, less than cosines: few labels cannot teach a network what matches.

@@ -6,7 +6,7 @@ What follows a match in the last tokens of a block stands in the next one. So an
 entry, that which holds most of what follows it. With the tokens of the entry itself, LensNet gets 0.03 less of what the best entries gain (LOG.md, 2026-11-27).
 
 Training asks the rows themselves. At a tick, a session asks a bit set for each entry: the hashes of its tokens and pairs (Bloom, 1970, with one hash
-function), made from the ids in the tree when the entry comes into view, so that a refocus touches newest tokens x entries, whatever the entries cover.
+function), made from the ids in the tree when the entry comes into view or is first asked about, so that a refocus touches newest tokens x entries, whatever the entries cover.
 For a million tokens that takes as long as some steps of the GPT: what 32 gists in view become takes the bits of theirs.
 A bit set may say yes where the truth is no: in one case in 500 for a block, in one of 20 for a gist of 1,024 tokens of ordinary text.
 After a prompt it looks through the ids of the whole history instead.

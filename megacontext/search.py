@@ -1,7 +1,7 @@
 """
-After a prompt: which blocks of the whole history deserve detail, whether they are in view or not.
+Which blocks that are not in view deserve detail: at a tick those under some gists of 1,024 tokens, after a prompt those of the whole history.
 
-At a tick, LensNet sees entries. A gist of 1,024 tokens is scored for what it holds somewhere, and a long history has many that hold most words of a
+A gist of 1,024 tokens is scored for what it holds somewhere, and a long history has many that hold most words of a
 question by chance: of a million tokens, the one that holds them in one block does not come first. So a question is put to the whole history, as a search
 engine would, and a gist is worth what its best block is.
 

@@ -106,7 +106,7 @@ def test_a_session_goes_on_after_its_network_failed_or_its_reader_left(monkeypat
     check_it_goes_on(memory, networks)
 
 
-PINNED = Pins(raw=((100, 101),), never=((5960, 5961),)) # of 6,000 tokens: to obey it, gists of gists are opened, a block is read, and one of the tail gets its gist
+PINNED = Pins(raw=((100, 101),), never=((5960, 5961),)) # of 6,000 tokens: to obey it, a block is laid on a gist and read, and one of the tail gets its gist
 
 
 @pytest.mark.parametrize("failing", ["_splice", "_read_gists", "read_waiting"])
