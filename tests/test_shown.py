@@ -31,7 +31,7 @@ def test_the_cache_holds_the_context_after_the_end_of_a_prompt_was_read_again(le
     memory.focus = Focus()
     memory.feed(some_ids(40, seed=1))
     assert memory.stats["edits"] and (length % BLOCK or memory.spans[-2].level == 1), "the case must have edits, and a gist before the last block"
-    memory._read_again()
+    memory._read_again(None)
     before, n = by_place(memory), memory.shown.cache.length
     assert n == cost(memory.spans)
     state = memory.mark()
