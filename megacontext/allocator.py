@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from nanochat.common import UserError
 from megacontext.span import BLOCK, GAIN, Span
-from megacontext.working_context import TAIL, BrokenLaw, Pins, assemble, blocks, closed, coarsest, cost, end_of, groups, in_order, make_room, place_of
+from megacontext.working_context import TAIL, BrokenLaw, Pins, assemble, blocks, closed, coarsest, cost, end_of, groups, in_order, laid, make_room, place_of
 
 
 class Edit(NamedTuple):
@@ -189,10 +189,8 @@ def _obey(spans, scores, budget, pins, top):
     """Apply the pins, whatever the budget: returns (spans, scores, edits). What is opened inherits the score of the gist that it is opened from."""
     if not pins.raw and not pins.never:
         return spans, scores, []
-    shown, edits, here, at = [], [], set(spans), 0 # shown: (span, score); tiles so far stop at `at`
-    for span, score in zip(spans, scores):
-        on = span.start < at # laid on a gist
-        at = max(at, span.stop)
+    shown, edits, here = [], [], set(spans) # shown: (span, score)
+    for span, score, on in zip(spans, scores, laid(spans)):
         if span.level == 1 and pins.wants_raw(span):
             edits.append(Edit("expand", span))
             span, = span.children()

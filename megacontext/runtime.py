@@ -36,7 +36,7 @@ from megacontext.span import BLOCK
 from megacontext.state import State, check_mark, check_saved, history, load_state, save_state, weights
 from megacontext.telemetry import Telemetry
 from megacontext.shown import Shown
-from megacontext.working_context import LEAST_BUDGET, LONGEST, Pins, advance, check, check_pins, coarsest, cost, groups, raw_tail
+from megacontext.working_context import LEAST_BUDGET, LONGEST, Pins, advance, check, check_pins, coarsest, cost, laid, raw_tail
 from nanochat.common import UserError
 from nanochat.gpt import Entries, causal_after
 
@@ -350,7 +350,7 @@ class Session:
 
     def _read_gists(self, spans):
         """Keys and values of gists, as a list of (span, k, v). Those that raw blocks in view will have when they collapse are read along, into the store."""
-        ahead = [node for _, _, node, frees in groups(self.spans) if node.level == 1 and frees < BLOCK and node.index < self.tree.count(1)] # where a block is laid none comes in its place
+        ahead = [span.parent() for span, on in zip(self.spans, laid(self.spans)) if span.level == 0 and not on and span.index < self.tree.count(1)] # none comes in the place of what is laid
         read = read_gists(self.gpt, self.tree, spans + [span for span in ahead if span not in self.store])
         for span, k, v in read[len(spans):]:
             self.store.put(span, k, v)

@@ -72,6 +72,15 @@ def end_of(spans):
     return max(spans[-1].stop, next((span.stop for span in reversed(spans) if span.level), 0)) if spans else 0
 
 
+def laid(spans):
+    """Which of them are blocks that are laid, a list of bools: those that start before the tiles so far stop."""
+    at, found = 0, []
+    for span in spans:
+        found.append(span.start < at)
+        at = max(at, span.stop)
+    return found
+
+
 def find(spans, position):
     """Index of the finest span that covers a token position."""
     assert 0 <= position < end_of(spans), f"no span covers position {position}: the context ends at {end_of(spans)}"
@@ -228,13 +237,13 @@ def make_room(spans, budget, room=0, tail=TAIL, pins=Pins(), top=inf):
     if short <= 0:
         return list(spans)
     edge = end_of(spans) - tail
-    after = list(spans)
-    for group in groups(spans):  # oldest first
-        block = spans[group.lo]
-        if short > 0 and block.level == 0 and group.node.level == 1 and block.stop <= edge and top >= 1 and not pins.wants_raw(block):
-            after[group.lo] = group.node if group.frees == GAIN else None
-            short -= group.frees
-    after = [span for span in after if span is not None]
+    after = []
+    for span, on in zip(spans, laid(spans)):  # oldest first
+        if short > 0 and span.level == 0 and not span.live and span.stop <= edge and top >= 1 and not pins.wants_raw(span):
+            short -= BLOCK if on else GAIN
+            after += [] if on else [span.parent()]
+        else:
+            after.append(span)
     while short > 0:
         crowd = Counter([span.level for span in after])
         ready = [group for group in groups(after, edge) if 2 <= group.node.level <= top]

@@ -25,7 +25,7 @@ import numpy as np
 
 from megacontext.runtime import STAGES, Session
 from megacontext.span import BLOCK
-from megacontext.working_context import LEAST_BUDGET, check, cost, end_of, find
+from megacontext.working_context import LEAST_BUDGET, check, cost, end_of, find, laid
 from nanochat import hardware
 from nanochat.common import UserError, run_main, setup
 from nanochat.conversation import Conversation, Piece
@@ -146,9 +146,9 @@ def say(label, text=""):
     print(line if len(line) <= WIDTH else line[:WIDTH - 3] + "...")
 
 
-def name_of(span, stop=None, laid=False):
-    """"L1  1,024..1,055"; with `stop`, of a run of spans that ends there; laid: on a gist of gists."""
-    level = f"L{span.level}" if span.level else "laid" if laid else "raw"
+def name_of(span, stop=None, on=False):
+    """"L1  1,024..1,055"; with `stop`, of a run of spans that ends there; on: blocks laid on a gist."""
+    level = f"L{span.level}" if span.level else "laid" if on else "raw"
     return f"{level:>4} {span.start:>9,}..{(stop or span.stop) - 1:<9,}"
 
 
@@ -196,18 +196,17 @@ def show_context(code, session, blocks):
     say("", "".join(str(level) if level else "." for level in finest))
     say("", "".join("^" if cell in marks else " " for cell in range(max(marks) + 1)) + " the answer")
     say("", f"(a character is {length / STRIP:,.0f} tokens at the finest level that any of them is shown at, . = raw)")
-    runs, at = [], 0 # runs: [laid, neighbours of one level]
-    for span in spans:
-        laid, at = span.start < at, max(at, span.stop)
-        if runs and runs[-1][0] == laid and (runs[-1][-1].level, runs[-1][-1].stop) == (span.level, span.start):
+    runs = [] # [whether they are laid, neighbours of one level]
+    for span, on in zip(spans, laid(spans)):
+        if runs and runs[-1][0] == on and (runs[-1][-1].level, runs[-1][-1].stop) == (span.level, span.start):
             runs[-1].append(span)
         else:
-            runs.append([laid, span])
+            runs.append([on, span])
     hidden = range(RUNS // 2, len(runs) - RUNS // 2) if len(runs) > RUNS else range(0)
-    for n, (laid, *run) in enumerate(runs):
+    for n, (on, *run) in enumerate(runs):
         if n not in hidden:
             places = [code.place(token)[0] for token in (run[0].start, run[-1].stop - 1)]
-            say("", f"{name_of(run[0], run[-1].stop, laid)} {len(run):>4} x {run[0].width:<6,} {' to '.join(places)}")
+            say("", f"{name_of(run[0], run[-1].stop, on)} {len(run):>4} x {run[0].width:<6,} {' to '.join(places)}")
         elif n == hidden[0]:
             say("", f"... {len(hidden)} more runs of spans of one level ...")
 
