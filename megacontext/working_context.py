@@ -105,7 +105,7 @@ def blocks(spans):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Edits: a block comes into view or leaves it, or a gist takes the place of all of its children, never of part. One at a time: expand(), collapse()
+# What may collapse: a block of tokens, or all children of a gist, never part
 
 class Group(NamedTuple):
     """spans[lo:hi] may collapse: a block of tokens for its gist, or leave where it is laid on another; all children of a gist for that, and what is shown as tokens in their stretch is laid on it."""
@@ -147,29 +147,6 @@ def closed(spans, group):
     if group.node.level > 1:
         return [group.node] + blocks(here)
     return [group.node] if group.frees == GAIN else []
-
-
-def expand(spans, node, budget=inf):
-    """
-    Show the block of `node`, a gist of level 1, as tokens: in the place of the gist, or laid on the gist of gists that covers it. Raises ValueError if it does not
-    fit: pay first, with a collapse.
-    """
-    block = Span(0, node.index)
-    i = find(spans, node.start)
-    if spans[i].level == 0:
-        raise ValueError(f"{block} is shown already")
-    after = spans[:i] + [block] + spans[i + 1:] if spans[i] == node else in_order([*spans, block])
-    if budget != inf and cost(after) > budget:
-        raise ValueError(f"expanding {node} takes {cost(after)} entries of a budget of {budget}: collapse something first")
-    return after
-
-
-def collapse(spans, node):
-    """Let `node` stand for its block, or for all of its children. Raises ValueError if they are not there to collapse."""
-    group = next((group for group in groups(spans) if group.node == node), None)
-    if group is None:
-        raise ValueError(f"{node} cannot take the place of its children: its block is not shown, or not all {BLOCK} of them are")
-    return spans[:group.lo] + closed(spans, group) + spans[group.hi:]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

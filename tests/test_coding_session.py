@@ -14,7 +14,8 @@ import pytest
 from megacontext.allocator import Edit, Focus, refocus
 from megacontext.span import GAIN, Span
 from megacontext.tree import MegaTree, make_header
-from megacontext.working_context import advance, assemble, check, cost, expand, find
+from megacontext.working_context import advance, assemble, check, cost, find
+from tests.test_laws import expand
 
 CODEBASE = 100_000
 W_MAX = 8_192

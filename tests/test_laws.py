@@ -12,10 +12,36 @@ import numpy as np
 import pytest
 
 from megacontext.allocator import Edit, Focus, refocus
-from megacontext.span import GAIN, Span, width_of
+from megacontext.span import BLOCK, GAIN, Span, width_of
 from megacontext.tree import MegaTree, make_header
-from megacontext.working_context import BrokenLaw, Pins, advance, assemble, check, collapse, cost, end_of, expand, find, groups, make_room
+from megacontext.working_context import BrokenLaw, Pins, advance, assemble, check, closed, cost, end_of, find, groups, in_order, make_room
 from nanochat.common import UserError
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One edit at a time: what a plan of many must come to
+
+def expand(spans, node, budget=None):
+    """
+    Show the block of `node`, a gist of level 1, as tokens: in the place of the gist, or laid on the gist of gists that covers it. Raises ValueError if it does not
+    fit: pay first, with a collapse.
+    """
+    block = Span(0, node.index)
+    i = find(spans, node.start)
+    if spans[i].level == 0:
+        raise ValueError(f"{block} is shown already")
+    after = spans[:i] + [block] + spans[i + 1:] if spans[i] == node else in_order([*spans, block])
+    if budget is not None and cost(after) > budget:
+        raise ValueError(f"expanding {node} takes {cost(after)} entries of a budget of {budget}: collapse something first")
+    return after
+
+
+def collapse(spans, node):
+    """Let `node` stand for its block, or for all of its children. Raises ValueError if they are not there to collapse."""
+    group = next((group for group in groups(spans) if group.node == node), None)
+    if group is None:
+        raise ValueError(f"{node} cannot take the place of its children: its block is not shown, or not all {BLOCK} of them are")
+    return spans[:group.lo] + closed(spans, group) + spans[group.hi:]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
