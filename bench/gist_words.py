@@ -52,7 +52,7 @@ add_data_dir(parser)
 def block_nats(gpt, gistnet, batch, K, view, reduction="mean"):
     """Nats of tokens 2 to K of each block of a batch, read behind a gist: "mean", or "none" for (B, T) with zeros elsewhere. view: one of VIEWS."""
     (B, T), device = batch.inputs.shape, batch.inputs.device
-    entries = row_entries(gpt, gistnet, batch.inputs, batch.docs.repeat_interleave(FAN // K, dim=1), K)
+    entries = row_entries(gpt, gistnet, batch.inputs, K)
     if view == "other":
         entries = swapped(entries, T)
     own = torch.eye(T // K, dtype=torch.long, device=device) * GIST if view != "nothing" else torch.full((T // K, T // K), HIDDEN, device=device)

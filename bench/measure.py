@@ -272,7 +272,7 @@ def flops(config, gist_config, lens_config, asked, budget):
     base = cost.forward_flops(config, budget)
     return dict(base_mflops=base / 1e6, gistnet_flops_share=memory_cost.ingest_flops(gist_config) / base,
                 lensnet_flops_share=memory_cost.score_flops(lens_config, asked) / base,
-                embed_flops_share=memory_cost.embed_again_flops(config, gist_config) / base, lane_flops_share=memory_cost.lane_flops(config) / base)
+                embed_flops_share=memory_cost.embed_flops(config) / base, lane_flops_share=memory_cost.lane_flops(config) / base)
 
 
 def large_tree(tree, path):

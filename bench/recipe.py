@@ -2,7 +2,7 @@
 Which parts of co-training pay: the same small GPT, GistNet and LensNet trained with one thing changed, at the same tokens.
 
 python -m bench.recipe                                          # every variant
-python -m bench.recipe --seeds 0,1,2 --only "no curriculum,no left context"
+python -m bench.recipe --seeds 0,1,2 --only "no curriculum,two rounds"
 python -m bench.recipe --checkpoint base/d4 --num-tokens 245760 --lr 0.5    # the same trained networks go on, where gists carry something already
 python -m bench.recipe --checkpoint base/d4 --new-memory --num-tokens 245760 --lr 0.5    # a trained GPT goes on with new GistNet and LensNet: gists carry something soon
 
@@ -85,14 +85,10 @@ VARIANTS = {
     "as it is": ({}, {}, {}, ()),
     "no curriculum": ({}, dict(curriculum=((32, 1.0),)), {}, ()),
     "curriculum from 4": ({}, dict(curriculum=((4, 0.15), (8, 0.3), (16, 0.5), (32, 1.0))), {}, ()),
-    "no left context": (dict(left=0), {}, {}, ()),
-    "left context of 64": (dict(left=64), {}, {}, ()),
-    "left context of 128": (dict(left=128), {}, {}, ()),
-    "left context of 256": (dict(left=256), {}, {}, ()),
     "two rounds": (dict(layers=2), {}, {}, ()),
     "from an empty slot": ({}, {}, dict(GistNet=FromEmptySlot), ()),
-    "raw tail up to 128": ({}, dict(tail=(0, 128)), {}, ()),
-    "raw tail up to 512": ({}, dict(tail=(0, 512)), {}, ()),
+    "raw tail up to 256": ({}, dict(tail=(0, 256)), {}, ()),
+    "raw tail up to 1,024": ({}, dict(tail=(0, 1024)), {}, ()),
     "no reconstruction": ({}, dict(reconstruct_every=0), {}, ()),
     "one block in four reconstructed": ({}, dict(reconstruct_every=4), {}, ()),
     "one block in sixteen reconstructed": ({}, dict(reconstruct_every=16), {}, ()),

@@ -2,7 +2,7 @@
 What the memory's networks cost, by arithmetic on their shapes. In: configs. Out: FLOPs, to stand beside nanochat.cost.forward_flops,
 with its conventions: 2 for each multiply-add of a matrix product or of attention; norms, softmaxes, means and lookups are free.
 
-D = model width, w = GistNet's inner width, K = children a node, C = tokens of left context, E = entries scored, n = newest tokens
+D = model width, w = GistNet's inner width, K = children a node, E = entries scored, n = newest tokens
 """
 from megacontext.lensnet import MATCHES, PLACES, RECENT
 from megacontext.matches import KINDS, NEWEST
@@ -10,19 +10,19 @@ from megacontext.span import BLOCK
 from nanochat.cost import parameter_counts
 
 
-def gist_flops(config, left=0):
-    """One gist. The first layer also reads `left` tokens before the block: config.left at level 1, none above."""
+def gist_flops(config):
+    """One gist."""
     D, w, n = config.width, config.inner, BLOCK + 1 # the children and the slot
-    flops = 2 * D * w * (left + n)                  # children and left narrowed, the slot widened
+    flops = 2 * D * w * n                           # children narrowed, the slot widened
     for i in range(config.layers):
-        read, written = n + (left if i == 0 else 0), 1 if i == config.layers - 1 else n # of the last round only the slot goes on
-        flops += 4 * w ** 2 * read + 20 * w ** 2 * written + 4 * w * read * written     # k, v; q, out, up, down; attention
+        written = 1 if i == config.layers - 1 else n                          # of the last round only the slot goes on
+        flops += 4 * w ** 2 * n + 20 * w ** 2 * written + 4 * w * n * written # k, v; q, out, up, down; attention
     return flops
 
 
 def ingest_flops(config):
     """GistNet's share of one token of history: a gist for every K tokens, and one for every K gists, whatever their level."""
-    return gist_flops(config, config.left) / BLOCK + gist_flops(config) / (BLOCK * (BLOCK - 1))
+    return gist_flops(config) / (BLOCK - 1)
 
 
 def score_flops(config, entries, newest=NEWEST):
@@ -35,14 +35,6 @@ def score_flops(config, entries, newest=NEWEST):
 def embed_flops(config):
     """One token embedded, in a GPT of this config: its look at the tokens before it."""
     return 2 * config.previous * config.width ** 2
-
-
-def embed_again_flops(config, gist_config):
-    """
-    What one token of history costs the GPT in tokens embedded again, at most: for every block those of the block and its left, for GistNet
-    (blocks written together share their lefts). LensNet asks with the embeddings that were read.
-    """
-    return embed_flops(config) * (BLOCK + gist_config.left) / BLOCK
 
 
 def lane_flops(config):
@@ -62,7 +54,6 @@ def training_bytes(config, gpt_config, block, saved_bytes, reconstruct_every=0):
     again = (1 + 1 / block) / reconstruct_every if reconstruct_every else 0.0
     trunk = (gists + again) * L * D * saved_bytes
     rounds = (1 + gists) * config.layers * w * saved_bytes              # GistNet over children and slots
-    left = config.left / block * (4 * D + saved_bytes / 82 * 48 * w)    # gathered, narrowed, and read as keys and values
     rows = 4 * (D + len(gpt_config.value_layers) * gpt_config.value_width) # tokens and gists copied into one row
     edits = 72 * D if block == BLOCK else 0                             # edited blocks behind their rows' keys and values, a layer at a time (70 by the resident memory of d4, all rows labelled)
-    return trunk + rounds + left + rows + edits
+    return trunk + rounds + rows + edits

@@ -55,7 +55,7 @@ class Rows:
         (self.B, self.T), self.device = self.inputs.shape, rows.device
         self.Q, self.gpt = self.T // BLOCK, networks.gpt
         docs = torch.zeros(self.B, self.Q, dtype=torch.long, device=self.device)
-        self.entries = row_entries(networks.gpt, networks.gistnet, self.inputs, docs, BLOCK)
+        self.entries = row_entries(networks.gpt, networks.gistnet, self.inputs, BLOCK)
         self.spared = recency_table(self.Q, W, spare=SPARE) # what is in view before the spared raw blocks are given away
         ask = torch.arange(self.Q, device=self.device).expand(self.B, -1)
         wanted = lens_scores(networks.lensnet, self.inputs, docs, self.batch(self.spared), ask, BLOCK)

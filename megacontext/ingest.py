@@ -2,10 +2,10 @@
 Text into the tree: tokens appended, and for every block that is complete its gist, and so on up the levels.
 
 The base model is not asked: ingest costs GistNet alone, which is what makes reading a code base many times faster than
-prefilling it. Ingesting piece by piece gives what ingesting at once gives, because a gist depends on its own block and on the
-tokens just left of it only. (To rounding; bit by bit where pieces end at stretches: a product of few rows may round otherwise.)
+prefilling it. Ingesting piece by piece gives what ingesting at once gives, because a gist depends on its own block and on the few
+tokens that the GPT embeds it behind. (To rounding; bit by bit where pieces end at stretches: a product of few rows may round otherwise.)
 
-D = model width, K = children a node (32), C = tokens of left context
+D = model width
 """
 import torch
 
@@ -74,16 +74,8 @@ def embed_tokens(gpt, tree, start, stop):
 
 
 def token_gists(gpt, gistnet, tree, first, last):
-    """Level-1 gists (n, D) of blocks first..last-1, each with its left context."""
-    C = gistnet.config.left
-    start = max(0, first * BLOCK - C)
-    x = embed_tokens(gpt, tree, start, last * BLOCK).x[0] # (tokens, D)
-    blocks = torch.arange(first, last, device=gpt.device)[:, None] * BLOCK
-    children = x[blocks + torch.arange(BLOCK, device=gpt.device) - start]
-    index = blocks + torch.arange(-C, 0, device=gpt.device) # (n, C), negative before the history began
-    if first * BLOCK >= C: # the history reaches that far back for all of them
-        return gistnet(children, 1, x[index - start])
-    return gistnet(children, 1, x[(index - start).clamp(min=0)], index >= 0)
+    """Level-1 gists (n, D) of blocks first..last-1."""
+    return gistnet(embed_tokens(gpt, tree, first * BLOCK, last * BLOCK).x[0].unflatten(0, (-1, BLOCK)), 1)
 
 
 def upper_gists(gpt, gistnet, tree, level, first, last):

@@ -29,7 +29,7 @@ class CoTrainingOptions:
     plain_every: int = 4      # one round of rows in so many is read plainly (0 = none)
     labels_every: int = 2     # one round in so many has edits measured, once gists are of 32 tokens, as a session's are; at least 2
     lanes: int = 8            # rows a round
-    tail: tuple = (0, 256)    # raw tail in tokens
+    tail: tuple = (0, 512)    # raw tail in tokens; up to 256 reads worse by 0.003 to 0.004 bits per byte (LOG.md, 2026-11-30)
     asked: float = 0.5        # share of the rows with gists of 32 tokens in which LensNet opens blocks, as in a session, besides those opened by chance
     opens: int = 2            # how many, for every block that reads
     reading_tokens: int = 512 # tokens of a labelled row a reading, of which it has at least one: labels cost the same share of a step at any length
@@ -69,11 +69,11 @@ def pool_values(values, fan):
     return values[:, :N // fan * fan].view(B, N // fan, fan, w).mean(dim=2)
 
 
-def row_entries(gpt, gistnet, ids, docs, K):
-    """ids (B, T), docs (B, Q) -> Entries of T tokens, Q level-1 gists and Q // 32 level-2 gists, in this order."""
+def row_entries(gpt, gistnet, ids, K):
+    """ids (B, T) -> Entries of T tokens, Q level-1 gists and Q // 32 level-2 gists, in this order."""
     tokens = gpt.embed(ids)
     B, T, D = tokens.x.shape
-    gists = gistnet.level_one(tokens.x, docs, K) # (B, Q, D)
+    gists = gistnet(tokens.x.reshape(-1, K, D), 1).view(B, T // K, D)
     G = gists.size(1) // FAN
     nodes = gistnet(gists[:, :G * FAN].reshape(B * G, FAN, D), 2).view(B, G, D) if G else gists[:, :0]
     values = []
@@ -154,7 +154,7 @@ class CoTraining(nn.Module):
     def _read_gists(self, inputs, targets, docs, rows, labelled):
         o, K, (B, T) = self.options, self.block, inputs.shape
         docs = docs.repeat_interleave(FAN // K, dim=1) # documents start at multiples of 32, so smaller blocks do too
-        entries = row_entries(self.gpt, self.gistnet, inputs, docs, K)
+        entries = row_entries(self.gpt, self.gistnet, inputs, K)
         rngs = [np.random.default_rng([o.seed, row]) for row in rows.tolist()]
         table = torch.from_numpy(np.stack([draw_table(d, K, rng, o.tail) for d, rng in zip(docs.cpu().numpy(), rngs)])).to(inputs.device)
         asked = torch.tensor([K == FAN and rng.random() < o.asked for rng in rngs])

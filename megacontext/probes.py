@@ -87,7 +87,7 @@ def reconstruction(rows):
     {level: {"own", "other", "nothing": nats per token, one number a row}}. The 32 tokens of a block are read again as if they were said anew right behind the
     span of the gist: its own, that of another row, or no gist. They see it and each other causally, nothing else; the loss is that of
     tokens 2 to 32, since the first has nothing before it that is the block's. Level 2: the blocks of a whole node behind the node's gist.
-    GistNet's left context is no leak: it lies before the block. Training may have read some blocks of level 1 so (CoTrainingOptions.reconstruct_every), of level 2 none.
+    Training may have read some blocks of level 1 so (CoTrainingOptions.reconstruct_every), of level 2 none.
     """
     found, (T, Q) = {}, (rows.T, rows.Q)
     for level, view, fan in ((1, GIST, 1), (2, NODE, FAN)):

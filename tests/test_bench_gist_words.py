@@ -25,7 +25,7 @@ def batch_of(ids):
 @torch.no_grad()
 @pytest.mark.parametrize("view", gist_words.VIEWS)
 def test_what_is_learnt_is_what_the_probe_measures(view):
-    gpt, gistnet, lensnet = tiny_networks(0, left=16)
+    gpt, gistnet, lensnet = tiny_networks(0)
     ids = torch.randint(VOCAB, (3, 6 * BLOCK + 1), generator=torch.Generator().manual_seed(0))
     told = probes.reconstruction(Rows(Networks(gpt, gistnet, lensnet), ids, 6 * BLOCK, np.random.default_rng(0)))[1][view]
     nats = block_nats(gpt, gistnet, batch_of(ids), BLOCK, view, "none").unflatten(1, (-1, BLOCK))
@@ -67,6 +67,6 @@ def test_wrong_sizes_are_told(flags):
 
 
 def test_one_row_cannot_be_judged():
-    gpt, gistnet, _ = tiny_networks(0, left=16)
+    gpt, gistnet, _ = tiny_networks(0)
     with pytest.raises(UserError, match="does not fill two rows"):
         judge(gpt, gistnet, [batch_of(torch.zeros(1, 2 * BLOCK + 1, dtype=torch.long))])

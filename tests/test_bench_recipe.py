@@ -70,14 +70,13 @@ def test_a_checkpoint_goes_on(monkeypatch):
         assert asked == [("base", "d4", 2048)] and (objective.gpt, objective.gistnet, objective.lensnet) == networks and objective.gpt.training
         objective.start_step(0, STEPS)
         assert objective.block == 32, "gists are of 32 tokens already"
-    with recipe.changed("no left context", networks[0].config, 0, "base/d4", new_memory=True) as objective:
-        assert objective.gpt is networks[0] and objective.gistnet is not networks[1] and objective.lensnet is not networks[2] and objective.gistnet.config.left == 0
+    with recipe.changed("two rounds", networks[0].config, 0, "base/d4", new_memory=True) as objective:
+        assert objective.gpt is networks[0] and objective.gistnet is not networks[1] and objective.lensnet is not networks[2] and objective.gistnet.config.layers == 2
         objective.start_step(0, STEPS)
         assert objective.block == 8, "gists begin anew"
     with pytest.raises(UserError, match="--checkpoint plain/d4: expected one with memory"):
         recipe.load("plain/d4", 2048)
-    assert {name for name in recipe.VARIANTS if not recipe.goes_on(name)} == {"no curriculum", "curriculum from 4", "no left context", "left context of 64", "left context of 128", "left context of 256",
-                                                                              "two rounds", "from an empty slot", "gists after a fifth", "gists after a half"}
+    assert {name for name in recipe.VARIANTS if not recipe.goes_on(name)} == {"no curriculum", "curriculum from 4", "two rounds", "from an empty slot", "gists after a fifth", "gists after a half"}
 
 
 def test_a_checkpoint_tells_its_shape_and_refuses_what_it_cannot_go_on_with(monkeypatch, capsys):

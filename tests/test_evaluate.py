@@ -180,10 +180,10 @@ def test_pooled_gists_are_what_an_untrained_gistnet_writes():
     """At its start GistNet's correction is zero: then recency and pooled are the same, at level 2 too."""
     from megacontext.gistnet import GistConfig, GistNet
     gpt, _, _ = tiny_networks()
-    gistnet = GistNet(GistConfig(gpt.config.width, inner=16, heads=2, layers=2, left=16))
+    gistnet = GistNet(GistConfig(gpt.config.width, inner=16, heads=2, layers=2))
     x = ids(rows=2, blocks=FAN + 2)[:, :-1]
     with torch.no_grad():
-        entries = row_entries(gpt, gistnet, x, torch.zeros(2, FAN + 2, dtype=torch.long), BLOCK)
+        entries = row_entries(gpt, gistnet, x, BLOCK)
     assert torch.allclose(pooled(entries, x.size(1)).x, entries.x, atol=1e-4)
 
 

@@ -54,5 +54,5 @@ def test_a_training_row_of_raw_contexts_is_the_plain_gpt(device, dtype):
     gpt, gistnet, _ = networks_at(device, dtype)
     K, Q = 32, 12
     ids, docs = torch.randint(VOCAB, (1, Q * K), generator=torch.Generator().manual_seed(0)).to(device), torch.zeros(1, Q, dtype=torch.long, device=device)
-    hidden = gpt.trunk(row_entries(gpt, gistnet, ids, docs, K), entry_positions(Q * K, K, device=device), visibility(full_table(docs), K))
+    hidden = gpt.trunk(row_entries(gpt, gistnet, ids, K), entry_positions(Q * K, K, device=device), visibility(full_table(docs), K))
     assert_as_good(gpt.head(hidden[0, :Q * K]), gpt(ids)[0], truth(ids[0].tolist()), dtype)

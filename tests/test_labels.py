@@ -87,7 +87,7 @@ def test_a_label_is_the_difference_of_two_forwards_over_the_row(K, Q):
     B, T, chosen = 3, Q * K, torch.tensor([True, False, True])
     ids = torch.randint(VOCAB, (B, T + 1), generator=torch.Generator().manual_seed(1))
     table = torch.stack([torch.from_numpy(draw_table(np.zeros(Q, dtype=int), K, np.random.default_rng(b), gists=1)) for b in range(B)])
-    entries = row_entries(gpt, gistnet, ids[:, :-1], torch.zeros(B, Q, dtype=torch.long), K)
+    entries = row_entries(gpt, gistnet, ids[:, :-1], K)
     targets, positions, read = ids[:, 1:], entry_positions(T, K), RowRead()
     hidden = gpt.trunk(entries, positions, visibility(table, K), read)
     assert torch.equal(hidden, gpt.trunk(entries, positions, visibility(table, K))), "remembering changes nothing"

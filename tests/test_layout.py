@@ -105,7 +105,7 @@ def test_flex_attention_is_the_dense_mask():
     gpt, gistnet, _ = tiny_networks()
     K, Q = 8, 70
     table = random_batch(0, K, Q)
-    entries = row_entries(gpt, gistnet, torch.randint(VOCAB, (2, Q * K)), torch.zeros(2, Q, dtype=torch.long), K)
+    entries = row_entries(gpt, gistnet, torch.randint(VOCAB, (2, Q * K)), K)
     positions = entry_positions(Q * K, K)
     with torch.no_grad():
         flex, dense = (gpt.trunk(entries, positions, see(table, K)) for see in (block_mask, visibility))
@@ -120,7 +120,7 @@ def test_compiled_flex_attention_is_the_dense_mask():
     table = random_batch(0, K, Q).cuda()
     ids, docs, results = torch.randint(VOCAB, (2, Q * K)).cuda(), torch.zeros(2, Q, dtype=torch.long).cuda(), []
     for see in (block_mask, visibility):
-        entries = row_entries(gpt, gistnet, ids, docs, K)
+        entries = row_entries(gpt, gistnet, ids, K)
         hidden = gpt.trunk(entries, entry_positions(Q * K, K, "cuda"), see(table, K))
         networks = [*gpt.blocks.parameters(), *gistnet.parameters()]
         results.append([hidden, *(g for g in torch.autograd.grad(hidden.square().mean(), networks, allow_unused=True) if g is not None)])
@@ -170,7 +170,7 @@ def test_nothing_leaks_from_the_future(seed):
     for cut in rng.integers(1, Q * K, 6):
         changed = ids.clone()
         changed[:, cut:] = (changed[:, cut:] + 1 + torch.randint(VOCAB - 1, (1, Q * K - cut))) % VOCAB
-        hidden = [gpt.trunk(row_entries(gpt, gistnet, x, docs, K), entry_positions(Q * K, K), visibility(torch.from_numpy(table)[None], K)) for x in (ids, changed)]
+        hidden = [gpt.trunk(row_entries(gpt, gistnet, x, K), entry_positions(Q * K, K), visibility(torch.from_numpy(table)[None], K)) for x in (ids, changed)]
         assert torch.allclose(hidden[0][:, :cut], hidden[1][:, :cut], atol=1e-5), f"token {cut} reached back"
         assert not torch.allclose(hidden[0][:, cut], hidden[1][:, cut]), "the change itself must show"
 
@@ -180,7 +180,7 @@ def test_a_context_of_raw_blocks_is_the_plain_gpt():
     gpt, gistnet, _ = tiny_networks()
     K, Q = 8, 40
     ids, docs = torch.randint(VOCAB, (2, Q * K)), torch.zeros(2, Q, dtype=torch.long)
-    hidden = gpt.trunk(row_entries(gpt, gistnet, ids, docs, K), entry_positions(Q * K, K), visibility(full_table(docs), K))
+    hidden = gpt.trunk(row_entries(gpt, gistnet, ids, K), entry_positions(Q * K, K), visibility(full_table(docs), K))
     assert torch.allclose(gpt.head(hidden[:, :Q * K]), gpt(ids), atol=1e-4)
 
 

@@ -26,12 +26,11 @@ def counted(work):
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("config", [GistConfig(256), GistConfig(96, inner=48, heads=2, layers=1, left=8), GistConfig.for_gpt(GPTConfig.from_depth(12, 64))])
+@pytest.mark.parametrize("config", [GistConfig(256), GistConfig(96, inner=48, heads=2, layers=1), GistConfig.for_gpt(GPTConfig.from_depth(12, 64))])
 def test_a_gist(config):
     gistnet, children = GistNet(config), torch.randn(3, BLOCK, config.width)
-    left, seen = torch.randn(3, config.left, config.width), torch.ones(3, config.left, dtype=torch.bool)
-    assert counted(lambda: gistnet(children, 1, left, seen)) == 3 * cost.gist_flops(config, config.left)
-    assert counted(lambda: gistnet(children, 2)) == 3 * cost.gist_flops(config)
+    for level in (1, 2):
+        assert counted(lambda: gistnet(children, level)) == 3 * cost.gist_flops(config)
 
 
 def test_a_gist_by_hand():
@@ -71,14 +70,12 @@ def test_ingest_and_scoring_embed_as_many_tokens_as_the_account_says():
     complete(gpt, gistnet, tree)
     tree.append_tokens([1] * BLOCK) # a block that completes no upper node
     one = counted(lambda: complete(gpt, gistnet, tree))
-    assert one == cost.gist_flops(gistnet.config, gistnet.config.left) + (BLOCK + gistnet.config.left) * cost.embed_flops(gpt.config)
-    again = cost.embed_again_flops(gpt.config, gistnet.config)
-    assert BLOCK * again == (BLOCK + gistnet.config.left) * cost.embed_flops(gpt.config)
+    assert one == cost.gist_flops(gistnet.config) + BLOCK * cost.embed_flops(gpt.config)
 
 
 def test_the_levels_add_up():
     """Bulk ingest of 32 x 32 x 32 tokens: every gist of every level counted one by one."""
-    config = GistConfig(8, inner=4, heads=1, layers=1, left=4)
+    config = GistConfig(8, inner=4, heads=1, layers=1)
     n = BLOCK ** 3
-    each = n // BLOCK * cost.gist_flops(config, 4) + (n // BLOCK ** 2 + n // BLOCK ** 3) * cost.gist_flops(config)
+    each = (n // BLOCK + n // BLOCK ** 2 + n // BLOCK ** 3) * cost.gist_flops(config)
     assert cost.ingest_flops(config) * n == pytest.approx(each, rel=1e-4) # the account goes on to the levels above

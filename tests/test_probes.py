@@ -14,7 +14,7 @@ from tests.tiny import VOCAB, tiny_networks
 
 def some_rows(Q, seed=0, W=None, rows=2):
     ids = torch.randint(VOCAB, (rows, Q * BLOCK + 1), generator=torch.Generator().manual_seed(seed))
-    return Rows(Networks(*tiny_networks(seed, left=16)), ids, W or Q * BLOCK, np.random.default_rng(seed))
+    return Rows(Networks(*tiny_networks(seed)), ids, W or Q * BLOCK, np.random.default_rng(seed))
 
 
 @pytest.mark.parametrize("q", [3, 20, 45])

@@ -20,7 +20,7 @@ def a_row(seed):
     ids = torch.randint(VOCAB, (B, T + 1), generator=torch.Generator().manual_seed(seed))
     table = torch.from_numpy(draw_table(np.zeros(Q, dtype=int), BLOCK, rng)).expand(B, -1, -1)
     with torch.no_grad():
-        entries = row_entries(gpt, gistnet, ids[:, :-1], torch.zeros(B, Q, dtype=torch.long), BLOCK)
+        entries = row_entries(gpt, gistnet, ids[:, :-1], BLOCK)
     return gpt, entries, ids[:, 1:], table, rng
 
 

@@ -63,7 +63,7 @@ def test_the_session_is_the_training_layout():
         got.append(memory.feed([token]))
     assert {RAW, GIST, NODE} <= set(np.unique(table)), "the case must show every level"
     docs = torch.zeros(1, Q, dtype=torch.long)
-    entries = row_entries(*networks[:2], torch.tensor([ids]), docs, K)
+    entries = row_entries(*networks[:2], torch.tensor([ids]), K)
     hidden = networks[0].trunk(entries, entry_positions(length, K), visibility(torch.from_numpy(table)[None], K))
     assert torch.allclose(torch.stack(got), networks[0].head(hidden[0, :length]), atol=1e-3)
 
@@ -114,7 +114,7 @@ def test_a_reopened_block_is_read_as_in_the_training_layout():
     table = np.full((Q, Q), HIDDEN)
     for span in memory.spans:
         table[span.index + 1:, span.index] = RAW if span.level == 0 else GIST # everybody reads through this one context
-    entries = row_entries(*networks[:2], torch.tensor([ids]), torch.zeros(1, Q, dtype=torch.long), BLOCK)
+    entries = row_entries(*networks[:2], torch.tensor([ids]), BLOCK)
     from nanochat.kv_cache import KVCache
     room = KVCache(networks[0].config, 1, entries.x.size(1))
     networks[0].trunk(entries, entry_positions(Q * BLOCK, BLOCK), visibility(torch.from_numpy(table)[None], BLOCK), room)

@@ -14,9 +14,9 @@ def tiny_gpt(seed=0, seq_len=2048, layers=3, width=32):
     return stir(gpt)
 
 
-def tiny_networks(seed=0, seq_len=2048, left=16, width=32):
+def tiny_networks(seed=0, seq_len=2048, width=32):
     gpt = tiny_gpt(seed, seq_len, width=width)
-    gistnet = stir(GistNet(GistConfig(gpt.config.width, inner=16, heads=2, layers=2, left=left)))
+    gistnet = stir(GistNet(GistConfig(gpt.config.width, inner=16, heads=2, layers=2)))
     lensnet = stir(LensNet(LensConfig(hidden=8)))
     return gpt, gistnet, lensnet
 

@@ -31,7 +31,7 @@ def make_run(*stages, seq_len=512, memory=True, seed=0, width=32, windows="L"):
     tokenizer.save()
     torch.manual_seed(seed)
     config = GPTConfig(tokenizer.vocab_size, seq_len, layers=2, heads=2, kv_heads=2, width=width, bos=tokenizer.bos, windows=windows)
-    networks = build(config, memory, dict(width=width, inner=16, heads=2, layers=2, left=16), dict(hidden=8))
+    networks = build(config, memory, dict(width=width, inner=16, heads=2, layers=2), dict(hidden=8))
     for network in networks:
         if network is not None:
             stir(network)
