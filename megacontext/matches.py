@@ -26,6 +26,7 @@ AT_ONCE = 1 << 12      # blocks of a history that are looked through at a time
 STEP = 8               # tokens from one window of a search to the next
 PER_BLOCK = BLOCK // STEP
 BITS = (1 << 15, 1 << 20) # of an entry's set: up to level 2, and above (a gist of level 3 stands for 32,768 tokens)
+LEAST = (512, 8)          # sets that there is room for at first: 2 and 1 MiB
 MIX = (30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB) # splitmix64 (Steele et al., 2014): shifts and factors that spread 64 bits evenly
 
 
@@ -94,64 +95,94 @@ def hashed(ids, before):
 
 
 class Matches:
-    """The bit sets of the entries in view."""
+    """The bit sets of the entries in view, and of those that were asked about lately."""
 
     def __init__(self):
-        self.sets = [_Sets(bits) for bits in BITS]
+        self.sets = [_Sets(bits, least) for bits, least in zip(BITS, LEAST)]
 
     def hits(self, tree, spans):
         """What each of `spans`, finished ones of the tree, holds of its NEWEST tokens: bool numpy (E, KINDS, n)."""
-        start = max(0, tree.length - NEWEST)
-        asked = hashed(*_with_before(tree, start, tree.length)) # (KINDS, n)
+        asked = hashed(*_with_before(tree, max(0, tree.length - NEWEST), tree.length)) # (KINDS, n)
+        stretches = [(span.level or 1, span.index) for span in spans] # a block holds what its gist does
+        high = np.array([level > 2 for level, _ in stretches], dtype=bool)
+        if not high.any():
+            return self.sets[0].ask(tree, stretches, asked)
         hits = np.empty((len(spans), *asked.shape), dtype=bool)
-        high = np.array([span.level > 2 for span in spans], dtype=bool)
         for sets, here in zip(self.sets, (~high, high)):
             if here.any():
-                hits[here] = sets.ask(tree, [span for span, wanted in zip(spans, here) if wanted], asked)
+                hits[here] = sets.ask(tree, [one for one, wanted in zip(stretches, here) if wanted], asked)
         return hits
 
 
 class _Sets:
-    """Bit sets of one size, a row for each span; rows of spans that left the view are used again."""
+    """
+    Bit sets of one size, those of many stretches, (level, index) from level 1 up, side by side: a row for each bit, and in it a column for each stretch, eight to a byte (signatures in
+    slices: Faloutsos and Chan, 1988). So a question looks at as many rows as it has tokens, and not at as many sets as there are stretches.
+    """
 
-    def __init__(self, bits):
-        self.bits, self.rows, self.place = np.uint64(bits), np.zeros((0, bits // 8), np.uint8), {}
+    def __init__(self, bits, least):
+        self.bits, self.table, self.column = np.uint64(bits), np.zeros((bits, least // 8), np.uint8), {}
 
-    def ask(self, tree, spans, asked):
-        """(E, KINDS, n) bool: which bits of the spans' sets are set."""
-        self._hold(tree, spans)
-        bit = (asked % self.bits).astype(np.int64)
-        rows = np.array([self.place[span] for span in spans])
-        return (self.rows[rows[:, None, None], bit >> 3] >> (bit & 7).astype(np.uint8) & 1).view(bool)
+    def ask(self, tree, stretches, asked):
+        """(E, KINDS, n) bool: which bits of the stretches' sets are set."""
+        self._hold(tree, stretches)
+        rows = np.unpackbits(self.table[self._bit(asked)], axis=-1, bitorder="little") # (KINDS, n, columns)
+        return rows.take([self.column[one] for one in stretches], axis=-1).transpose(2, 0, 1).view(bool)
 
-    def _hold(self, tree, spans):
-        new = [span for span in spans if span not in self.place]
+    def _bit(self, hashes):
+        return (hashes % self.bits).astype(np.int64)
+
+    def _hold(self, tree, stretches):
+        new = sorted({one for one in stretches if one not in self.column})
         if not new:
             return
-        of_children = {span: self._of_children(span) for span in new if span.level > 3} # now: children that have just left the view may give up their rows
-        if len(self.place) + len(new) > len(self.rows): # first those out of view give up their rows, then there are more rows
-            wanted = set(spans)
-            self.place = {span: row for span, row in self.place.items() if span in wanted}
-            if len(spans) > len(self.rows):
-                self.rows = np.concatenate([self.rows, np.zeros((2 * len(spans) - len(self.rows), self.rows.shape[1]), np.uint8)])
-        used = set(self.place.values())
-        free = (row for row in range(len(self.rows)) if row not in used)
-        for span, row in zip(new, free):
-            known = of_children.get(span)
-            self.rows[row] = self._of_ids(tree, span) if known is None else known
-            self.place[span] = row
+        of_children = {one: self._of_children(*one) for one in new if one[0] > 3} # now: children that have just left the view may give up their columns
+        self._make_room(stretches, len(new))
+        used = set(self.column.values())
+        free = (column for column in range(8 * self.table.shape[1]) if column not in used)
+        run = [] # stretches that follow each other, and have to be looked up
+        for one, column in zip(new, free):
+            self.column[one] = column
+            if of_children.get(one) is not None:
+                self.table[of_children[one], column >> 3] |= np.uint8(1 << (column & 7))
+            else:
+                if run and (one[0], one[1] - 1) != run[-1]:
+                    self._look_up(tree, run)
+                    run = []
+                run.append(one)
+        if run:
+            self._look_up(tree, run)
 
-    def _of_children(self, span):
-        """The set of a gist of a million tokens or more, packed: all that its children hold. They were in view when they became it. None where one's set is not here."""
-        rows = [self.place.get(child) for child in span.children()]
-        return None if None in rows else np.bitwise_or.reduce(self.rows[rows])
+    def _make_room(self, stretches, more):
+        """Free columns for `more` stretches: those that are not asked about give up theirs first, then there are more."""
+        if len(self.column) + more <= 8 * self.table.shape[1]:
+            return
+        wanted = set(stretches)
+        self.column = {one: column for one, column in self.column.items() if one in wanted}
+        self.table &= self._mask(self.column.values())
+        if len(wanted) > 8 * self.table.shape[1]:
+            self.table = np.pad(self.table, ((0, 0), (0, -(-2 * len(wanted) // 8) - self.table.shape[1])))
 
-    def _of_ids(self, tree, span):
-        """A span's set, packed, in time in proportion to its tokens (docs/RUNTIME.md)."""
-        held = _with_before(tree, max(0, span.start - LEAD), span.stop - LEAD)
-        flags = np.zeros(int(self.bits), bool)
-        flags[(hashed(*held) % self.bits).astype(np.int64).ravel()] = True
-        return np.packbits(flags, bitorder="little")
+    def _mask(self, columns):
+        """A row with these columns set."""
+        row = np.zeros(8 * self.table.shape[1], np.uint8)
+        row[list(columns)] = 1
+        return np.packbits(row, bitorder="little")
+
+    def _of_children(self, level, index):
+        """The bits of a gist of a million tokens or more, bool: all that its children hold. They were in view when they became it. None where one's set is not here."""
+        columns = [self.column.get((level - 1, index * BLOCK + i)) for i in range(BLOCK)]
+        return None if None in columns else (self.table & self._mask(columns)).any(axis=1)
+
+    def _look_up(self, tree, run):
+        """Set the bits of stretches of one level that follow each other, in time in proportion to their tokens (docs/RUNTIME.md)."""
+        (level, first), (_, last) = run[0], run[-1]
+        width = BLOCK ** level
+        held = _with_before(tree, max(0, first * width - LEAD), (last + 1) * width - LEAD)
+        columns = np.repeat([self.column[one] for one in run], width)[-len(held[0]):] # no lead stands before the first token of all
+        byte, bit = columns >> 3, (1 << (columns & 7)).astype(np.uint8)
+        stride = self.table.shape[1]
+        np.bitwise_or.at(self.table.reshape(-1), (self._bit(hashed(*held)) * stride + byte).reshape(-1), np.concatenate([bit, bit]))
 
 
 def _with_before(tree, start, stop):

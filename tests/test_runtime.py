@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from megacontext import runtime, search
+from megacontext import matches, runtime, search
 from megacontext.allocator import Focus, begin, refocus
 from megacontext.gist_reading import value_means
 from megacontext.layout import GIST, HIDDEN, NODE, RAW, entry_positions, visibility
@@ -486,12 +486,13 @@ def test_a_prompt_opens_what_it_asks_for_however_deep_it_lies(monkeypatch):
     check(memory.spans, memory.length, 320)
 
 
-def test_what_a_session_keeps_for_its_questions_is_bounded():
+def test_what_a_session_keeps_for_its_questions_is_bounded(monkeypatch):
     """A set of bits for each entry that was ever in view would grow with the history."""
+    monkeypatch.setattr(matches, "LEAST", (8, 8))
     memory = session(budget=192)
     for t in some_ids(1500):
         memory.feed([t])
-        assert sum(len(sets.rows) for sets in memory.matches.sets) <= 2 * 192
+        assert sum(8 * sets.table.shape[1] for sets in memory.matches.sets) <= 2 * 192
 
 
 def test_a_million_tokens_that_collapse_are_not_looked_at_again(monkeypatch):
@@ -509,9 +510,9 @@ def test_a_million_tokens_that_collapse_are_not_looked_at_again(monkeypatch):
     while node not in memory.spans:
         assert memory.length < BLOCK ** 4 + 5 * BLOCK ** 3, "the case must close them"
         memory.feed([1])
-    assert node not in memory.matches.sets[1].place
+    assert (4, 0) not in memory.matches.sets[1].column
     asked, fresh = watch_ids(tree, monkeypatch), Matches()
-    while node not in memory.matches.sets[1].place:
+    while (4, 0) not in memory.matches.sets[1].column:
         memory.feed([1])
     assert max(asked) < BLOCK ** 3
     fresh.hits(tree, [node])
