@@ -11,12 +11,13 @@ its id and of the three ids before it: the same whichever way the row is cut, an
 
 B = batch, N = entries, D = width, H = heads, V = vocabulary, P = tokens before
 """
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 
+from nanochat import lora
 from nanochat.attention import Recent, attend, in_window, norm, rope_angles, rotate
 from nanochat.common import UserError
 from nanochat.cost import PREVIOUS
@@ -38,6 +39,7 @@ class GPTConfig:
     windows: str = "L"    # how far layers look back, repeated over them: L = to the start, S = short_window. The last is always L
     short_window: int = 0 # tokens, the own one included (0 = a quarter of seq_len in whole 128s: nanochat's 512 of 2048)
     previous: int = PREVIOUS # tokens before it that an embedding knows: with three, looking up is learnt in half of the steps it takes with one (LOG.md, 2026-11-21)
+    lora: int = 0         # rank of what is learnt beside its matrices while they stay (nanochat/lora.py; 0 = nothing is)
 
     def __post_init__(self):
         if not self.windows or set(self.windows) - {"S", "L"}:
@@ -69,8 +71,9 @@ class GPTConfig:
         return [i for i in range(self.layers - 1) if self.windows[i % len(self.windows)] == "S"]
 
     def to_dict(self):
-        """Without the windows where there is none, as in checkpoints from before there were any."""
-        return {name: value for name, value in asdict(self).items() if self.short_layers or name not in ("windows", "short_window")}
+        """Without the windows and the rank where there is none, as in checkpoints from before there were any."""
+        unsaid = [*["windows", "short_window"] * (not self.short_layers), *["lora"] * (not self.lora)]
+        return {name: value for name, value in asdict(self).items() if name not in unsaid}
 
 
 @dataclass
@@ -159,6 +162,8 @@ class GPT(nn.Module):
         self.checkpoint_activations = False    # keep only each layer's input, and compute the layer again in backward
         self.nats_and_slope_ = nats_and_slope_ # compiled where the rest is
         self.init_weights()
+        if config.lora:
+            lora.adapt(self, config.lora)
 
     @torch.no_grad()
     def init_weights(self):
@@ -179,6 +184,18 @@ class GPT(nn.Module):
                 nn.init.uniform_(block.attn.gate.weight, 0.0, 0.02)
         self.resid_scale.copy_(torch.linspace(1.15, 1.05, self.config.layers))
         self.x0_scale.copy_(torch.linspace(0.20, 0.05, self.config.layers))
+
+    def adapted(self, rank):
+        """The same GPT, whose matrices stay and which learns beside them."""
+        gpt = GPT(replace(self.config, lora=rank))
+        gpt.load_state_dict(self.state_dict(), strict=False)
+        return gpt
+
+    def merged(self):
+        """The same GPT, whose matrices have taken in what was learnt beside them."""
+        lora.merge(self)
+        self.config = replace(self.config, lora=0)
+        return self.requires_grad_(True)
 
     @property
     def device(self):

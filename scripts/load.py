@@ -117,6 +117,8 @@ def load_stage(stage, tag=None, step=None, device="cpu", dtype=None, seq_len=Non
         checkpoint.check_match(networks, tokenizer=tokenizer.fingerprint)
         for name, module in modules(gpt, gistnet, lensnet).items():
             module.load_state_dict(saved.tensors[name])
+        if config.lora:
+            gpt = gpt.merged()
         identity = fingerprint(gpt, gistnet) if gistnet is not None else "" # before rounding: in bf16 it is still the same model
         for name, module in modules(gpt, gistnet, lensnet).items():
             module.to(device=device, dtype=None if name == "lensnet" else dtype).eval() # LensNet is tiny and works in fp32 throughout

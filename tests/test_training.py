@@ -16,7 +16,7 @@ from nanochat.common import UserError
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
 from scripts import stage
-from scripts.load import newest_tag
+from scripts.load import load_stage, newest_tag
 from scripts.stage import same_flags
 from tests.tiny import tiny_networks
 from tests.tiny_run import make_run, make_text
@@ -424,18 +424,24 @@ def test_the_shares_of_plain_and_of_labelled_rows_are_flags_of_every_stage(place
         assert done.returncode == 2 and f"{flag} 1: expected at least 2" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_frozen_base_is_left_as_it_is_while_its_memory_learns(place):
-    """Of a base that was trained without a memory; what the two networks learn is told as ever."""
+def test_a_frozen_base_is_left_as_it_is_while_its_memory_learns(place, monkeypatch):
+    """Of a base that was trained without a memory; what the two networks learn is told as ever. With --lora the base learns beside its weights, and is loaded as one that has learnt."""
     base_train(place, "bare", "--plain", "--max-seq-len", "512")
-    run(place, "scripts.mid_train", "--base-tag", "bare", "--tag", "frozen", "--freeze-base", "--source", f"dir:{place[1]}", "--documents", "1", "--num-steps", "5", "--max-seq-len", "512",
-        "--batch-tokens", "4096", "--device-batch", "8", "--eval-tokens", "1024", "--save-every", "1", "--log-every", "1", "--device", "cpu")
+    stage = ["--source", f"dir:{place[1]}", "--num-steps", "6", "--max-seq-len", "512", "--batch-tokens", "4096", "--device-batch", "8", "--eval-tokens", "1024", "--save-every", "1", "--log-every", "1", "--device", "cpu"]
     base = checkpoint.load(place[0] / "base_checkpoints" / "bare").tensors
-    first, last = (checkpoint.load(place[0] / "mid_checkpoints" / "frozen", step).tensors for step in (4, 5))
-    same = lambda one, other, name: {key for key in one[name] if not one[name][key].equal(other[name][key])} == set()
-    assert base.keys() == {"gpt"} and same(base, last, "gpt") and not same(first, last, "gistnet")
-    assert last["lensnet"]["score.weight"].any() # it starts at zero
-    lines = [json.loads(line) for line in (place[0] / "mid_checkpoints" / "frozen" / "log.jsonl").read_text().splitlines()]
-    assert all("loss_gist" in line and "loss_plain" not in line for line in lines if "loss" in line) and any("lens_loss" in line for line in lines)
+    differ = lambda one, other, name: {key for key in one[name] if not one[name][key].equal(other[name][key])}
+    for tag, lora in (("frozen", []), ("adapted", ["--lora", "2"])):
+        run(place, "scripts.mid_train", "--base-tag", "bare", "--tag", tag, "--freeze-base", *lora, "--documents", "1", *stage)
+        first, last = (checkpoint.load(place[0] / "mid_checkpoints" / tag, step).tensors for step in (5, 6))
+        assert base.keys() == {"gpt"} and not differ(base, last, "gpt") and differ(first, last, "gistnet")
+        assert last["lensnet"]["score.weight"].any() # it starts at zero
+        lines = [json.loads(line) for line in (place[0] / "mid_checkpoints" / tag / "log.jsonl").read_text().splitlines()]
+        read = ["gist" if "loss_gist" in line else "plain" for line in lines if "loss" in line] # a step is a round of eight rows
+        assert read == (["plain", "gist"] * 3 if lora else ["gist"] * 6) and any("lens_loss" in line for line in lines)
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(place[0]))
+    loaded = load_stage("mid", "adapted").gpt.state_dict()
+    assert loaded.keys() == base["gpt"].keys() and {name.split(".")[-2] for name in differ(dict(gpt=loaded), base, "gpt")} == {"q", "k", "v", "out", "up", "down"}
+    run(place, "scripts.chat_sft", "--mid-tag", "adapted", "--tag", "adapted", *stage)
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "scripts").glob("*.py")))
