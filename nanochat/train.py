@@ -141,7 +141,8 @@ def fit(objective, optimizer, loader, curves, *, log, progress, dist, device, st
             print0(line)
         began = time.perf_counter()
         if saving:
-            save(done)
+            with hardware.out_of_memory_told(f"while step {done} was saved{left()}"):
+                save(done)
             saved = done
         if evaluate is not None and (last or eval_every > 0 and done % eval_every == 0):
             with hardware.out_of_memory_told(f"in the validation after step {done}{left()}"):

@@ -22,7 +22,7 @@ from nanochat import hardware
 from nanochat.common import UserError, run_main, setup
 from nanochat.conversation import Conversation, Progress
 from nanochat.engine import Engine, Sampler
-from scripts.load import add_flags, load_stage, open_stream, telemetry_maker
+from scripts.load import LESS_MEMORY, add_flags, load_stage, open_stream, telemetry_maker
 
 TURNS = 20 # that /back can go back: each keeps what the model had in view
 
@@ -89,7 +89,7 @@ BRACKETS = {"text": ("", ""), "python": ("[", ""), "output": (" = ", "]")} # [12
 def answer(conversation, message, settings, out):
     """Say the answer as it comes; how far a long text is read goes to stderr. Returns the number of tokens said."""
     kind, count, shown = "text", 0, sys.stderr.isatty()
-    with ctrl_c() as pressed:
+    with hardware.out_of_memory_told("in this answer", LESS_MEMORY), ctrl_c() as pressed:
         for piece in conversation.reply(message, **settings):
             if isinstance(piece, Progress):
                 if shown:
@@ -181,13 +181,10 @@ def main():
             conversation.finish()
             conversation.stream.save(args.tree)
 
-    def say(conversation, message):
-        answer(conversation, message, settings, sys.stdout)
-        keep(conversation)
-
     conversation, marks = begin(), deque(maxlen=TURNS)
     if args.prompt is not None:
-        say(conversation, before + (sys.stdin.read() if args.prompt == "-" else args.prompt))
+        answer(conversation, before + (sys.stdin.read() if args.prompt == "-" else args.prompt), settings, sys.stdout)
+        keep(conversation)
         return
     memory = "no memory" if args.no_memory else f"{conversation.stream.length:,} tokens in memory"
     print(f"{loaded.stage}/{loaded.tag}, step {loaded.meta['step']}, {memory}. /help lists the commands")
@@ -233,8 +230,14 @@ def main():
         elif line:
             print("\nmodel: ", end="", flush=True)
             marks.append(conversation.mark())
-            say(conversation, before + line)
-            before = ""
+            try:
+                answer(conversation, before + line, settings, sys.stdout)
+            except UserError as error: # the conversation is not lost for it
+                conversation.rewind(marks.pop())
+                print(f"\n{error}\nYour message is forgotten, what was said before it is not")
+            else:
+                keep(conversation)
+                before = ""
 
 
 if __name__ == "__main__":

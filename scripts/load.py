@@ -45,6 +45,9 @@ def fingerprint(gpt, gistnet):
     return digest.hexdigest()[:16]
 
 
+LESS_MEMORY = "Lower --budget, or use --dtype bf16 or --device cpu" # of a device, where an answer needs it
+
+
 def add_flags(parser):
     """The flags of every script that talks: which model, and how much it reads at once."""
     # the model
@@ -189,6 +192,7 @@ def telemetry_maker(args):
     return lambda: Telemetry(args.telemetry, tell if log.wandb else None)
 
 
+@hardware.out_of_memory_told("while the memory was opened, which stays as it is", LESS_MEMORY)
 def open_stream(loaded, memory=True, budget=None, tree=None, telemetry=None):
     """
     What the engine feeds: a session with unbounded memory, or the plain GPT behind a KV cache of one row.

@@ -8,6 +8,7 @@ import signal
 import sys
 
 import pytest
+import torch
 
 import scripts.chat_cli as cli
 from megacontext import runtime
@@ -95,6 +96,23 @@ def test_a_conversation_feeds_each_turn_once(monkeypatch, capsys, tmp_path):
     assert out.count("model: ok") == 3
     for line in ("cannot read nowhere", "tokens of history", "no command /what", "/quit"):
         assert line in out
+
+
+def test_a_message_for_which_memory_runs_out_is_forgotten_and_the_conversation_goes_on(monkeypatch, capsys, tmp_path):
+    """It ended in a traceback, and a conversation that nobody keeps was lost with it."""
+    class Full(FakeMemory):
+        def feed(self, ids, prompt=True):
+            if "two" in tokenizer.decode(ids):
+                self.fed += ids[:3] # it may fail half-way
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return super().feed(ids, prompt)
+    tree = str(tmp_path / "memory")
+    out, (stream,) = run(monkeypatch, capsys, "--tree", tree, lines=["one", "two", "three"], streams=lambda tree: Full("ok"))
+    assert "memory ran out in this answer. Lower --budget, or use --dtype bf16 or --device cpu (CUDA out of memory. Tried to allocate 2.00 GiB)\nYour message is forgotten" in out
+    spoken = tokenizer.decode(stream.fed)
+    assert out.count("model: ok") == 2 and len(stream.saved) == 2 and "<|user_start|>one<|user_end|>" in spoken and "<|assistant_end|><|user_start|>three<|user_end|>" in spoken
+    with pytest.raises(UserError, match="memory ran out in this answer"):
+        run(monkeypatch, capsys, "-p", "two", streams=lambda tree: Full("ok"))
 
 
 def test_a_kept_memory_is_written_after_every_answer(monkeypatch, capsys, tmp_path):

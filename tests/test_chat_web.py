@@ -184,12 +184,20 @@ def test_the_page_asks_nobody_else():
 def test_a_stream_that_fails_is_told_in_the_stream(client, capsys):
     class Fails(FakeMemory):
         def feed(self, ids, prompt=True):
-            raise RuntimeError("CUDA out of memory, internal detail")
+            raise RuntimeError("internal detail")
     with TestClient(app_of(lambda: Fails("x"))) as client:
         events = post(client)
         assert "RuntimeError" in events[-1]["error"] and "internal detail" not in events[-1]["error"]
         assert client.get("/stats").json()["in_line"] == 0
     assert "internal detail" in capsys.readouterr().err, "the log has the whole story"
+
+
+def test_memory_that_runs_out_is_told_with_what_helps():
+    class Full(FakeMemory):
+        def feed(self, ids, prompt=True):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    with TestClient(app_of(lambda: Full("x"))) as client:
+        assert "memory ran out in this answer. Lower --budget, or use --dtype bf16" in post(client)[-1]["error"]
 
 
 def test_a_real_gpt_answers_without_memory():

@@ -185,6 +185,15 @@ def test_out_of_memory_in_a_validation_is_told_as_in_a_step(tmp_path, every, tol
         run(tmp_path, evaluate=evaluate, eval_every=every)
 
 
+def test_out_of_memory_while_a_checkpoint_is_saved_is_told(tmp_path):
+    """Saving gathers the optimizer's states."""
+    class Full(list):
+        def append(self, saved):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(UserError, match="memory ran out while step 3 was saved; no checkpoint was written yet.*--device-batch"):
+        run(tmp_path, saves=Full())
+
+
 @pytest.mark.parametrize("broken", [lambda gpt: Breaking(gpt, (1,), no_memory(torch.OutOfMemoryError("CUDA out of memory"))), Broken], ids=["memory", "loss"])
 def test_before_the_first_checkpoint_none_is_said_to_be_kept(tmp_path, broken):
     """By default nothing is saved before the end: "the checkpoint of step 0 is kept" sent people to look for one."""
