@@ -66,7 +66,7 @@ class Toy:
 
     def answers(self, ids, asked, K, group=1, swapped=False):
         """Logits (B, questions, V) of what follows each key, given vectors of `group` blocks each. swapped: those of the next row."""
-        (B, T), docs = ids.shape, torch.zeros(len(ids), ids.size(1) // K, dtype=torch.long)
+        B, T = ids.shape
         entries = row_entries(self.gpt, self.gistnet, ids, K)
         part = lambda t: t[:, T:T + T // K]
         x, values = part(entries.x), [part(value) for value in entries.values]

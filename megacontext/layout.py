@@ -23,6 +23,7 @@ from nanochat.attention import Stretches
 
 HIDDEN, RAW, GIST, NODE = 0, 1, 2, 3
 FAN = 32 # children of a level-2 gist
+TAIL = (0, 512) # smallest and largest raw tail in tokens; up to 256 reads worse by 0.003 to 0.004 bits per byte (LOG.md, 2026-11-30)
 STRETCH = 256 # tokens that look at their past together where a mask says what they see
 TILE = 128 # FlexAttention's: it skips tiles of so many by so many that nobody sees
 
@@ -142,7 +143,7 @@ def full_table(docs):
     return torch.where(earlier & (docs[:, :, None] == docs[:, None]), RAW, HIDDEN)
 
 
-def draw_table(docs, K, rng, tail=(0, 256), gists=0.9, opened=2, nodes=0.5):
+def draw_table(docs, K, rng, tail=TAIL, gists=0.9, opened=2, nodes=0.5):
     """
     A random legal working context for every block of one row; docs is a numpy array (Q,). Returns (Q, Q) int64.
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 
 from megacontext.labels import InFront, RowRead, first_targets, measure
-from megacontext.layout import FAN, GIST, NODE, RAW, draw_table, entry_positions, stretches
+from megacontext.layout import FAN, GIST, NODE, RAW, TAIL, draw_table, entry_positions, stretches
 from megacontext.matches import row_hits
 from nanochat.common import UserError
 from nanochat.gpt import IGNORE, Entries
@@ -29,7 +29,7 @@ class CoTrainingOptions:
     plain_every: int = 4      # one round of rows in so many is read plainly (0 = none)
     labels_every: int = 2     # one round in so many has edits measured, once gists are of 32 tokens, as a session's are; at least 2
     lanes: int = 8            # rows a round
-    tail: tuple = (0, 512)    # raw tail in tokens; up to 256 reads worse by 0.003 to 0.004 bits per byte (LOG.md, 2026-11-30)
+    tail: tuple = TAIL        # raw tail in tokens
     asked: float = 0.5        # share of the rows with gists of 32 tokens in which LensNet opens blocks, as in a session, besides those opened by chance
     opens: int = 2            # how many, for every block that reads
     reading_tokens: int = 512 # tokens of a labelled row a reading, of which it has at least one: labels cost the same share of a step at any length

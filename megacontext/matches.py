@@ -26,7 +26,7 @@ AT_ONCE = 1 << 12      # blocks of a history that are looked through at a time
 STEP = 8               # tokens from one window of a search to the next
 PER_BLOCK = BLOCK // STEP
 BITS = (1 << 15, 1 << 20) # of an entry's set: up to level 2, and above (a gist of level 3 stands for 32,768 tokens)
-LEAST = (512, 8)          # sets that there is room for at first: 2 and 1 MiB
+LEAST = 512               # of the smaller sets there is room for at first, 2 MiB
 MIX = (30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB) # splitmix64 (Steele et al., 2014): shifts and factors that spread 64 bits evenly
 
 
@@ -98,91 +98,106 @@ class Matches:
     """The bit sets of the entries in view, and of those that were asked about lately."""
 
     def __init__(self):
-        self.sets = [_Sets(bits, least) for bits, least in zip(BITS, LEAST)]
+        self.fine, self.coarse = _Slices(), _Sets()
 
     def hits(self, tree, spans):
         """What each of `spans`, finished ones of the tree, holds of its NEWEST tokens: bool numpy (E, KINDS, n)."""
         asked = hashed(*_with_before(tree, max(0, tree.length - NEWEST), tree.length)) # (KINDS, n)
         stretches = [(span.level or 1, span.index) for span in spans] # a block holds what its gist does
-        high = np.array([level > 2 for level, _ in stretches], dtype=bool)
-        if not high.any():
-            return self.sets[0].ask(tree, stretches, asked)
         hits = np.empty((len(spans), *asked.shape), dtype=bool)
-        for sets, here in zip(self.sets, (~high, high)):
+        high = np.array([level > 2 for level, _ in stretches], dtype=bool)
+        for sets, here in ((self.fine, ~high), (self.coarse, high)):
             if here.any():
                 hits[here] = sets.ask(tree, [one for one, wanted in zip(stretches, here) if wanted], asked)
         return hits
 
 
-class _Sets:
+class _Slices:
     """
-    Bit sets of one size, those of many stretches, (level, index) from level 1 up, side by side: a row for each bit, and in it a column for each stretch, eight to a byte (signatures in
+    Bit sets of blocks and of gists up to level 2, stretches (level, index) from level 1 up, side by side: a row for each bit, and in it a column for each stretch, eight to a byte (signatures in
     slices: Faloutsos and Chan, 1988). So a question looks at as many rows as it has tokens, and not at as many sets as there are stretches.
     """
 
-    def __init__(self, bits, least):
-        self.bits, self.table, self.column = np.uint64(bits), np.zeros((bits, least // 8), np.uint8), {}
+    def __init__(self):
+        self.table, self.column = np.zeros((BITS[0], LEAST // 8), np.uint8), {}
+
+    @property
+    def columns(self):
+        """How many there is room for."""
+        return 8 * self.table.shape[1]
 
     def ask(self, tree, stretches, asked):
         """(E, KINDS, n) bool: which bits of the stretches' sets are set."""
         self._hold(tree, stretches)
-        rows = np.unpackbits(self.table[self._bit(asked)], axis=-1, bitorder="little") # (KINDS, n, columns)
+        rows = np.unpackbits(self.table[bit_of(asked, BITS[0])], axis=-1, bitorder="little") # (KINDS, n, columns)
         return rows.take([self.column[one] for one in stretches], axis=-1).transpose(2, 0, 1).view(bool)
-
-    def _bit(self, hashes):
-        return (hashes % self.bits).astype(np.int64)
 
     def _hold(self, tree, stretches):
         new = sorted({one for one in stretches if one not in self.column})
         if not new:
             return
-        of_children = {one: self._of_children(*one) for one in new if one[0] > 3} # now: children that have just left the view may give up their columns
         self._make_room(stretches, len(new))
         used = set(self.column.values())
-        free = (column for column in range(8 * self.table.shape[1]) if column not in used)
-        run = [] # stretches that follow each other, and have to be looked up
-        for one, column in zip(new, free):
-            self.column[one] = column
-            if of_children.get(one) is not None:
-                self.table[of_children[one], column >> 3] |= np.uint8(1 << (column & 7))
-            else:
-                if run and (one[0], one[1] - 1) != run[-1]:
-                    self._look_up(tree, run)
-                    run = []
-                run.append(one)
-        if run:
-            self._look_up(tree, run)
+        free = [column for column in range(self.columns) if column not in used][:len(new)]
+        at = 0
+        for i in range(1, len(new) + 1): # those that follow each other are looked up together
+            if i == len(new) or new[i] != (new[at][0], new[i - 1][1] + 1):
+                self._look_up(tree, new[at:i], free[at:i])
+                at = i
+        self.column.update(zip(new, free)) # behind all that may fail: what has a column is there
 
     def _make_room(self, stretches, more):
         """Free columns for `more` stretches: those that are not asked about give up theirs first, then there are more."""
-        if len(self.column) + more <= 8 * self.table.shape[1]:
+        if len(self.column) + more <= self.columns:
             return
         wanted = set(stretches)
         self.column = {one: column for one, column in self.column.items() if one in wanted}
-        self.table &= self._mask(self.column.values())
-        if len(wanted) > 8 * self.table.shape[1]:
+        kept = np.zeros(self.columns, np.uint8)
+        kept[list(self.column.values())] = 1
+        self.table &= np.packbits(kept, bitorder="little")
+        if len(wanted) > self.columns:
             self.table = np.pad(self.table, ((0, 0), (0, -(-2 * len(wanted) // 8) - self.table.shape[1])))
 
-    def _mask(self, columns):
-        """A row with these columns set."""
-        row = np.zeros(8 * self.table.shape[1], np.uint8)
-        row[list(columns)] = 1
-        return np.packbits(row, bitorder="little")
+    def _look_up(self, tree, run, columns):
+        """Set the bits of stretches of one level that follow each other, in time in proportion to their tokens (docs/RUNTIME.md)."""
+        (level, first), width = run[0], BLOCK ** run[0][0]
+        ids, before = _with_before(tree, max(0, first * width - LEAD), (first + len(run)) * width - LEAD)
+        column = np.repeat(columns, width)[-len(ids):] # no lead stands before the first token of all
+        rows = bit_of(hashed(ids, before), BITS[0])
+        np.bitwise_or.at(self.table.reshape(-1), (rows * self.table.shape[1] + (column >> 3)).reshape(-1), np.tile((1 << (column & 7)).astype(np.uint8), KINDS))
+
+
+class _Sets:
+    """Bit sets of the few gists above level 2, packed, one for each stretch (level, index) that was asked about last."""
+
+    def __init__(self):
+        self.held = {}
+
+    def ask(self, tree, stretches, asked):
+        """(E, KINDS, n) bool: which bits of the stretches' sets are set."""
+        for one in stretches:
+            if one not in self.held:
+                known = self._of_children(*one)
+                self.held[one] = self._of_ids(tree, *one) if known is None else known
+        self.held = {one: self.held[one] for one in stretches}
+        bit = bit_of(asked, BITS[1])
+        return (np.stack([row[bit >> 3] for row in self.held.values()]) >> (bit & 7).astype(np.uint8) & 1).view(bool)
 
     def _of_children(self, level, index):
-        """The bits of a gist of a million tokens or more, bool: all that its children hold. They were in view when they became it. None where one's set is not here."""
-        columns = [self.column.get((level - 1, index * BLOCK + i)) for i in range(BLOCK)]
-        return None if None in columns else (self.table & self._mask(columns)).any(axis=1)
+        """The set of a gist of a million tokens or more: all that its children hold. They were in view when they became it. None where one's set is not here."""
+        rows = [self.held.get((level - 1, index * BLOCK + i)) for i in range(BLOCK)]
+        return None if any(row is None for row in rows) else np.bitwise_or.reduce(rows)
 
-    def _look_up(self, tree, run):
-        """Set the bits of stretches of one level that follow each other, in time in proportion to their tokens (docs/RUNTIME.md)."""
-        (level, first), (_, last) = run[0], run[-1]
-        width = BLOCK ** level
-        held = _with_before(tree, max(0, first * width - LEAD), (last + 1) * width - LEAD)
-        columns = np.repeat([self.column[one] for one in run], width)[-len(held[0]):] # no lead stands before the first token of all
-        byte, bit = columns >> 3, (1 << (columns & 7)).astype(np.uint8)
-        stride = self.table.shape[1]
-        np.bitwise_or.at(self.table.reshape(-1), (self._bit(hashed(*held)) * stride + byte).reshape(-1), np.concatenate([bit, bit]))
+    def _of_ids(self, tree, level, index):
+        """A stretch's set, in time in proportion to its tokens."""
+        width, flags = BLOCK ** level, np.zeros(BITS[1], bool)
+        flags[bit_of(hashed(*_with_before(tree, max(0, index * width - LEAD), (index + 1) * width - LEAD)), BITS[1]).ravel()] = True
+        return np.packbits(flags, bitorder="little")
+
+
+def bit_of(hashes, bits):
+    """Which bit of a set of so many stands for a hash."""
+    return (hashes % np.uint64(bits)).astype(np.int64)
 
 
 def _with_before(tree, start, stop):

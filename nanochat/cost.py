@@ -2,6 +2,7 @@
 What a model costs, by arithmetic on its shape: parameters, FLOPs per token, bytes of KV cache, bytes read per new token.
 
 In:  anything with vocab_size, seq_len, layers, heads, kv_heads, width, short_layers, short_window, previous (GPTConfig). Out: numbers.
+The thin matrices that may learn beside a GPT's own (nanochat/lora.py) are not counted: they are gone once it is loaded.
 The idea: count by the role that a parameter plays, never by the class of its module. A layer swapped for an fp8 one
 costs the same FLOPs; a count by class lost 11 of 12 of them there (and MFU with it).
 

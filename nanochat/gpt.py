@@ -17,11 +17,11 @@ import torch
 import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 
-from nanochat import lora
 from nanochat.attention import Recent, attend, in_window, norm, rope_angles, rotate
 from nanochat.common import UserError
 from nanochat.cost import PREVIOUS
 from nanochat.cross_entropy import IGNORE, TotalNats, nats_and_slope_, piece_tokens, softcap, token_nats
+from nanochat.lora import adapt, merge
 
 QK_GAIN = 1.2         # sharper attention than unit-norm q and k allow
 GATE_CHANNELS = 12    # the value gate reads the first channels of the residual stream
@@ -163,7 +163,7 @@ class GPT(nn.Module):
         self.nats_and_slope_ = nats_and_slope_ # compiled where the rest is
         self.init_weights()
         if config.lora:
-            lora.adapt(self, config.lora)
+            adapt(self, config.lora)
 
     @torch.no_grad()
     def init_weights(self):
@@ -185,17 +185,15 @@ class GPT(nn.Module):
         self.resid_scale.copy_(torch.linspace(1.15, 1.05, self.config.layers))
         self.x0_scale.copy_(torch.linspace(0.20, 0.05, self.config.layers))
 
-    def adapted(self, rank):
-        """The same GPT, whose matrices stay and which learns beside them."""
-        gpt = GPT(replace(self.config, lora=rank))
-        gpt.load_state_dict(self.state_dict(), strict=False)
-        return gpt
+    def adapt(self, rank):
+        """From now on its weights stay, and thin matrices of this rank beside those of its blocks learn (nanochat/lora.py)."""
+        self.config = replace(self.config, lora=rank)
+        adapt(self, rank)
 
-    def merged(self):
-        """The same GPT, whose matrices have taken in what was learnt beside them."""
-        lora.merge(self)
+    def merge(self):
+        """Its matrices take in what was learnt beside them: it is a plain GPT again, all of which may learn."""
         self.config = replace(self.config, lora=0)
-        return self.requires_grad_(True)
+        merge(self)
 
     @property
     def device(self):

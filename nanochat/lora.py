@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-LEAST = 64 # narrower matrices, the gates, have no rank to spare
+from nanochat.common import UserError
 
 
 class Adapted(nn.Linear):
@@ -15,23 +15,24 @@ class Adapted(nn.Linear):
 
 
 def adapt(gpt, rank):
-    """Give every matrix of the blocks two thin ones of this rank, and let nothing else of the GPT learn."""
+    """Give every matrix of the blocks but the gates two thin ones, and let nothing else of the GPT learn."""
+    if not 0 < rank < gpt.config.value_width:
+        raise UserError(f"a rank of {rank} beside matrices of {gpt.config.value_width} and more: expected 1 to {gpt.config.value_width - 1}")
     gpt.requires_grad_(False)
-    for linear in _matrices(gpt, nn.Linear):
-        linear.__class__ = Adapted
-        like = dict(device=linear.weight.device, dtype=linear.weight.dtype)
-        linear.lora_down = nn.Parameter(torch.randn(rank, linear.in_features, **like) * linear.in_features ** -0.5)
-        linear.lora_up = nn.Parameter(torch.zeros(linear.out_features, rank, **like))
+    for name, linear in gpt.blocks.named_modules():
+        if isinstance(linear, nn.Linear) and not name.endswith("gate"):
+            like = dict(device=linear.weight.device, dtype=linear.weight.dtype)
+            linear.__class__ = Adapted
+            linear.lora_down = nn.Parameter(torch.randn(rank, linear.in_features, **like) * linear.in_features ** -0.5)
+            linear.lora_up = nn.Parameter(torch.zeros(linear.out_features, rank, **like))
 
 
 @torch.no_grad()
 def merge(gpt):
-    """The matrices take in what was learnt beside them."""
-    for linear in _matrices(gpt, Adapted):
-        linear.weight += linear.lora_up @ linear.lora_down
-        del linear.lora_up, linear.lora_down
-        linear.__class__ = nn.Linear
-
-
-def _matrices(gpt, kind):
-    return [module for module in gpt.blocks.modules() if type(module) is kind and min(module.weight.shape) >= LEAST]
+    """The matrices take in what was learnt beside them, and all of the GPT may learn again."""
+    for linear in gpt.blocks.modules():
+        if isinstance(linear, Adapted):
+            linear.weight += linear.lora_up @ linear.lora_down
+            del linear.lora_up, linear.lora_down
+            linear.__class__ = nn.Linear
+    gpt.requires_grad_(True)

@@ -141,7 +141,7 @@ def fit(objective, optimizer, loader, curves, *, log, progress, dist, device, st
             print0(line)
         began = time.perf_counter()
         if saving:
-            with hardware.out_of_memory_told(f"while step {done} was saved{left()}"):
+            with hardware.out_of_memory_told(f"while step {done} was saved{left()}", "Free what other programs hold of it, or take a device with more"):
                 save(done)
             saved = done
         if evaluate is not None and (last or eval_every > 0 and done % eval_every == 0):

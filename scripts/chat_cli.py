@@ -22,7 +22,7 @@ from nanochat import hardware
 from nanochat.common import UserError, run_main, setup
 from nanochat.conversation import Conversation, Progress
 from nanochat.engine import Engine, Sampler
-from scripts.load import LESS_MEMORY, add_flags, load_stage, open_stream, telemetry_maker
+from scripts.load import add_flags, load_stage, open_stream, room, telemetry_maker
 
 TURNS = 20 # that /back can go back: each keeps what the model had in view
 
@@ -89,7 +89,7 @@ BRACKETS = {"text": ("", ""), "python": ("[", ""), "output": (" = ", "]")} # [12
 def answer(conversation, message, settings, out):
     """Say the answer as it comes; how far a long text is read goes to stderr. Returns the number of tokens said."""
     kind, count, shown = "text", 0, sys.stderr.isatty()
-    with hardware.out_of_memory_told("in this answer", LESS_MEMORY), ctrl_c() as pressed:
+    with ctrl_c() as pressed:
         for piece in conversation.reply(message, **settings):
             if isinstance(piece, Progress):
                 if shown:
@@ -171,6 +171,13 @@ def main():
     loaded = load_stage(args.stage, args.tag, args.step, device, dtype)
     if args.stage == "base":
         print("note: a base model was never taught to answer, it continues text", file=sys.stderr)
+    helps = room(device, dtype, "Say less at once" if args.no_memory else "Lower --budget")
+    with hardware.out_of_memory_told("(a memory that --tree keeps is as it was after the last answer)", helps):
+        talk(args, loaded, settings, before, telemetry, helps)
+
+
+def talk(args, loaded, settings, before, telemetry, helps):
+    """One question, or all that is typed. before: text that stands in front of the first message; helps: what to do where memory runs out."""
     engine = Engine(loaded.tokenizer)
 
     def begin():
@@ -230,14 +237,18 @@ def main():
         elif line:
             print("\nmodel: ", end="", flush=True)
             marks.append(conversation.mark())
+            told = None
             try:
-                answer(conversation, before + line, settings, sys.stdout)
-            except UserError as error: # the conversation is not lost for it
-                conversation.rewind(marks.pop())
-                print(f"\n{error}\nYour message is forgotten, what was said before it is not")
-            else:
+                with hardware.out_of_memory_told("in this answer", helps):
+                    answer(conversation, before + line, settings, sys.stdout)
+            except UserError as error:
+                told = str(error) # the error itself holds what the failed forward held
+            before = ""
+            if told is None:
                 keep(conversation)
-                before = ""
+            else:
+                conversation.rewind(marks.pop())
+                print(f"\n{told}\nYour message, with what stood in front of it, is forgotten; what was said before is not")
 
 
 if __name__ == "__main__":

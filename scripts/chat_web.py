@@ -45,7 +45,7 @@ from nanochat.common import UserError, run_main, setup
 from nanochat.conversation import Conversation, Progress
 from nanochat.engine import Engine
 from nanochat.tokenizer import turns
-from scripts.load import LESS_MEMORY, add_flags, load_stage, open_stream, telemetry_maker
+from scripts.load import add_flags, load_stage, open_stream, telemetry_maker
 
 VIEW_EVERY = 16    # tokens between two snapshots of the memory
 KEEP_ALIVE_S = 15  # proxies cut connections that are silent for longer
@@ -264,8 +264,8 @@ def answer(chat, begin, ask, stop):
             return
     try:
         if not stop.is_set():
-            chat.conversation = chat.conversation or begin()
-            with hardware.out_of_memory_told("in this answer", LESS_MEMORY):
+            with hardware.out_of_memory_told("in this answer", "Start a new chat and say less at once; whoever runs the server can lower its --budget or --sessions"):
+                chat.conversation = chat.conversation or begin()
                 yield from write(chat, ask, stop)
     except (UserError, ValueError) as error:
         yield {"error": str(error)}

@@ -45,7 +45,9 @@ def fingerprint(gpt, gistnet):
     return digest.hexdigest()[:16]
 
 
-LESS_MEMORY = "Lower --budget, or use --dtype bf16 or --device cpu" # of a device, where an answer needs it
+def room(device, dtype, first="Free what other programs hold of it"):
+    """What to do where a device has no room for networks of a dtype (None = as saved), for an error: only what helps."""
+    return ", or ".join([first, *["use --dtype bf16"] * (dtype == torch.float32), *["use --device cpu"] * (torch.device(device).type != "cpu"), "take a smaller model"])
 
 
 def add_flags(parser):
@@ -110,8 +112,7 @@ def load_stage(stage, tag=None, step=None, device="cpu", dtype=None, seq_len=Non
     seq_len overrides the longest row: the next stage of training may read longer ones.
     """
     tag = tag or newest_tag(stage)
-    helps = ["Free what other programs hold of it", *["use --dtype bf16"] * (dtype == torch.float32), *["use --device cpu"] * (torch.device(device).type != "cpu"), "take a smaller model"]
-    with hardware.out_of_memory_told(f"while {device} took the networks of {stage}/{tag}", ", or ".join(helps)):
+    with hardware.out_of_memory_told(f"while {device} took the networks of {stage}/{tag}", room(device, dtype)):
         saved = checkpoint.load(checkpoint_dir(stage, tag), step, device="cpu", optimizer=False)
         networks = saved.meta["networks"]
         config = GPTConfig(**({"previous": 1} | networks["gpt"] | ({"seq_len": seq_len} if seq_len else {}))) # where nothing is said, an embedding knew one token before it
@@ -121,7 +122,7 @@ def load_stage(stage, tag=None, step=None, device="cpu", dtype=None, seq_len=Non
         for name, module in modules(gpt, gistnet, lensnet).items():
             module.load_state_dict(saved.tensors[name])
         if config.lora:
-            gpt = gpt.merged()
+            gpt.merge()
         identity = fingerprint(gpt, gistnet) if gistnet is not None else "" # before rounding: in bf16 it is still the same model
         for name, module in modules(gpt, gistnet, lensnet).items():
             module.to(device=device, dtype=None if name == "lensnet" else dtype).eval() # LensNet is tiny and works in fp32 throughout
@@ -192,7 +193,6 @@ def telemetry_maker(args):
     return lambda: Telemetry(args.telemetry, tell if log.wandb else None)
 
 
-@hardware.out_of_memory_told("while the memory was opened, which stays as it is", LESS_MEMORY)
 def open_stream(loaded, memory=True, budget=None, tree=None, telemetry=None):
     """
     What the engine feeds: a session with unbounded memory, or the plain GPT behind a KV cache of one row.

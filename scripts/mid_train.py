@@ -24,7 +24,7 @@ parser.add_argument("--tag", default="", help="tag of the result (empty = the sa
 parser.add_argument("--source", default="stdlib", help="long documents, also those that questions are asked about")
 parser.add_argument("--hub", action="store_true", help="add SmolTalk, MMLU and GSM8K from the data hub")
 parser.add_argument("--documents", type=float, default=0.5, help="share of the tokens that are plain documents")
-parser.add_argument("--freeze-base", action="store_true", help="train GistNet and LensNet only, and read no row without gists, whatever --plain-every says; the base may be one without them (base_train --plain), with windows of L")
+parser.add_argument("--freeze-base", action="store_true", help="train GistNet and LensNet only and, without --lora, read no row without gists, whatever --plain-every says; the base may be one without them (base_train --plain), with windows of L")
 parser.add_argument("--lora", type=int, default=0, help="with --freeze-base: rank of the thin matrices that the GPT learns beside its own (0 = none); rows without gists are read as --plain-every says")
 parser.add_argument("--num-steps", type=int, default=-1, help="steps (-1 = a tenth of the base run's)")
 parser.add_argument("--lr", type=float, default=0.5, help="times the base run's learning rates")
@@ -37,6 +37,8 @@ def main():
         raise UserError(f"--documents {args.documents}: expected a share from 0 to 1, of the tokens")
     if args.lora < 0 or args.lora and not args.freeze_base:
         raise UserError(f"--lora {args.lora}: expected a rank from 1 up, with --freeze-base, or 0 for none; without --freeze-base all of the GPT learns")
+    if args.lora and args.fp8:
+        raise UserError("--lora with --fp8: products beside thin matrices are not computed in 8 bits. Leave one of them out")
     place = start(args)
     base = load_stage("base", args.base_tag or None, seq_len=args.max_seq_len)
     steps = given(args.num_steps) or max(1, base.meta["steps"] // 10)
@@ -49,10 +51,13 @@ def main():
 
     networks = (base.gpt, base.gistnet, base.lensnet)
     if args.freeze_base:
-        gpt = base.gpt.adapted(args.lora) if args.lora else base.gpt.requires_grad_(False)
-        if not args.lora:
+        if base.gistnet is None:
+            networks = (base.gpt, *build(base.gpt.config, memory=True)[1:])
+        if args.lora:
+            base.gpt.adapt(args.lora)
+        else:
+            base.gpt.requires_grad_(False)
             args.plain_every = 0 # a row without gists would teach nobody
-        networks = (gpt, *(networks[1:] if base.gistnet is not None else build(base.gpt.config, memory=True)[1:]))
     momenta = None if args.freeze_base else checkpoint.load(checkpoint_dir("base", base.tag), base.meta["step"]).optimizer
     train("mid", args.tag or base.tag, args, place, networks, base.tokenizer, plan, mix("train"), mix("val"),
           identity=dict(source=args.source, base=base.tag, lr=base.meta["lr"], frozen=args.freeze_base or None), rates=args.lr * base.meta["lr"], warmdown=1.0, final=0.1, first_optimizer=momenta)

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import sys
+import weakref
 
 import pytest
 import torch
@@ -98,21 +99,41 @@ def test_a_conversation_feeds_each_turn_once(monkeypatch, capsys, tmp_path):
         assert line in out
 
 
+class Full(FakeMemory):
+    """Has no room for one word."""
+    held = None
+
+    def feed(self, ids, prompt=True):
+        if "two" in tokenizer.decode(ids):
+            activations = Full("what the forward holds")
+            self.held = weakref.ref(activations)
+            self.fed += ids[:3] # it may fail half-way
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return super().feed(ids, prompt)
+
+    def rewind(self, state):
+        assert self.held() is None, "what failed is still held: there may be no room to go back"
+        super().rewind(state)
+
+
 def test_a_message_for_which_memory_runs_out_is_forgotten_and_the_conversation_goes_on(monkeypatch, capsys, tmp_path):
-    """It ended in a traceback, and a conversation that nobody keeps was lost with it."""
-    class Full(FakeMemory):
-        def feed(self, ids, prompt=True):
-            if "two" in tokenizer.decode(ids):
-                self.fed += ids[:3] # it may fail half-way
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-            return super().feed(ids, prompt)
-    tree = str(tmp_path / "memory")
-    out, (stream,) = run(monkeypatch, capsys, "--tree", tree, lines=["one", "two", "three"], streams=lambda tree: Full("ok"))
-    assert "memory ran out in this answer. Lower --budget, or use --dtype bf16 or --device cpu (CUDA out of memory. Tried to allocate 2.00 GiB)\nYour message is forgotten" in out
+    """It ended in a traceback, and a conversation that nobody keeps was lost with it. A file in front of the message is forgotten too: it may be what was too long."""
+    (tmp_path / "a.txt").write_text("FILE")
+    out, (stream,) = run(monkeypatch, capsys, "--tree", str(tmp_path / "memory"), lines=["one", f"/read {tmp_path / 'a.txt'}", "two", "three"], streams=lambda tree: Full("ok"))
+    assert "memory ran out in this answer. Lower --budget, or use --dtype bf16, or take a smaller model (CUDA out of memory. Tried to allocate 2.00 GiB)\nYour message, with" in out
     spoken = tokenizer.decode(stream.fed)
     assert out.count("model: ok") == 2 and len(stream.saved) == 2 and "<|user_start|>one<|user_end|>" in spoken and "<|assistant_end|><|user_start|>three<|user_end|>" in spoken
-    with pytest.raises(UserError, match="memory ran out in this answer"):
-        run(monkeypatch, capsys, "-p", "two", streams=lambda tree: Full("ok"))
+    with pytest.raises(UserError, match="memory ran out .a memory that --tree keeps is as it was after the last answer.. Say less at once"):
+        run(monkeypatch, capsys, "-p", "two", "--no-memory", streams=lambda tree: Full("ok"))
+
+
+def test_memory_that_runs_out_beside_an_answer_is_told_in_a_line(monkeypatch, capsys):
+    """What a message may be taken back to is a copy of all that is in view."""
+    class Stream(FakeMemory):
+        def mark(self):
+            raise MemoryError
+    with pytest.raises(UserError, match="memory ran out .a memory that --tree keeps.*Lower --budget"):
+        run(monkeypatch, capsys, lines=["one"], streams=lambda tree: Stream("ok"))
 
 
 def test_a_kept_memory_is_written_after_every_answer(monkeypatch, capsys, tmp_path):

@@ -197,7 +197,12 @@ def test_memory_that_runs_out_is_told_with_what_helps():
         def feed(self, ids, prompt=True):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
     with TestClient(app_of(lambda: Full("x"))) as client:
-        assert "memory ran out in this answer. Lower --budget, or use --dtype bf16" in post(client)[-1]["error"]
+        assert "memory ran out in this answer. Start a new chat" in post(client)[-1]["error"]
+
+    def begin():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    with TestClient(app_of(begin)) as client:
+        assert "memory ran out in this answer. Start a new chat" in post(client)[-1]["error"]
 
 
 def test_a_real_gpt_answers_without_memory():

@@ -118,7 +118,7 @@ def test_compiled_flex_attention_is_the_dense_mask():
     gpt, gistnet, _ = (network.cuda() for network in tiny_networks(width=64))
     K, Q = 8, 70
     table = random_batch(0, K, Q).cuda()
-    ids, docs, results = torch.randint(VOCAB, (2, Q * K)).cuda(), torch.zeros(2, Q, dtype=torch.long).cuda(), []
+    ids, results = torch.randint(VOCAB, (2, Q * K)).cuda(), []
     for see in (block_mask, visibility):
         entries = row_entries(gpt, gistnet, ids, K)
         hidden = gpt.trunk(entries, entry_positions(Q * K, K, "cuda"), see(table, K))
@@ -164,9 +164,8 @@ def test_nothing_leaks_from_the_future(seed):
     """A gist sums up a whole block, so a wrong mask would show a token its own future. Change the future: the past must not move."""
     gpt, gistnet, _ = tiny_networks()
     K, Q = 8, 70
-    docs, table, rng = random_row(seed, K, Q)
+    _, table, rng = random_row(seed, K, Q)
     ids = torch.randint(VOCAB, (1, Q * K))
-    docs = torch.from_numpy(docs)[None]
     for cut in rng.integers(1, Q * K, 6):
         changed = ids.clone()
         changed[:, cut:] = (changed[:, cut:] + 1 + torch.randint(VOCAB - 1, (1, Q * K - cut))) % VOCAB

@@ -107,13 +107,9 @@ def test_a_gist_of_level_3_still_tells_what_it_holds():
     assert hits[0, 0, -3:].all() and hits[0, 1, -2:].all() and hits.mean() < 0.15
 
 
-def columns_of(sets):
-    return 8 * sets.table.shape[1]
-
-
 def test_columns_of_spans_that_left_are_used_again(monkeypatch):
     """Whatever came and went before, a span's answer is that of its own tokens; and there are no more columns than the views were wide."""
-    monkeypatch.setattr(matches, "LEAST", (8, 8))
+    monkeypatch.setattr(matches, "LEAST", 8)
     rng = random.Random(0)
     ids = np.random.default_rng(1).integers(0, 500, 64 * BLOCK)
     tree, kept = tree_of(ids), Matches()
@@ -121,19 +117,28 @@ def test_columns_of_spans_that_left_are_used_again(monkeypatch):
         spans = [Span(rng.randrange(2), b) for b in sorted(rng.sample(range(64), rng.randrange(1, 20)))] + [Span(2, n) for n in range(rng.randrange(3))]
         true, hits = held_by(ids, spans), kept.hits(tree, spans)
         assert np.array_equal(hits, Matches().hits(tree, spans)) and (hits | ~true).all()
-        assert columns_of(kept.sets[0]) <= 2 * 21 + 7
+        assert kept.fine.columns <= 2 * 21 + 7
 
 
 def test_a_block_and_its_gist_share_a_set():
     tree, kept = tree_of(range(4 * BLOCK)), Matches()
     hits = kept.hits(tree, [Span(1, 1), Span(0, 1), Span(1, 3)])
-    assert np.array_equal(hits[0], hits[1]) and not np.array_equal(hits[0], hits[2]) and len(kept.sets[0].column) == 2
+    assert np.array_equal(hits[0], hits[1]) and not np.array_equal(hits[0], hits[2]) and len(kept.fine.column) == 2
+
+
+def test_what_could_not_be_looked_up_is_looked_up_again(monkeypatch):
+    """Its set would hold nothing, and deny all that is there, for as long as it is in view."""
+    tree, kept = tree_of(np.arange(200) % 50), Matches()
+    spans = [Span(1, 0), Span(1, 2), Span(1, 3)]
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(tree, "tokens", lambda a, b, calls=[]: MegaTree.tokens(tree, a, b) if calls.append(a) or len(calls) < 3 else (_ for _ in ()).throw(MemoryError()))
+        kept.hits(tree, spans)
+    assert np.array_equal(kept.hits(tree, spans), Matches().hits(tree, spans)) and kept.hits(tree, spans).any()
+    assert kept.hits(tree, []).shape == (0, KINDS, NEWEST)
 
 
 def set_of(kept, span):
-    sets = kept.sets[span.level > 2]
-    column = sets.column[span.level, span.index]
-    return sets.table[:, column >> 3] >> (column & 7) & 1
+    return kept.coarse.held[span.level, span.index]
 
 
 def watch_ids(tree, monkeypatch):
@@ -156,26 +161,23 @@ def test_a_gist_of_a_million_tokens_has_the_sets_of_its_children(gist, monkeypat
         asked = watch_ids(tree, patch)
         kept.hits(tree, [gist])
         assert asked == [NEWEST + 1], "the newest tokens, and nothing else"
-    assert np.array_equal(set_of(kept, gist), set_of(fresh, gist)) and 0.5 < set_of(kept, gist).mean() < 0.9
+    assert np.array_equal(set_of(kept, gist), set_of(fresh, gist)) and 0.5 < np.unpackbits(set_of(kept, gist)).mean() < 0.9
     kept = Matches()
     kept.hits(tree, gist.children()[1:])
     kept.hits(tree, [gist])
     assert np.array_equal(set_of(kept, gist), set_of(fresh, gist))
 
 
-def test_children_that_give_up_their_columns_give_their_sets_first(monkeypatch):
-    """No column is free, and the first that is given up for another newcomer is a child's."""
+def test_children_that_leave_give_their_sets_first(monkeypatch):
+    """Whatever else is new beside the gist that they became."""
     tree, kept, fresh, gist = tree_of(np.random.default_rng(0).integers(0, 2 ** 31, 2 * BLOCK ** 4)), Matches(), Matches(), Span(4, 0)
     *others, last = Span(4, 1).children()
-    kept.hits(tree, gist.children())
     kept.hits(tree, gist.children() + others)
-    assert columns_of(kept.sets[1]) < len(kept.sets[1].column) + 2
     asked = watch_ids(tree, monkeypatch)
     for sets in (kept, fresh):
         sets.hits(tree, [last, gist])
     assert sorted(asked)[-2:] == [BLOCK ** 3 + 1, gist.stop - LEAD] and asked.index(gist.stop - LEAD) > len(asked) // 2, "only the fresh one asks for a million ids"
-    assert kept.sets[1].column[3, last.index] == 0
-    assert all(np.array_equal(set_of(kept, span), set_of(fresh, span)) for span in (last, gist))
+    assert len(kept.coarse.held) == 2 and all(np.array_equal(set_of(kept, span), set_of(fresh, span)) for span in (last, gist))
 
 
 def test_bits_are_evenly_used():

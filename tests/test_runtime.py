@@ -62,7 +62,6 @@ def test_the_session_is_the_training_layout():
                 table[i // K, first:last] = {0: RAW, 1: GIST, 2: NODE}[span.level]
         got.append(memory.feed([token]))
     assert {RAW, GIST, NODE} <= set(np.unique(table)), "the case must show every level"
-    docs = torch.zeros(1, Q, dtype=torch.long)
     entries = row_entries(*networks[:2], torch.tensor([ids]), K)
     hidden = networks[0].trunk(entries, entry_positions(length, K), visibility(torch.from_numpy(table)[None], K))
     assert torch.allclose(torch.stack(got), networks[0].head(hidden[0, :length]), atol=1e-3)
@@ -488,11 +487,11 @@ def test_a_prompt_opens_what_it_asks_for_however_deep_it_lies(monkeypatch):
 
 def test_what_a_session_keeps_for_its_questions_is_bounded(monkeypatch):
     """A set of bits for each entry that was ever in view would grow with the history."""
-    monkeypatch.setattr(matches, "LEAST", (8, 8))
+    monkeypatch.setattr(matches, "LEAST", 8)
     memory = session(budget=192)
     for t in some_ids(1500):
         memory.feed([t])
-        assert sum(8 * sets.table.shape[1] for sets in memory.matches.sets) <= 2 * 192
+        assert memory.matches.fine.columns <= 2 * 192 and len(memory.matches.coarse.held) <= 192
 
 
 def test_a_million_tokens_that_collapse_are_not_looked_at_again(monkeypatch):
@@ -510,9 +509,9 @@ def test_a_million_tokens_that_collapse_are_not_looked_at_again(monkeypatch):
     while node not in memory.spans:
         assert memory.length < BLOCK ** 4 + 5 * BLOCK ** 3, "the case must close them"
         memory.feed([1])
-    assert (4, 0) not in memory.matches.sets[1].column
+    assert (4, 0) not in memory.matches.coarse.held
     asked, fresh = watch_ids(tree, monkeypatch), Matches()
-    while (4, 0) not in memory.matches.sets[1].column:
+    while (4, 0) not in memory.matches.coarse.held:
         memory.feed([1])
     assert max(asked) < BLOCK ** 3
     fresh.hits(tree, [node])
