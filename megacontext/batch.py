@@ -32,24 +32,24 @@ class Together:
     def feed(self, session, token):
         """
         One token of an answer -> logits (V,) of the token that follows. Nobody is waited for where nobody else is answering: the session reads alone, as always.
-        What fails in a common forward fails for all who came; then none of their tokens was read, and every session can go on.
+        What fails in a common forward fails for all who came; then their tokens are in their trees, nothing is in view, and every session can go on.
         """
         turn = Turn(session, token)
         group = self._alone(turn)
         if not group:
-            with session.changing():
-                session.ready()
-                session.read_waiting()
+            take(session, token)
+            turn.taken = True
             group = self._meet(turn)
         if group:
             self._read(group)
         error, turn.error = turn.error, None
         if error is not None:
             try:
-                raise error
+                with session.changing():
+                    raise error
             finally:
                 del error # its traceback holds this frame, which would hold it: what failed for want of memory must give it back at once
-        if turn.shared:
+        if turn.taken:
             keep(session, token, turn.seconds)
         return turn.logits
 
@@ -87,9 +87,8 @@ class Together:
         """The forward, and its outcome to all of the group."""
         start, logits, error = time.perf_counter(), [None] * len(group), None
         sessions, tokens = [turn.session for turn in group], [turn.token for turn in group]
-        shared = len(group) > 1
         try:
-            logits = read(sessions, tokens) if shared else [sessions[0].feed(tokens)]
+            logits = read(sessions, tokens) if group[0].taken else [sessions[0].feed(tokens)]
             if logits[0].is_cuda:
                 torch.cuda.synchronize(logits[0].device) # else `took` would not be what it takes
         except BaseException as failure: # all who wait must hear of it
@@ -97,19 +96,19 @@ class Together:
         with self.change:
             self.took = time.perf_counter() - start
             for turn, row in zip(group, logits):
-                turn.logits, turn.error, turn.shared, turn.seconds, turn.done = row, error, shared, self.took / len(group), True
-            if shared:
+                turn.logits, turn.error, turn.seconds, turn.done = row, error, self.took / len(group), True
+            if len(group) > 1:
                 self.until = time.perf_counter() + self.took
                 self.change.notify_all()
         del error, group, turn # as in feed()
 
 
 class Turn:
-    """A token of one session, until it was read: alone with all that follows, or `shared`, for keep()."""
+    """A token of one session, until it was read: by the session, with all that belongs to it, or, once it is `taken`, with others', for keep()."""
 
     def __init__(self, session, token):
         self.session, self.token = session, token
-        self.logits, self.error, self.shared, self.seconds, self.done = None, None, False, 0.0, False
+        self.logits, self.error, self.taken, self.seconds, self.done = None, None, False, 0.0, False
 
 
 class Joined:
@@ -128,21 +127,27 @@ class Joined:
 # ----------------------------------------------------------------------------------------------------------------------
 # The forward
 
+def take(session, token):
+    """A session takes the token that it reads next, with the tick that may be due, and reads the blocks that wait."""
+    with session.changing():
+        session.ready()
+        session.take([token])
+        session.read_waiting()
+
+
 def read(sessions, tokens):
-    """One token for each session of one GPT, none of which has blocks that wait -> logits (B, V). Their keys and values are in the caches then, and it is for keep() to say so."""
+    """One token for each session of one GPT, which took it and has no blocks that wait -> logits (B, V). Their keys and values are in the caches then, and it is for keep() to say so."""
     gpt, shown = sessions[0].gpt, [session.shown for session in sessions]
     ids = torch.tensor(tokens, device=gpt.device)[:, None]
     entries = gpt.embed(ids, torch.tensor([session.before() for session in sessions], device=gpt.device))
-    positions = torch.cat([session.shown.mapped_token(session.length) for session in sessions])
+    positions = torch.cat([session.shown.mapped_token(session.length - 1) for session in sessions])
     return gpt.head(gpt.trunk(entries, positions, [one.weighed("all") for one in shown], Caches([one.cache for one in shown]))[:, -1])
 
 
 def keep(session, token, seconds):
-    """A token that was read is the newest of its session now; the tick that it may complete is made here. seconds: its share of the forward."""
+    """A token that was read is in the view of its session now. seconds: its share of the forward."""
     with session.changing():
-        place = session.length
-        session.tree.append_tokens([token])
-        session.shown.note(session.shown.cache.length, [place])
+        session.shown.note(session.shown.cache.length, [session.length - 1])
         session.shown.cache.advance(1)
         session._count("read", time.perf_counter() - seconds, read_tokens=1)
         session.grown([token])

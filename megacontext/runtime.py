@@ -1,12 +1,12 @@
 """
 The runtime session: unbounded history in, next-token logits out, at the cost of one working context.
 
-Every 8 tokens, one tick:
+Every 4 tokens, one tick, before the next of them is read:
     ingest     every 32, finished blocks that are about to leave the raw tail get their gists (ingest.py)
     score      LensNet says which entries deserve detail                            (lensnet.py)
     allocate   the focus allocator expands and collapses within the budget          (allocator.py)
     splice     keys and values of the entries come into view or leave it            (shown.py, kv_store.py)
-Between ticks tokens are read behind what is in view, like in any GPT with a KV cache.
+Then that token is read behind what is in view, and those up to the next tick, like in any GPT with a KV cache.
 
 Keys and values belong to entries: a gist's are a function of the gist alone, a raw block's are those it had when it was read. So a refocus
 splices and does not re-read: only blocks that come into view and were never read, or were forgotten, have to be read: in the next token's forward.
@@ -41,7 +41,7 @@ from nanochat.common import UserError
 from nanochat.gpt import Entries, causal_after
 
 COMMIT = 4096         # tokens between commits while reading: a commit waits for the disk, 13 to 100 ms. save() commits too
-REFOCUS_EVERY = 8    # tokens: what the next tokens need is in the newest ones, and a whole block later it is another block (LOG.md, 2026-11-27)
+REFOCUS_EVERY = 4    # tokens: what the next tokens need is in the newest ones. Every 8 costs less time and a tenth of what sessions gain (LOG.md, 2026-11-30)
 MARGIN = 0.5         # nats over the rest of a block: what an expansion must be better by than each collapse that pays for it; with 1.0, of 2,048 tokens, sessions lost a fifth of what they gain (LOG.md, 2026-11-30)
 COOLDOWN = 0         # ticks that a node rests after an edit: with 8 what was opened stood in the way of what was wanted next (LOG.md, 2026-11-27)
 TURNS = 10           # refocuses after a prompt for each level in view, as long as they find something to edit: two blocks a refocus
@@ -55,7 +55,7 @@ class Session:
         budget        most entries the GPT reads at once, tokens and gists alike
         n_diff        most edits a refocus; 0 = recency alone
         margin        what an expansion must be better by than the collapse that pays for it, in nats
-        refocus_every tokens between refocuses, a divisor of 32
+        refocus_every tokens between refocuses, a divisor of 32, at least 2
         positions     the policy, one of positions.POLICIES
         longest       tokens of history for which the pins must leave room: fewer where a session is known to end
         kept          budgets of keys and values kept on the device when they leave the view, and kept_in_ram in RAM behind them
@@ -64,8 +64,8 @@ class Session:
         """
         if budget < LEAST_BUDGET:
             raise UserError(f"a working context of {budget} entries is too small: expected at least {LEAST_BUDGET}, raise --budget")
-        if refocus_every < 1 or BLOCK % refocus_every:
-            raise UserError(f"a refocus every {refocus_every} tokens: expected a divisor of {BLOCK}")
+        if refocus_every < 2 or BLOCK % refocus_every: # a tick has read all but the first token of a block, and that may not be its last
+            raise UserError(f"a refocus every {refocus_every} tokens: expected a divisor of {BLOCK}, at least 2")
         self.gpt, self.gistnet, self.lensnet, self.tree = gpt, gistnet, lensnet, tree
         self.budget, self.n_diff, self.margin, self.refocus_every, self.longest, self.pins, self.exact = budget, n_diff, margin, refocus_every, longest, pins, exact
         self.kept, self.kept_in_ram, self.tail = kept, kept_in_ram, raw_tail(budget)
@@ -150,9 +150,8 @@ class Session:
     @torch.no_grad()
     def feed(self, ids, prompt=True):
         """
-        ids, at least one -> logits (V,) of the token that follows. One token is decoding. Several are a prompt: after it the
-        context is refocused on what it asks, as often as levels have to be opened, and its end is read again in that light.
-        prompt=False: several ask nothing either, and leave what they would one by one, where they are not so many that skim() has their beginning.
+        ids, at least one -> logits (V,) of the token that follows. One token is decoding. Several are a prompt: after it the context is refocused on what it asks, and its
+        end is read again in that light. prompt=False: several ask nothing either, and leave what they would one by one, where they are not so many that skim() has their beginning.
         If it fails, `length` tells how many of the ids are in the tree: those have been fed, the next feed goes on behind them.
         """
         if len(ids) == 0:
@@ -178,9 +177,8 @@ class Session:
 
     def skim(self, ids):
         """
-        Take in what of a prompt the GPT need not read, only remember: all but a raw tail, where the prompt is longer than two. A generator of the
-        tokens taken in so far, a stretch at a time; feed() takes the rest. Whoever stops it has those in the history. Until the next feed or mark nothing
-        is in view: a context of before the prompt is of no more use.
+        Take in what of a prompt the GPT need not read, only remember: all but a raw tail, where the prompt is longer than two. A generator of the tokens taken in so far, a
+        stretch at a time; feed() takes the rest. Whoever stops it has those in the history. Until the next feed or mark nothing is in view: a context of before is of no more use.
         """
         skip, done, stretch = len(ids) - self.tail, 0, NODES_AT_ONCE * BLOCK
         if skip <= self.tail:
@@ -210,15 +208,23 @@ class Session:
         return len(edits) > 0
 
     def _read(self, ids, length):
-        """Read tokens that stay within the live block, behind `length` others; a tick when they complete it."""
-        start = time.perf_counter()
+        """Read tokens that stay within the live block, behind `length` others."""
         known, P = torch.tensor([self.before() + ids], device=self.gpt.device), self.gpt.config.previous
-        entries = self.gpt.embed(known[:, P:], known[:, :P])
-        self.tree.append_tokens(ids)
-        logits = self._forward(entries, length)
+        self.take(ids)
+        start = time.perf_counter()
+        logits = self._forward(self.gpt.embed(known[:, P:], known[:, :P]), length)
         self._count("read", start, read_tokens=len(ids))
         self.grown(ids)
         return logits
+
+    def take(self, ids):
+        """Append tokens to the tree that are read next. If a tick is due it comes first and knows the first of them, as they come one by one: what it opens is there when they are read."""
+        self.before() # of them, while the tree ends in front of them
+        due, self._behind = self.tree.length > 0 and self.tree.length % self.refocus_every == 0, True
+        self.tree.append_tokens(ids[:1])
+        if due:
+            self.refocus(wait=True)
+        self.tree.append_tokens(ids[1:])
 
     def before(self):
         """Ids of the newest tokens, P of them, in whose light the next one is embedded; -1 where there are not so many."""
@@ -236,7 +242,7 @@ class Session:
         return self.gpt.head(hidden[0, -1])
 
     def grown(self, ids):
-        """Tokens ids were appended to the tree and read: a finished block gets its place, and after every few tokens there is a tick."""
+        """Tokens ids, which take() appended to the tree, were read: a finished block gets its place."""
         self.last, self._behind = (self.before() + ids)[-self.gpt.config.previous:], True
         if self.tree.length % BLOCK == 0:
             self.shown.seal(self.spans[-1:])
@@ -247,8 +253,6 @@ class Session:
             if self.tree.length % COMMIT == 0:
                 self.tree.commit()
             self._count("ingest", start)
-        if self.tree.length % self.refocus_every == 0:
-            self.refocus(wait=True)
 
     def flush(self):
         """Write the gists of every finished block, and commit."""
@@ -287,7 +291,7 @@ class Session:
             self.spans, self.edits, self.focus = plan
             check(self.spans, self.tree.length, self.budget)
             start = self._count("allocate", start, edits=len(self.edits))
-            if self.edits or self.tree.length % BLOCK == 0: # positions are mapped anew at the end of a block only
+            if self.edits or self.tree.length % BLOCK == 1: # positions are mapped anew where a block begins only
                 self.read_waiting() # in the context that it was opened in
                 loose = self.shown.lift()
                 self.waiting = self._splice()
@@ -423,10 +427,7 @@ class Session:
         return Session(self.gpt, self.gistnet, self.lensnet, self.tree.fork(path), kept=self.kept, kept_in_ram=self.kept_in_ram, state=state, **state.settings())
 
     def save(self, folder):
-        """
-        Write the session beside its tree: which spans are in view, and their keys and values, so that the next token is the same.
-        The tree itself is on disk already if it was created there.
-        """
+        """Write the session beside its tree, which is on disk already: which spans are in view, and their keys and values, so that the next token is the same."""
         state = self.mark()
         self.flush()
         save_state(state, folder)

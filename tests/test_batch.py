@@ -11,7 +11,7 @@ import torch
 
 import megacontext.batch as batch
 from bench.streams import Ids
-from megacontext.batch import Caches, Together, keep, read
+from megacontext.batch import Caches, Together, keep, read, take
 from megacontext.runtime import Session
 from megacontext.span import BLOCK
 from nanochat.engine import Engine
@@ -48,9 +48,8 @@ def test_a_common_forward_is_each_sessions_own():
     for step in range(100):
         rows = sorted(rng.sample(range(4), rng.randint(2, 4)))
         tokens = [rng.randrange(VOCAB) for _ in rows]
-        for row in rows:
-            together[row].ready()
-            together[row].read_waiting()
+        for row, token in zip(rows, tokens):
+            take(together[row], token)
         logits = read([together[row] for row in rows], tokens)
         for row, token, told in zip(rows, tokens, logits):
             keep(together[row], token, 0.0)
@@ -197,20 +196,20 @@ def test_a_forward_that_fails_fails_for_all_and_all_go_on(monkeypatch):
     """Half of the layers were read, of one session in the middle of a block and of two at the end of one."""
     networks, together = tiny_networks(), Together()
     sessions = spread(networks, (1279, 1247, 90), (192, 192, 192))
-    twins, append = [memory.fork() for memory in sessions], Caches.append
+    append = Caches.append
     expecting(together, sessions)
     with monkeypatch.context() as patch:
         patch.setattr(Caches, "append", lambda caches, layer, k, v: append(caches, layer, k, v) if layer < 2 else 1 / 0)
         told = at_once(*(partial(together.feed, memory, 3) for memory in sessions))
     assert [type(error) for error in told] == [ZeroDivisionError] * 3
-    assert [memory.length for memory in sessions] == [1279, 1247, 90], "none was read"
-    check_they_go_on(together, sessions, twins)
+    assert [memory.length for memory in sessions] == [1280, 1248, 91], "their tokens are in their trees"
+    check_they_go_on(together, sessions, [Session(*networks, memory.tree.fork(), 192, margin=memory.margin) for memory in sessions])
 
 
 def test_a_session_that_fails_in_its_tick_fails_alone(monkeypatch):
     """Two of three tick, one fails in it. Its token is in its tree all the same."""
     networks, together = tiny_networks(), Together()
-    sessions = [on_a_tree_that_fails(networks, some_ids(n, seed=n)) for n in (1279, 1247, 90)]
+    sessions = [on_a_tree_that_fails(networks, some_ids(n, seed=n)) for n in (1280, 1248, 90)]
     for t in some_ids(BLOCK):
         sessions[1].feed([t]) # so that the next token makes a tick that has to collapse something
     expecting(together, sessions)
@@ -218,7 +217,7 @@ def test_a_session_that_fails_in_its_tick_fails_alone(monkeypatch):
         patch.setattr(sessions[1], "_splice", lambda: 1 / 0)
         told = at_once(*(partial(together.feed, memory, 1 + row) for row, memory in enumerate(sessions)))
     assert [type(outcome) for outcome in told] == [torch.Tensor, ZeroDivisionError, torch.Tensor]
-    assert [memory.length for memory in sessions] == [1280, 1280, 91]
+    assert [memory.length for memory in sessions] == [1281, 1281, 91]
     twins = [Session(*networks, sessions[1].tree.fork(), 192, margin=sessions[1].margin) if row == 1 else memory.fork() for row, memory in enumerate(sessions)]
     check_they_go_on(together, sessions, twins)
 
@@ -239,8 +238,8 @@ def test_any_number_come_and_go_and_fail(groups, monkeypatch):
                 try:
                     logits = stream.feed(ids, prompt=False)
                 except ZeroDivisionError:
-                    assert memory.length == length
-                    failed += 1
+                    assert memory.length == length + 1
+                    failed, twin = failed + 1, memory.fork()
                     continue
                 assert torch.allclose(logits, twin.feed(ids, prompt=False), atol=1e-3)
                 if rng.random() < 0.05:

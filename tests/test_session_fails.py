@@ -182,7 +182,7 @@ def test_pins_that_are_refused_change_nothing():
 
 def stopped_in_a_tick(networks, monkeypatch):
     """A session that failed between its plan and its splice: what it had in view was no longer what its working context said."""
-    memory = on_a_tree_that_fails(networks, some_ids(1247))
+    memory = on_a_tree_that_fails(networks, some_ids(1248))
     for t in some_ids(BLOCK):
         memory.feed([t]) # so that the next tick has to collapse something
     with monkeypatch.context() as patch:
