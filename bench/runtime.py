@@ -12,7 +12,7 @@ random too, so that a tick makes edits: `edits` says how many. One tree grows on
                 just before a block is full, and 32 entries are free after it; `visible` is what it reads on average. They decode the same ids, 2 blocks
                 each in turn, so that a slow phase of the machine meets all; what is told is the median over rounds of a round's mean (of the
                 ratio of means in flatness and overhead). Ticks are in it; a commit to disk is not in
-                every round. median, p99 and max are of single tokens; a tick falls on every 8th. The next token always comes to Python. Each
+                every round. median, p99 and max are of single tokens; a tick falls on every 4th. The next token always comes to Python. Each
                 length grows by what is decoded.
     a block     of 32 tokens: where its milliseconds go, from timers around the stages of its ticks, in a run of its own
     question    a prompt of 20 tokens to the session at each length: to the first token of its answer, and of that the search through the whole history,

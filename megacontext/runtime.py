@@ -322,7 +322,6 @@ class Session:
     @torch.no_grad()
     def _assemble(self):
         """A fresh working context for the tree as it is, by recency and as the pins order."""
-        self.last = None
         complete(self.gpt, self.gistnet, self.tree)
         self.shown.lift() # the live block as far as it went: what follows is read with it
         self.spans = begin(self.tree.length, self.budget, self.tail, self.pins)

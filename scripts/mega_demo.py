@@ -127,8 +127,7 @@ class Watched(Session):
         return scores, beneath
 
     def refocus(self, found=None, wait=False):
-        self.watch()
-        edits = super().refocus(found, wait)
+        edits = super().refocus(found, wait) # before a tick the token that it precedes may be one too many
         self.ticks.append(Tick(self.length, *self.scored, edits, found is not None))
         self.watch()
         return edits

@@ -34,7 +34,8 @@ def test_the_tables_say_what_the_json_says(base, tmp_path, monkeypatch, capsys):
     assert formats["int8_more_than_bf16"]["mean"] == pytest.approx(formats["int8"]["nats"]["mean"] - formats["bf16"]["nats"]["mean"], abs=1e-9)
     assert spliced["kl"]["mean"] > 0 and 0 <= spliced["agree"]["mean"] <= 1 and 0 < spliced["tokens"] <= 3 * 2 * 69 and spliced["edits"] > 0
     control = formats[fidelity.CONTROL]
-    assert abs(control["more_than_fp32"]["mean"]) > 5 * abs(formats["int8"]["more_than_fp32"]["mean"]), "wrong gists are another thing than rounded ones"
+    size = lambda told: max(abs(told["more_than_fp32"]["mean"]), told["more_than_fp32"]["spread"]) # either may be near zero by chance
+    assert size(control) > 5 * size(formats["int8"]), "wrong gists are another thing than rounded ones"
     assert f"| {fidelity.CONTROL} | - | {fidelity.pm(control['nats'])} |" in out
     assert f"| KL(exact, fast), nats per token | {fidelity.pm(spliced['kl'])} |" in out and told["budget"] == 192
 

@@ -77,11 +77,11 @@ def test_a_history_is_read_or_taken_in(monkeypatch):
     tokens = []
     monkeypatch.setattr(runtime.Session, "_read", lambda self, ids, length: tokens.extend(ids) or read(self, ids, length))
     nats, count = refocus.session(some, row, 192, READ, 8, 0.0, 4, 0, read_history=True)
-    assert tokens == row[:512].tolist() and len(ticks) == 512 // 8
+    assert tokens == row[:512].tolist() and len(ticks) == 512 // 8 - 1, "there is none before the first token"
     assert nats.shape == (READ,) and 0 <= count["edits"] <= 4 * 4 and 0 <= count["again"] < 4 * BLOCK, "the history's own 448 tokens would be 224 a block"
     ingested, _ = refocus.session(some, row, 192, READ, 8, 0.0, 4, 0)
     assert not np.allclose(nats, ingested)
-    memory, ids = runtime.Session(some.gpt, some.gistnet, some.lensnet, refocus.MegaTree.in_memory(refocus.make_header(some.gpt.config.width, 0)), 192, margin=0.0), row.tolist()
+    memory, ids = runtime.Session(some.gpt, some.gistnet, some.lensnet, refocus.MegaTree.in_memory(refocus.make_header(some.gpt.config.width, 0)), 192, margin=0.0, refocus_every=8), row.tolist()
     one_by_one = [-memory.feed([now]).float().log_softmax(-1)[then].item() for now, then in zip(ids[:-1], ids[1:])]
     assert nats == pytest.approx(one_by_one[-READ:], abs=1e-4)
 
