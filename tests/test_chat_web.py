@@ -344,7 +344,7 @@ def test_answers_written_at_the_same_time_are_read_in_one_forward(served, monkey
     alone = [answered(response) for response in asyncio.run(guests(False))]
     assert not sizes and all(alone)
     assert [answered(response) for response in asyncio.run(guests(True))] == alone
-    assert len(sizes) > 10 and set(sizes) <= {2, 3, 4}, "they hardly met"
+    assert sum(size > 1 for size in sizes) > 10 and max(sizes) <= 4, "they hardly met"
     assert isinstance(opener(loaded, parser.parse_args(["--no-memory"]))().stream, PlainStream)
 
 
