@@ -194,17 +194,17 @@ class Session:
 
     def _settle(self):
         """Search the whole history for what the prompt asks, and refocus until nothing more is wanted, TURNS times for each level in view at most. Returns whether anything was edited."""
-        levels = max(span.level for span in self.spans)
-        if levels == 0:
+        if not (levels := max(span.level for span in self.spans)):
             return False
-        start, edits = time.perf_counter(), []
+        start, edits, self.focus = time.perf_counter(), [], Focus(self.focus.tick)
         found = block_scores(self.lensnet, self.tree, lambda centres: self.shown.distances(centres, self.tree.length), self.gpt.device)
         self._count("score", start)
         for _ in range(TURNS * levels):
             if not self.refocus(found):
                 break
             edits += self.edits
-        self.edits = edits
+        self.edits, rest = edits, self.focus.tick + BLOCK // self.refocus_every
+        self.focus = Focus(self.focus.tick, {edit.node: rest for edit in edits if edit.kind == "expand"}) # for a block: an answer's own words match elsewhere, and closed what it was read from (LOG.md, 2026-11-30)
         return len(edits) > 0
 
     def _read(self, ids, length):

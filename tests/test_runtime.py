@@ -486,6 +486,21 @@ def test_a_prompt_opens_what_it_asks_for_however_deep_it_lies(monkeypatch):
     check(memory.spans, memory.length, 320)
 
 
+def test_what_a_question_opened_rests_for_a_block(monkeypatch):
+    """A passkey at a million tokens was found and then closed in the middle of its answer, for blocks that hold the answer's own words: 7 of 9 were answered, and 9 since it rests."""
+    memory = session(budget=320)
+    memory.feed(some_ids(9000))
+    wanted = next(span.start for span in memory.spans if span.level == 2) // BLOCK + 5
+    monkeypatch.setattr(runtime, "block_scores", lambda lensnet, tree, *_: np.where(np.arange(tree.length // BLOCK) == wanted, 9.0, -1.0))
+    memory.feed(some_ids(10, seed=1))
+    monkeypatch.setattr(memory, "score", lambda found=None: ([-9.0 if span == Span(0, wanted) else 5.0 * (span.level == 1) for span in memory.spans], []))
+    held = []
+    for t in some_ids(60, seed=2):
+        memory.feed([t])
+        held.append(Span(0, wanted) in memory.spans)
+    assert all(held[:BLOCK - memory.refocus_every]) and not any(held[BLOCK + memory.refocus_every:])
+
+
 def test_what_a_session_keeps_for_its_questions_is_bounded(monkeypatch):
     """A set of bits for each entry that was ever in view would grow with the history."""
     monkeypatch.setattr(matches, "LEAST", 8)
