@@ -290,22 +290,23 @@ tree.commit()
 """
 
 CHILD = """
-import random, sys
+import os, random, sys
 sys.path.insert(0, sys.argv[2])
 from megacontext.tree import MegaTree
 from tree_truth import ingest
 rng = random.Random(int(sys.argv[3]))
 tree = MegaTree.open(sys.argv[1], model="gpt-1")
-print("ready", flush=True)
+say = lambda line: os.write(1, f"{line}\\n".encode()) # at once: of print(), unbuffered, a kill may leave a word
+say("ready")
 while True:
     for _ in range(rng.randrange(1, 6)):
         ingest(tree, rng.choice([1, 32, 100, 3000]))
     if rng.random() < 0.1:
         to = rng.randrange(max(0, tree.length - 5000), tree.length + 1)
-        print("rewinding", to, flush=True)
+        say(f"rewinding {to}")
         tree.truncate(to)
     tree.commit()
-    print("committed", tree.length, flush=True)
+    say(f"committed {tree.length}")
     if rng.random() < 0.05:
         tree.close()
         tree = MegaTree.open(sys.argv[1])
