@@ -7,8 +7,8 @@ import random
 import pytest
 
 from megacontext.allocator import Edit, Focus, begin, refocus
-from megacontext.span import Span
-from megacontext.working_context import BrokenLaw, Pins, advance, assemble, check, cost, find, groups
+from megacontext.span import BLOCK, Span
+from megacontext.working_context import LEAST_BUDGET, BrokenLaw, Pins, advance, assemble, check, coarsest, cost, find, groups, raw_tail
 from nanochat.common import UserError
 from tests.test_laws import beneath, random_spans, replayed
 
@@ -229,3 +229,33 @@ def test_bad_scores_are_refused():
         refocus(spans, [0.0, float("nan")], 64, room=0)
     with pytest.raises(AssertionError, match="one score per span"):
         refocus(spans, [0.0], 64, room=0)
+
+
+def test_the_highest_level_is_the_lowest_that_has_room():
+    """A budget of 2,048: 256 gists of 32 tokens are an eighth of it, so nothing of such a history is hidden in level 2; 225 of level 2 leave room for 31 of level 1."""
+    for length, level in ((0, 1), (32 * 256, 1), (32 * 257, 2), (1024 * 226 - 1, 2), (1024 * 226, 3), (2**15 * 195 - 1, 3)):
+        assert coarsest(length, 2048) == level
+
+
+@pytest.mark.parametrize("budget", [LEAST_BUDGET, 256, 2048])
+@pytest.mark.parametrize("length", [8 * 32 ** 4 - 1, 32 ** 5 - 1, 32 ** 5])
+def test_every_history_has_a_first_context(budget, length):
+    """A whole block was left free behind a block half full: with the least budget a tree of 8,388,607 tokens, which a session can grow to, could not be opened."""
+    spans = begin(length, budget, raw_tail(budget))
+    check(spans, length, budget - (BLOCK - length % BLOCK))
+
+
+@pytest.mark.parametrize("budget", [LEAST_BUDGET, 256, 512])
+def test_the_highest_level_always_leaves_room(budget):
+    """Scores at random, at the longest histories of every level: with what cannot close left over on each, a refocus that may go no higher still fits."""
+    rng, tail = random.Random(budget), raw_tail(budget)
+    most = [BLOCK ** level * count for level in range(1, 5) for count in (1, 2, 3, budget // 4, budget // 2 - 31 * (level - 1)) if count > 0]
+    for length in most:
+        length = max(BLOCK, length - 20 * BLOCK)
+        spans, focus = assemble(length, budget - BLOCK, tail=tail), Focus()
+        for _ in range(40):
+            scores = [rng.gauss(0, 9) for _ in spans]
+            spans, _, focus = refocus(spans, scores, budget, focus, tail=tail, top=coarsest(length, budget))
+            check(spans, length, budget - BLOCK)
+            length += BLOCK
+            spans = advance(spans, length)

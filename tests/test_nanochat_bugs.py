@@ -7,7 +7,7 @@ B2   a chunk read behind a cache forgot the token before it                    t
                                                                                test_gpt.py::test_reading_in_chunks_is_reading_at_once
                                                                                test_conversation.py::test_a_second_turn_over_a_real_cache_equals_one_long_prompt
 B3   fine-tuning cut every conversation at 2,048 tokens                        test_a_conversation_is_as_long_as_its_row (here)
-                                                                               test_dataloader.py::test_the_rule_for_a_conversation_longer_than_its_row_by_hand
+                                                                               test_packing.py::test_the_rule_for_a_conversation_longer_than_its_row_by_hand
 B4   a prompt of one token failed                                              test_engine.py::test_bos_alone_is_a_prompt
 B5   a forward after the last token, rows decoded past their end,              test_engine.py::test_no_forward_is_wasted
      the device waited for in every step                                       test_engine.py::test_a_batch_runs_no_forward_for_rows_that_are_done
@@ -20,7 +20,7 @@ B7   a script read a line of the log that was no longer printed                t
                                                                                test_training.py::test_two_processes_and_a_resumed_one_give_the_losses_of_one
 B8   the first token of a document heard of the one before it                  test_gpt.py::test_an_embedding_knows_the_tokens_before_it_of_its_own_document
 B9   a run resumed only on as many processes, and lost the loader's buffer     test_distributed.py::test_any_number_of_processes_makes_the_same_run_and_resumes_any_other
-                                                                               test_dataloader.py::test_killed_and_resumed_with_other_ranks_the_rows_go_on
+                                                                               test_loader_ranks.py::test_killed_and_resumed_with_other_ranks_the_rows_go_on
                                                                                test_training.py::test_four_processes_and_a_run_that_goes_on_with_another_number_give_the_losses_of_one
 B10  a kill while saving left a "last" checkpoint that was none                test_checkpoint.py::test_a_kill_at_any_instant_leaves_the_last_complete_checkpoint
                                                                                test_checkpoint.py::test_a_stop_after_every_single_operation
