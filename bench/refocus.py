@@ -50,7 +50,7 @@ parser.add_argument("--rows", type=int, default=16, help="for each seed")
 parser.add_argument("--seeds", type=int, default=3, help="samples of rows")
 parser.add_argument("--first-seed", type=int, default=0, help="of the samples: what was chosen on some rows is reported on others")
 parser.add_argument("--settings", default="4:0.5:0:0,4:0.5:4:0,8:0.5:4:0,32:0.5:4:0", help="of sessions: every:margin:edits:rest, comma list")
-parser.add_argument("--every", default="8", help="tokens between two choices of bm25 and lens, comma list (empty = leave them out)")
+parser.add_argument("--every", default="4", help="tokens between two choices of bm25 and lens, comma list (empty = leave them out)")
 add_data_dir(parser)
 
 

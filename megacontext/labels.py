@@ -6,7 +6,7 @@ block once more under each edited context, and compare. The keys and values of t
 so an edit costs a forward of K tokens, without gradients.
 
 The label of an entry is the value of its detail in nats over the rest of the block, from the place on where LensNet is asked: the loss with the coarser view
-less the loss with the finer one, whichever of the two the context had. A session asks every 8 tokens, so a place is where one of a block's PARTS parts begins, as likely
+less the loss with the finer one, whichever of the two the context had. A session asks all over a block, so a place is where one of its PARTS parts begins, as likely
 as any other: asked where blocks begin and nowhere else, LensNet gets half of what can be gained within the next 8 tokens by two blocks, and three fifths so (LOG.md, 2026-11-27). Positive = detail helps. (A LensNet elsewhere was once trained on the opposite sign
 and looked healthy: tests/test_labels.py has an oracle case.)
 
@@ -21,7 +21,7 @@ from megacontext.layout import GIST, RAW, own_blocks, past
 from nanochat.gpt import IGNORE, Entries
 
 
-PARTS = 4 # of a block; LensNet is asked where each begins: every 8 tokens of 32
+PARTS = 4 # of a block; LensNet learns where each begins: at every 8th token of 32
 
 
 @dataclass

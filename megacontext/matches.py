@@ -181,7 +181,7 @@ class _Sets:
                 self.held[one] = self._of_ids(tree, *one) if known is None else known
         self.held = {one: self.held[one] for one in stretches}
         bit = bit_of(asked, BITS[1])
-        return (np.stack([row[bit >> 3] for row in self.held.values()]) >> (bit & 7).astype(np.uint8) & 1).view(bool)
+        return (np.stack([self.held[one][bit >> 3] for one in stretches]) >> (bit & 7).astype(np.uint8) & 1).view(bool)
 
     def _of_children(self, level, index):
         """The set of a gist of a million tokens or more: all that its children hold. They were in view when they became it. None where one's set is not here."""

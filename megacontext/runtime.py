@@ -41,7 +41,7 @@ from nanochat.common import UserError
 from nanochat.gpt import Entries, causal_after
 
 COMMIT = 4096         # tokens between commits while reading: a commit waits for the disk, 13 to 100 ms. save() commits too
-REFOCUS_EVERY = 4    # tokens: what the next tokens need is in the newest ones. Every 8 costs less time and a tenth of what sessions gain (LOG.md, 2026-11-30)
+REFOCUS_EVERY = 4    # tokens: what the next tokens need is in the newest ones. Every 8 takes half of the ticks, and sessions gain a fifth less (LOG.md, 2026-11-30)
 MARGIN = 0.5         # nats over the rest of a block: what an expansion must be better by than each collapse that pays for it; with 1.0, of 2,048 tokens, sessions lost a fifth of what they gain (LOG.md, 2026-11-30)
 COOLDOWN = 0         # ticks that a node rests after an edit: with 8 what was opened stood in the way of what was wanted next (LOG.md, 2026-11-27)
 TURNS = 10           # refocuses after a prompt for each level in view, as long as they find something to edit: two blocks a refocus
@@ -64,7 +64,7 @@ class Session:
         """
         if budget < LEAST_BUDGET:
             raise UserError(f"a working context of {budget} entries is too small: expected at least {LEAST_BUDGET}, raise --budget")
-        if refocus_every < 2 or BLOCK % refocus_every: # a tick has read all but the first token of a block, and that may not be its last
+        if refocus_every < 2 or BLOCK % refocus_every: # a tick knows one token that is not read yet: it must not be the one that completes a block
             raise UserError(f"a refocus every {refocus_every} tokens: expected a divisor of {BLOCK}, at least 2")
         self.gpt, self.gistnet, self.lensnet, self.tree = gpt, gistnet, lensnet, tree
         self.budget, self.n_diff, self.margin, self.refocus_every, self.longest, self.pins, self.exact = budget, n_diff, margin, refocus_every, longest, pins, exact

@@ -11,7 +11,7 @@ its id and of the three ids before it: the same whichever way the row is cut, an
 
 B = batch, N = entries, D = width, H = heads, V = vocabulary, P = tokens before
 """
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn as nn
@@ -21,7 +21,7 @@ from nanochat.attention import Recent, attend, in_window, norm, rope_angles, rot
 from nanochat.common import UserError
 from nanochat.cost import PREVIOUS
 from nanochat.cross_entropy import IGNORE, TotalNats, nats_and_slope_, piece_tokens, softcap, token_nats
-from nanochat.lora import adapt, merge
+from nanochat.lora import adapt
 
 QK_GAIN = 1.2         # sharper attention than unit-norm q and k allow
 GATE_CHANNELS = 12    # the value gate reads the first channels of the residual stream
@@ -184,16 +184,6 @@ class GPT(nn.Module):
                 nn.init.uniform_(block.attn.gate.weight, 0.0, 0.02)
         self.resid_scale.copy_(torch.linspace(1.15, 1.05, self.config.layers))
         self.x0_scale.copy_(torch.linspace(0.20, 0.05, self.config.layers))
-
-    def adapt(self, rank):
-        """From now on its weights stay, and thin matrices of this rank beside those of its blocks learn (nanochat/lora.py)."""
-        self.config = replace(self.config, lora=rank)
-        adapt(self, rank)
-
-    def merge(self):
-        """Its matrices take in what was learnt beside them: it is a plain GPT again, all of which may learn."""
-        self.config = replace(self.config, lora=0)
-        merge(self)
 
     @property
     def device(self):

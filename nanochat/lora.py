@@ -2,6 +2,8 @@
 LoRA: what a trained GPT learns anew while its own weights stay (Hu et al., 2021, arXiv 2106.09685). Beside each matrix W of its blocks two thin ones
 are learnt, and the layer gives W x + up down x. `up` starts at zero, so at first nothing has changed; in the end W takes in the product, and the GPT is as plain as before.
 """
+from dataclasses import replace
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -18,6 +20,7 @@ def adapt(gpt, rank):
     """Give every matrix of the blocks but the gates two thin ones, and let nothing else of the GPT learn."""
     if not 0 < rank < gpt.config.value_width:
         raise UserError(f"a rank of {rank} beside matrices of {gpt.config.value_width} and more: expected 1 to {gpt.config.value_width - 1}")
+    gpt.config = replace(gpt.config, lora=rank)
     gpt.requires_grad_(False)
     for name, linear in gpt.blocks.named_modules():
         if isinstance(linear, nn.Linear) and not name.endswith("gate"):
@@ -29,7 +32,8 @@ def adapt(gpt, rank):
 
 @torch.no_grad()
 def merge(gpt):
-    """The matrices take in what was learnt beside them, and all of the GPT may learn again."""
+    """The matrices take in what was learnt beside them: a plain GPT again, all of which may learn."""
+    gpt.config = replace(gpt.config, lora=0)
     for linear in gpt.blocks.modules():
         if isinstance(linear, Adapted):
             linear.weight += linear.lora_up @ linear.lora_down

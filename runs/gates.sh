@@ -24,10 +24,10 @@ gate_1() { # gists carry content; gate 4 on text, and gate 6's horizons, are of 
 }
 
 gate_2() { # an eighth of the history in view, and 3/16, by what a session reads; samples 0 to 5 are those that settings were chosen on
-    run sessions bench.refocus --checkpoint "$base" --read-history --first-seed 10 --rows 12 --settings 4:0.5:4:0,8:0.5:4:0 --every 4
-    run sessions_mid bench.refocus --checkpoint "$mid" --seq-len 2048 --budget 256 --rows 6 --seeds 4 --first-seed 10 --settings 4:0.5:4:0,8:0.5:4:0 --every 4 --read-history
+    run sessions bench.refocus --checkpoint "$base" --read-history --first-seed 10 --rows 12 --settings 4:0.5:4:0,8:0.5:4:0
+    run sessions_mid bench.refocus --checkpoint "$mid" --seq-len 2048 --budget 256 --rows 6 --seeds 4 --first-seed 10 --settings 4:0.5:4:0,8:0.5:4:0 --read-history
     run long scripts.mid_train --tag long --base-tag "${base#*/}" --source stdlib --max-seq-len 4096 --num-steps 120 --eval-tokens 65536
-    run sessions_long bench.refocus --checkpoint mid/long --seq-len 4096 --budget 512 --rows 6 --seeds 4 --first-seed 10 --settings 4:0.5:4:0,8:0.5:4:0 --every 4 --read-history
+    run sessions_long bench.refocus --checkpoint mid/long --seq-len 4096 --budget 512 --rows 6 --seeds 4 --first-seed 10 --settings 4:0.5:4:0,8:0.5:4:0 --read-history
 }
 
 gate_3() { # what the memory costs the plain reader, and a step

@@ -15,6 +15,7 @@ from nanochat import checkpoint, hardware
 from nanochat.common import ASIDE, UserError, checkpoint_dir
 from nanochat.engine import PlainStream
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.lora import merge
 from nanochat.run import Log
 from nanochat.tokenizer import Tokenizer
 
@@ -122,7 +123,7 @@ def load_stage(stage, tag=None, step=None, device="cpu", dtype=None, seq_len=Non
         for name, module in modules(gpt, gistnet, lensnet).items():
             module.load_state_dict(saved.tensors[name])
         if config.lora:
-            gpt.merge()
+            merge(gpt)
         identity = fingerprint(gpt, gistnet) if gistnet is not None else "" # before rounding: in bf16 it is still the same model
         for name, module in modules(gpt, gistnet, lensnet).items():
             module.to(device=device, dtype=None if name == "lensnet" else dtype).eval() # LensNet is tiny and works in fp32 throughout

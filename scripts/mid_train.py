@@ -14,6 +14,7 @@ import argparse
 from nanochat import checkpoint, schedule
 from nanochat.common import UserError, checkpoint_dir, run_main
 from nanochat.dataset import open_source
+from nanochat.lora import adapt
 from scripts.load import build, load_stage
 from scripts.mixtures import Everything, Parts, conversations
 from scripts.stage import add_flags, given, start, train
@@ -54,7 +55,7 @@ def main():
         if base.gistnet is None:
             networks = (base.gpt, *build(base.gpt.config, memory=True)[1:])
         if args.lora:
-            base.gpt.adapt(args.lora)
+            adapt(base.gpt, args.lora)
         else:
             base.gpt.requires_grad_(False)
             args.plain_every = 0 # a row without gists would teach nobody
