@@ -172,8 +172,8 @@ def check(args, lengths, prompts, rounds, tokens):
         raise UserError(f"--tokens {tokens} --rounds {rounds}: expected a multiple of {measure.SLICE} tokens, and at least one round")
     if args.threads < 1:
         raise UserError(f"--threads {args.threads}: expected at least 1")
-    if args.refocus_every < 1 or BLOCK % args.refocus_every:
-        raise UserError(f"--refocus-every {args.refocus_every}: expected a divisor of {BLOCK}")
+    if args.refocus_every < 2 or BLOCK % args.refocus_every:
+        raise UserError(f"--refocus-every {args.refocus_every}: expected a divisor of {BLOCK}, at least 2")
     if args.budget < LEAST_BUDGET:
         raise UserError(f"--budget {args.budget}: expected at least {LEAST_BUDGET} entries")
 
