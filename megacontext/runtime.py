@@ -129,7 +129,7 @@ class Session:
 
     def ready(self):
         """Nothing is in view before the first token, or after a failure: then show what the tree holds, as a new session on it would."""
-        if not self.shown.cache.length and not self.waiting:
+        if not self.shown.cache.length:
             with self.changing():
                 self.tree.commit() # it may be what failed, and no token may follow a rewind that was not committed
                 if self.tree.length:
@@ -292,7 +292,6 @@ class Session:
             check(self.spans, self.tree.length, self.budget)
             start = self._count("allocate", start, edits=len(self.edits))
             if self.edits or self.tree.length % BLOCK == 1: # positions are mapped anew where a block begins only
-                self.read_waiting() # in the context that it was opened in
                 loose = self.shown.lift()
                 self.waiting = self._splice()
                 self.shown.lay(*loose)
@@ -403,8 +402,6 @@ class Session:
     def mark(self):
         """A State to rewind(), fork() or save(): a copy of the keys and values in view, a look at all ids. What is kept out of view is forgotten, here as there: both go on alike."""
         self.ready()
-        with torch.no_grad(), self.changing():
-            self.read_waiting()
         self.store.clear()
         shown = self.shown
         return State(model=self.tree.header.get("model"), gpt=weights(self.gpt), length=self.length, history=history(self.tree, self.length), budget=self.budget,
