@@ -36,7 +36,7 @@ class Edit(NamedTuple):
 class Focus:
     """What a refocus must know of the ones before it. Start with Focus(), pass on the one that came back."""
     tick: int = 0
-    edited: dict = field(default_factory=dict)  # node -> tick of its last edit; only nodes still resting are kept
+    edited: dict = field(default_factory=dict)  # node -> tick of its last edit, or one to come, until which it rests whatever the cooldown; only nodes still resting are kept
 
 
 class Refocus(NamedTuple):

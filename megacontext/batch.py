@@ -132,7 +132,9 @@ def take(session, token):
     with session.changing():
         session.ready()
         session.take([token])
+        start = time.perf_counter()
         session.read_waiting()
+        session._count("read", start)
 
 
 def read(sessions, tokens):

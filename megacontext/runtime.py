@@ -204,7 +204,7 @@ class Session:
                 break
             edits += self.edits
         self.edits, rest = edits, self.focus.tick + BLOCK // self.refocus_every
-        self.focus = Focus(self.focus.tick, {edit.node: rest for edit in edits if edit.kind == "expand"}) # for a block: an answer's own words match elsewhere, and closed what it was read from (LOG.md, 2026-11-30)
+        self.focus = Focus(self.focus.tick, {edit.node: rest for edit in edits if edit.kind == "expand"}) # for a block of an answer, whose own words match elsewhere, and closed what it was read from (LOG.md, 2026-11-30)
         return len(edits) > 0
 
     def _read(self, ids, length):
