@@ -89,7 +89,8 @@ def retrieved(networks, row, W, read, every):
     n, nats, bags = (W - BLOCK) // BLOCK, {}, [bag(ids, block) for block in range(some.Q)]
     for now in range(some.T - read, some.T, every):
         q = now // BLOCK
-        scores = dict(bm25=bm25(ids, bags[:q], now), lens=lens_scores(networks.lensnet, some.inputs, docs, spared, torch.tensor([[q]]), BLOCK, torch.tensor([[now]]))[0, 0].numpy())
+        known = now + 1 # with the token that is read first, as a session's tick knows it
+        scores = dict(bm25=bm25(ids, bags[:q], known), lens=lens_scores(networks.lensnet, some.inputs, docs, spared, torch.tensor([[q]]), BLOCK, torch.tensor([[known]]))[0, 0].numpy())
         asked = [(name, count) for name in scores for count in sorted({1, n // 2})]
         lines = np.full((len(asked), some.Q), HIDDEN)
         for line, (name, count) in zip(lines, asked):

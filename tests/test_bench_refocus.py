@@ -46,13 +46,13 @@ def test_retrieval_with_room_for_everything_reads_the_row_as_it_stands():
 
 
 def test_retrieval_is_asked_anew_within_a_block(monkeypatch):
-    """BM25 is asked with the tokens before each choice, and LensNet at that place."""
+    """BM25 is asked with the tokens before each choice and the one that is read first behind it, as a session's tick is, and LensNet at that place."""
     asked, row = {"bm25": [], "lens": []}, a_row(320)
     bm25, lens = refocus.bm25, refocus.lens_scores
     monkeypatch.setattr(refocus, "bm25", lambda *args: asked["bm25"].append(args[-1]) or bm25(*args))
     monkeypatch.setattr(refocus, "lens_scores", lambda *args: asked["lens"].append(args[-1].item()) or lens(*args))
     refocus.retrieved(networks(), row, 192, READ, 16)
-    assert asked["bm25"] == asked["lens"] == [256, 272, 288, 304]
+    assert asked["bm25"] == asked["lens"] == [257, 273, 289, 305]
 
 
 def test_a_session_is_run_as_the_setting_says(monkeypatch):
