@@ -65,7 +65,7 @@ parser.add_argument("--vocab-size", type=int, default=4096)
 parser.add_argument("--stage", default="", help="a trained checkpoint of this stage instead: base, mid, sft or rl")
 parser.add_argument("--tag", default=None, help="name of the checkpoint folder (default: the newest)")
 parser.add_argument("--budget", type=int, default=512, help="W, most entries that the GPT reads at once")
-parser.add_argument("--refocus-every", type=int, default=REFOCUS_EVERY, help="tokens between refocuses of the sessions, a divisor of 32")
+parser.add_argument("--refocus-every", type=int, default=REFOCUS_EVERY, help="tokens between refocuses of the sessions, a divisor of 32, at least 2")
 parser.add_argument("--device", default="cpu", help="cuda, mps or cpu")
 parser.add_argument("--dtype", default="auto", help="of the weights: auto, bf16, fp16 or fp32")
 # what is measured

@@ -2,8 +2,8 @@
 What the GPT has in front of it: the keys and values of exactly the entries of a working context, at the positions of the moment.
 
 Keys and values belong to entries, not to working contexts. So an edit moves entries in and out, and reads nothing again. Attention does not
-care for the order of its keys, so newcomers stand at the end whatever their place on the timeline; only the loose entries, tokens read
-since the last tick, must come last. Keys are kept as they were before they were turned, beside the turned ones that the GPT reads,
+care for the order of its keys, so newcomers stand at the end whatever their place on the timeline; only the loose entries, tokens of
+the block that is not full yet, must come last. Keys are kept as they were before they were turned, beside the turned ones that the GPT reads,
 so that turning them anew, to other positions, never adds rounding to rounding.
 
 Positions follow positions.py, mapped for a history of `frame` tokens. The frame is held for some ticks while new tokens run on past it, and

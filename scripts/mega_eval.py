@@ -236,7 +236,7 @@ def tell_sessions(path):
     """The table and the numbers of a file of ticks, by session."""
     told, left_out = summaries(path)
     if not told:
-        raise UserError(f"{path} has no ticks: a session tells of its first when it has read {BLOCK} tokens")
+        raise UserError(f"{path} has no ticks: a session tells of its first once it has read a few tokens")
     print0(telemetry_table({f"{session}/{summary['length']}": summary for session, summary in told.items()}) + "\n")
     if left_out:
         print0(f"Lines of {path} that are no ticks, as a kill or a full disk leaves one, and are left out: {left_out}\n")

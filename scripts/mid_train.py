@@ -5,7 +5,7 @@ training; part of them are long documents, part are conversations about long tex
 python -m scripts.mid_train --num-steps 100 --max-seq-len 2048
 
 With --freeze-base the GPT stays as it is and only GistNet and LensNet learn: a memory for a model that was trained without one. With --lora too it learns
-to read gists by thin matrices beside its own, which these take in when the checkpoint is loaded.
+from the new text by thin matrices beside its own, which these take in when the checkpoint is loaded; the memory gains nothing by it (docs/RESULTS.md).
 
 python -m scripts.mid_train --base-tag plain --tag frozen --freeze-base --lora 8 --documents 1 --num-steps 100 --max-seq-len 1024
 """
