@@ -35,23 +35,27 @@ class Together:
         What fails in a common forward fails for all who came; then their tokens are in their trees, nothing is in view, and every session can go on.
         """
         turn = Turn(session, token)
-        group = self._alone(turn)
-        if not group:
+        if group := self._alone(turn):
+            self._read(group)
+            self._fail(turn)
+            return turn.logits
+        with session.changing(): # from the tree to the view: what comes between, its ticks' telemetry too, must not part them
             take(session, token)
             turn.taken = True
-            group = self._meet(turn)
-        if group:
-            self._read(group)
-        error, turn.error = turn.error, None
-        if error is not None:
-            try:
-                with session.changing():
-                    raise error
-            finally:
-                del error # its traceback holds this frame, which would hold it: what failed for want of memory must give it back at once
-        if turn.taken:
+            if group := self._meet(turn):
+                self._read(group)
+            self._fail(turn)
             keep(session, token, turn.seconds)
         return turn.logits
+
+    def _fail(self, turn):
+        """Raise what failed where the turn was read."""
+        error, turn.error = turn.error, None
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error # its traceback holds this frame, which would hold it: what failed for want of memory must give it back at once
 
     def _alone(self, turn):
         """[turn] if there is nobody to wait for, else []."""

@@ -14,6 +14,7 @@ from bench.streams import Ids
 from megacontext.batch import Caches, Together, keep, read, take
 from megacontext.runtime import Session
 from megacontext.span import BLOCK
+from megacontext.telemetry import Telemetry
 from nanochat.engine import Engine
 from tests.test_runtime import session, some_ids
 from tests.test_session_fails import on_a_tree_that_fails
@@ -220,6 +221,28 @@ def test_a_session_that_fails_in_its_tick_fails_alone(monkeypatch):
     assert [memory.length for memory in sessions] == [1281, 1281, 91]
     twins = [Session(*networks, sessions[1].tree.fork(), 192, margin=sessions[1].margin) if row == 1 else memory.fork() for row, memory in enumerate(sessions)]
     check_they_go_on(together, sessions, twins)
+
+
+def test_telemetry_that_fails_costs_an_answer_nothing():
+    """It was told between the tree and the view: the token of its tick was in the tree, and never read."""
+    networks = tiny_networks()
+
+    def lost(line):
+        raise ConnectionError("nobody listens")
+
+    loud, other, twin = (on_a_tree_that_fails(networks, some_ids(1250), telemetry=telemetry) for telemetry in (Telemetry(tell=lost), None, None))
+    together, heard = Together(), 0
+    for t in some_ids(2 * BLOCK):
+        expecting(together, [loud, other], 0.01)
+        try:
+            together.feed(loud, t)
+        except ConnectionError:
+            heard += 1
+        twin.feed([t])
+        assert loud.length == twin.length and loud.shown.cache.length == twin.shown.cache.length
+    assert heard > 10
+    loud.telemetry.tell = None
+    assert torch.allclose(loud.feed(some_ids(1)), twin.feed(some_ids(1)), atol=1e-3)
 
 
 def test_any_number_come_and_go_and_fail(groups, monkeypatch):
