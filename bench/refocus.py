@@ -9,7 +9,7 @@ tokens between refocuses : margin : edits a refocus : ticks a node rests. 0 edit
 chat, so that what it opens again was read in front of its own past and not for the first time, behind gists; --kept says how much of that it keeps. Beside it, on the same tokens:
     window      the newest W tokens at every token, as a KV cache has them that drops the oldest: it has read all of the row
     full        all of the row
-    bm25, lens  the newest blocks and older ones that BM25 or LensNet finds, one or half of the raw blocks, chosen anew every so many tokens; no gists
+    bm25, lens  the newest blocks and older ones that BM25 or LensNet finds, one or half of the raw blocks, chosen anew every so many tokens, of which the first is known, as to a session's tick; no gists
 In nats a token better than the window, with the share of the way from the window to full attention. Rows of one document are not independent, so +- is the standard
 deviation, and the brackets hold 95%, of what comes out when documents are drawn anew, with replacement (bootstrap); where a draw may have no way to full attention at all,
 the brackets are wide and say so little. The last line is JSON.
@@ -117,9 +117,9 @@ def settle(args):
     """(settings, intervals of retrieval); UserError for what cannot be measured."""
     settings = [(text, parse(text)) for text in args.settings.split(",") if text]
     every = [int(word) for word in args.every.split(",") if word]
-    if args.read % BLOCK or args.seq_len % BLOCK or args.read < BLOCK or args.seq_len - args.read < args.budget or args.rows * args.seeds < 2 or args.kept < 0 or args.first_seed < 0 or any(BLOCK % n for n in every):
-        raise UserError(f"--seq-len {args.seq_len} --read {args.read} --budget {args.budget} --rows {args.rows} --seeds {args.seeds} --every {args.every}: expected whole blocks of {BLOCK} "
-                        "tokens, a budget that is less than the history, two rows, and divisors of a block; --kept and --first-seed are 0 or more")
+    if args.read % BLOCK or args.seq_len % BLOCK or args.read < BLOCK or args.seq_len - args.read < args.budget or args.rows * args.seeds < 2 or args.kept < 0 or args.first_seed < 0 or any(n < 1 or BLOCK % n for n in every) or any(n < 2 or BLOCK % n for _, (n, *_) in settings):
+        raise UserError(f"--seq-len {args.seq_len} --read {args.read} --budget {args.budget} --rows {args.rows} --seeds {args.seeds} --every {args.every} --settings {args.settings}: expected whole blocks of {BLOCK} "
+                        "tokens, a budget that is less than the history, two rows, and divisors of a block, for sessions at least 2; --kept and --first-seed are 0 or more")
     return settings, every
 
 

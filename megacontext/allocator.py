@@ -13,7 +13,7 @@ The order of one tick:
 2. room    the coldest families close until `room` more tokens fit; this alone may ignore the cooldown
 3. focus   at most `n_diff` edits: open the hottest block if there is room, or if its score beats the payers' by `margin`
 Nothing closes unless its place is needed.
-A node edited less than `cooldown` ticks ago rests. The plan touches each span at most once, and is applied as a whole.
+A node edited less than `cooldown` ticks ago rests, and one that Focus says is to rest longer. The plan touches each span at most once, and is applied as a whole.
 """
 
 from dataclasses import dataclass, field

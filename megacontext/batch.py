@@ -133,12 +133,11 @@ class Joined:
 
 def take(session, token):
     """A session takes the token that it reads next, with the tick that may be due, and reads the blocks that wait."""
-    with session.changing():
-        session.ready()
-        session.take([token])
-        start = time.perf_counter()
-        session.read_waiting()
-        session._count("read", start)
+    session.ready()
+    session.take([token])
+    start = time.perf_counter()
+    session.read_waiting()
+    session._count("read", start)
 
 
 def read(sessions, tokens):
@@ -152,11 +151,10 @@ def read(sessions, tokens):
 
 def keep(session, token, seconds):
     """A token that was read is in the view of its session now. seconds: its share of the forward."""
-    with session.changing():
-        session.shown.note(session.shown.cache.length, [session.length - 1])
-        session.shown.cache.advance(1)
-        session._count("read", time.perf_counter() - seconds, read_tokens=1)
-        session.grown([token])
+    session.shown.note(session.shown.cache.length, [session.length - 1])
+    session.shown.cache.advance(1)
+    session._count("read", time.perf_counter() - seconds, read_tokens=1)
+    session.grown([token])
 
 
 class Caches:

@@ -139,12 +139,14 @@ class _Slices:
         self._make_room(stretches, len(new))
         used = set(self.column.values())
         free = [column for column in range(self.columns) if column not in used][:len(new)]
-        at = 0
+        found, at = [], 0
         for i in range(1, len(new) + 1): # those that follow each other are looked up together
             if i == len(new) or new[i] != (new[at][0], new[i - 1][1] + 1):
-                self._look_up(tree, new[at:i], free[at:i])
+                found.append(self._look_up(tree, new[at:i], free[at:i]))
                 at = i
-        self.column.update(zip(new, free)) # behind all that may fail: what has a column is there
+        for places, bits in found: # behind all that may fail: a free column is empty, and what has a column is there
+            np.bitwise_or.at(self.table.reshape(-1), places, bits)
+        self.column.update(zip(new, free))
 
     def _make_room(self, stretches, more):
         """Free columns for `more` stretches: those that are not asked about give up theirs first, then there are more."""
@@ -159,12 +161,12 @@ class _Slices:
             self.table = np.pad(self.table, ((0, 0), (0, -(-2 * len(wanted) // 8) - self.table.shape[1])))
 
     def _look_up(self, tree, run, columns):
-        """Set the bits of stretches of one level that follow each other, in time in proportion to their tokens (docs/RUNTIME.md)."""
+        """Of stretches of one level that follow each other, the bytes of the table and the bits to set in them, in time in proportion to their tokens (docs/RUNTIME.md)."""
         (level, first), width = run[0], BLOCK ** run[0][0]
         ids, before = _with_before(tree, max(0, first * width - LEAD), (first + len(run)) * width - LEAD)
         column = np.repeat(columns, width)[-len(ids):] # no lead stands before the first token of all
         rows = bit_of(hashed(ids, before), BITS[0])
-        np.bitwise_or.at(self.table.reshape(-1), (rows * self.table.shape[1] + (column >> 3)).reshape(-1), np.tile((1 << (column & 7)).astype(np.uint8), KINDS))
+        return (rows * self.table.shape[1] + (column >> 3)).reshape(-1), np.tile((1 << (column & 7)).astype(np.uint8), KINDS)
 
 
 class _Sets:

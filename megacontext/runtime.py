@@ -291,7 +291,7 @@ class Session:
             self.spans, self.edits, self.focus = plan
             check(self.spans, self.tree.length, self.budget)
             start = self._count("allocate", start, edits=len(self.edits))
-            if self.edits or self.tree.length % BLOCK == 1: # positions are mapped anew where a block begins only
+            if self.edits or self.tree.length % BLOCK == 1: # without edits, positions are mapped anew where a block begins only
                 loose = self.shown.lift()
                 self.waiting = self._splice()
                 self.shown.lay(*loose)

@@ -164,10 +164,10 @@ def test_who_takes_long_holds_nobody(where, monkeypatch):
     together, sessions = Together(), spread(tiny_networks(), (300, 300), (192, 192))
     slow, quick = (together.stream(memory) for memory in sessions)
     begun, ended, together.took = threading.Event(), threading.Event(), 0.05
-    grown = sessions[0].grown
-    monkeypatch.setattr(sessions[0], "grown", lambda ids: begun.set() or ended.wait(60) and grown(ids))
+    refocus = sessions[0].refocus
+    monkeypatch.setattr(sessions[0], "refocus", lambda *found, **wait: begun.set() or ended.wait(60) and refocus(*found, **wait))
     if where == "its tick":
-        expecting(together, sessions)
+        expecting(together, sessions, 0.5)
 
     def hurry():
         if where == "its tick":

@@ -131,7 +131,7 @@ def test_documents_are_drawn_and_not_rows():
     assert np.abs(weights.mean(0) - 1).max() < 0.1 and weights.std(0).min() > 0.5
 
 
-@pytest.mark.parametrize("flags", ["--settings 8:1:4", "--settings x:1:4:0", "--read 100", "--seq-len 1000", "--budget 900", "--rows 1 --seeds 1", "--every 12", "--kept -1", "--first-seed -1"])
+@pytest.mark.parametrize("flags", ["--settings 8:1:4", "--settings x:1:4:0", "--settings 8:1:4:0,1:1:4:0", "--settings 5:1:4:0", "--every 0", "--read 100", "--seq-len 1000", "--budget 900", "--rows 1 --seeds 1", "--every 12", "--kept -1", "--first-seed -1"])
 def test_mistakes_are_told(monkeypatch, flags):
     monkeypatch.setattr(sys, "argv", ["refocus", *flags.split()])
     with pytest.raises(UserError):

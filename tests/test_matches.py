@@ -127,12 +127,13 @@ def test_a_block_and_its_gist_share_a_set():
 
 
 def test_what_could_not_be_looked_up_is_looked_up_again(monkeypatch):
-    """Its set would hold nothing, and deny all that is there, for as long as it is in view."""
+    """Its set would hold nothing, and deny all that is there, for as long as it is in view; and what was found before it failed would be told of whoever has its column next."""
     tree, kept = tree_of(np.arange(200) % 50), Matches()
     spans = [Span(1, 0), Span(1, 2), Span(1, 3)]
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
         patch.setattr(tree, "tokens", lambda a, b, calls=[]: MegaTree.tokens(tree, a, b) if calls.append(a) or len(calls) < 3 else (_ for _ in ()).throw(MemoryError()))
         kept.hits(tree, spans)
+    assert not kept.fine.table.any()
     assert np.array_equal(kept.hits(tree, spans), Matches().hits(tree, spans)) and kept.hits(tree, spans).any()
     assert kept.hits(tree, []).shape == (0, KINDS, NEWEST)
 
